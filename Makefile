@@ -1,0 +1,62 @@
+# Everything starts here: `make quickstart` trains a small model, `make test` runs every check.
+# Needs Python 3.11 or newer, git and make; all that is installed goes into .venv.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The first of these that is at least 3.11. Choose another with `make PYTHON=/path/to/python ...`.
+AT_LEAST_311 := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	"$$p" -c '$(AT_LEAST_311)' >/dev/null 2>&1 && echo "$$p" && break; done)
+
+# pip says nothing of what is there already, and one line for each package that it fetches.
+PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off
+ONLY_NEWS := sed -u -n -E -e 's/^Collecting /  fetching /p' -e '/^(Installing collected|Success)/p' \
+	-e '/^(ERROR|WARNING)/p'
+
+.PHONY: help quickstart test lint types format clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+
+quickstart: .venv/.runtime  ## train a small model on an embedded text and show what it learned
+	.venv/bin/python scripts/quickstart.py
+
+test: lint types  ## ruff, mypy and every test, the slow ones too
+	.venv/bin/python -m pytest
+
+lint: .venv/.dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/.dev
+	.venv/bin/mypy
+
+format: .venv/.dev  ## format the code and mend what ruff can mend
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:  ## remove .venv and caches; runs/ and stores/ stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(AT_LEAST_311)'; then \
+		echo "Python 3.11 or newer is needed. Install it, or: make PYTHON=/path/to/python3.11" >&2; \
+		exit 1; fi
+	@echo "Making .venv with $$("$(PYTHON)" --version) ($(PYTHON))"
+	@"$(PYTHON)" -m venv .venv || { rm -rf .venv; \
+		echo "Could not make .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# The stamps are newer than the lists that they stand for: a second call installs nothing.
+.venv/.runtime: requirements.txt | .venv/bin/python
+	@echo "Installing requirements.txt into .venv (some minutes the first time)"
+	@$(PIP_INSTALL) -r requirements.txt | $(ONLY_NEWS)
+	@touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.runtime
+	@echo "Installing requirements-dev.txt into .venv"
+	@$(PIP_INSTALL) -r requirements-dev.txt | $(ONLY_NEWS)
+	@touch $@

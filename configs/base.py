@@ -1,0 +1,83 @@
+"""Every field of a run, once, with its unit and the reason for its default.
+
+The other files in this folder start from `get_config()` here and state only what differs. Fields
+are overridden on the command line as `--config.section.field=value`. Types, ranges and divisibility
+are checked by `laser.training.config` before any device is touched.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    config.model = ConfigDict()
+    model = config.model
+    model.vocab_size = 32000  # entries of the embedding; at least the tokenizer's size
+    model.num_layers = 16
+    model.model_dim = 1024  # width of the residual stream
+    model.mlp_dim = 4096  # hidden width of the two-matrix MLP
+    model.num_heads = 8
+    model.head_dim = 128  # of the values; need not be model_dim / num_heads
+    model.norm = "layernorm"  # layernorm | rmsnorm, before attention, before the MLP and at the end
+    model.positions = "sinusoidal"  # sinusoidal (on the embedding) | rotary (on queries and keys)
+    model.logits_soft_cap = 0.0  # c * tanh(logits / c) on the output logits; 0 = off (PAX: 30)
+    model.dtype = "float32"  # float32 | bfloat16, of activations; all else is float32
+    model.remat = "full"  # none | dots | full: what the backward pass keeps (see models/decoder.py)
+    model.unroll = False  # unroll the scan over layers: faster for small models, slower to compile
+
+    config.attention = ConfigDict()
+    attention = config.attention
+    attention.kind = "laser"  # standard | laser
+    attention.temperature = 1.0  # logits are divided by it
+    attention.per_dim_temp = False  # a trained temperature for every query dimension
+    attention.qk_norm = False  # LayerNorm on queries and keys, per head
+    attention.diff = "none"  # none | official (norm, factor, lambda vectors) | scalar (lambda only)
+    attention.soft_cap = 0.0  # c * tanh(logits / c) on the attention logits; 0 = off (PAX: 50)
+    attention.implementation = "auto"  # auto | chunked | reference | paper (attention/interface.py)
+
+    config.data = ConfigDict()
+    data = config.data
+    data.store = ""  # folder written by scripts/prepare_data.py
+    data.seq_len = 1024  # tokens of a row
+    data.segment_ids = False  # True: tokens attend within their own document only
+    data.shuffle_seed = 0  # the order of rows is a function of it and the step, of nothing else
+    data.prefetch = 2  # batches made ready ahead of the step
+
+    config.optimizer = ConfigDict()
+    optimizer = config.optimizer
+    optimizer.name = "adamw"  # adamw | lamb
+    optimizer.learning_rate = 1e-3  # peak
+    optimizer.warmup_steps = 1000  # linear from 0, then cosine to 0 at training.steps
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.99
+    optimizer.eps = 1e-24  # the paper's; safe only with clip_update_rms
+    optimizer.weight_decay = 0.1  # decoupled, times the learning rate; matrices only
+    optimizer.clip_grad_norm = 1.0  # of all gradients together; 0 = off
+    optimizer.clip_update_rms = 1.0  # of each tensor's Adam update, per layer; 0 = off
+
+    config.training = ConfigDict()
+    training = config.training
+    training.seed = 0  # of the initial parameters
+    training.steps = 160_000
+    training.batch_size = 1024  # rows of a step, over all hosts
+    training.accumulation = 1  # micro-batches a step is split into; changes memory, not the result
+    training.z_loss = 0.0  # weight of (log of the softmax's normaliser)^2; PaLM: 1e-4
+    training.max_skipped_steps = 10  # steps in a row, loss or gradient not finite: then give up
+    training.log_every = 10  # steps
+    training.eval_every = 1000  # steps; the last step is always evaluated
+    training.eval_batches = 0  # batches of the validation split; 0 = all of it
+
+    config.checkpoint = ConfigDict()
+    checkpoint = config.checkpoint
+    checkpoint.every = 1000  # steps; the last step is always saved
+    checkpoint.keep = 3  # newest ones kept
+    checkpoint.keep_period = 0  # also keep every step that is a multiple of it; 0 = none
+
+    config.mesh = ConfigDict()
+    mesh = config.mesh
+    mesh.data = -1  # devices that hold copies of the parameters; -1 = all that the other axes leave
+    mesh.fsdp = 1  # devices that share parameters and optimizer state, and split the batch
+    mesh.tensor = 1  # devices that share heads and MLP columns
+
+    return config

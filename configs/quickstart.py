@@ -1,0 +1,38 @@
+"""A first run on a laptop CPU: --config=configs/quickstart.py:attention=laser
+
+Trains a 4-layer model of 4 M parameters on the embedded corpus (two English Bibles in the public
+domain), which scripts/quickstart.py prepares. It differs from the paper's runs in size alone.
+`attention` takes the same values as in configs/c4.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from configs.arguments import parse_arguments, set_attention
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    chosen = parse_arguments(arguments, {"attention": "laser"})
+
+    config = base.get_config()
+    config.model.vocab_size = 4096
+    config.model.num_layers = 4
+    config.model.model_dim = 256
+    config.model.mlp_dim = 1024
+    config.model.num_heads = 4
+    config.model.head_dim = 64
+    config.model.remat = "none"  # memory is no limit at this size
+    config.model.unroll = True
+    set_attention(config.attention, chosen["attention"])
+
+    config.data.store = "stores/bible"
+    config.data.seq_len = 256
+
+    config.optimizer.warmup_steps = 100
+
+    config.training.steps = 1500
+    config.training.batch_size = 16
+    config.training.eval_every = 500
+
+    config.checkpoint.every = 500
+    return config

@@ -1,0 +1,17 @@
+"""Table 7: differential attention, with and without LASER, at 2.2B on 24 B tokens.
+
+Argument: attention=laser+diff (default) | standard+diff, or +diff=scalar for the paper's formula as
+written, with a trained scalar alone in place of the published design of differential attention.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import c4
+from configs.arguments import parse_arguments
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    chosen = parse_arguments(arguments, {"attention": "laser+diff"})
+    config = c4.get_config(f"size=2p2b,attention={chosen['attention']}")
+    config.training.steps = 22_888  # 24 B tokens at 1024 x 1024 a step
+    return config

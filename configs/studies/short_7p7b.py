@@ -1,0 +1,13 @@
+"""Table 6: the 7.7B, trained on 44 B tokens. Argument: attention=laser|standard..."""
+
+from ml_collections import ConfigDict
+
+from configs import c4
+from configs.arguments import parse_arguments
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    chosen = parse_arguments(arguments, {"attention": "laser"})
+    config = c4.get_config(f"size=7p7b,attention={chosen['attention']}")
+    config.training.steps = 41_962  # 44 B tokens at 1024 x 1024 a step
+    return config

@@ -1,0 +1,25 @@
+"""Standard and LASER attention, with the modifiers that the LASER paper (arXiv 2411.03493) compares.
+
+This package imports jax and nothing else of this repository, so that it can be copied or imported on
+its own: `from laser.attention import attention`.
+"""
+
+from laser.attention.interface import attention
+from laser.attention.variants import (
+    differential,
+    lambda_init,
+    lambda_official,
+    per_dim_temperature,
+    qk_norm,
+    rotary,
+)
+
+__all__ = [
+    "attention",
+    "differential",
+    "lambda_init",
+    "lambda_official",
+    "per_dim_temperature",
+    "qk_norm",
+    "rotary",
+]

@@ -1,0 +1,211 @@
+"""Exact, strictly causal attention for XLA, one chunk of queries at a time.
+
+A chunk of queries meets only the keys up to its own end, so that half of the causal square is never
+computed, and is recomputed in the backward pass, so that no (T, S) matrix is kept. On a CPU this is
+about twice as fast as the whole square.
+
+LASER needs a reference c to form exp(V - c) without overflow. Here c is, per chunk and per feature, a
+power of two: the largest floor(V · log2 e) among the keys that some query of the chunk can see. Moving
+a power of two in or out of a product rounds nothing, so the result does not depend on which c was
+taken, as long as it is in range. Where an output lies far below the reference (a later token of
+the chunk, or another document in it, has an outlier) the sum underflows; the size of the sum itself is
+the certificate. Elements without it are computed again in log space, without any reference.
+
+Shapes: B batch, H heads, C queries of a chunk, T queries, S keys up to the chunk's end, D size.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+MASKED = -1e30  # below every logit; finite, so that no inf - inf can arise
+
+# A sum y = Σ P·E of at least 2^-90 is right: what underflowed in it is below 2^-126, hence below
+# 2^-36 of it, and 1/y and its products stay finite in the backward pass.
+SMALLEST_CERTIFIED_EXPONENT = -90
+RANGE_LIMIT_NATS = -SMALLEST_CERTIFIED_EXPONENT * LN_2
+
+
+def chunk_length(length: int) -> int:
+    """Queries of a chunk: short chunks skip more of the causal square, long ones run faster."""
+    return 128 if length <= 2048 else 256
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    kind: str,
+    logits_scale: float,
+    causal: bool,
+    segment_ids: Array | None,
+    logits_soft_cap: float | None,
+) -> tuple[Array, Array]:
+    """The interface's contract; see `laser.attention.attention`.
+
+    Returns:
+      (B, T, H, D) in the dtype of `value`, and the float32 scalar range: the largest distance in nats
+      between a chunk's reference and one of its outputs (0 for standard attention). Beyond
+      `RANGE_LIMIT_NATS` the exact log-space path was taken for the elements concerned.
+    """
+    chunk = functools.partial(
+        _chunk, kind=kind, logits_scale=logits_scale, logits_soft_cap=logits_soft_cap
+    )
+
+    @jax.checkpoint  # keeps query, key and value, and nothing that was made of them here
+    def run(query, key, value):
+        q_BHTD, k_BHSD, v_BHSD = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+        v_BHSD = v_BHSD.astype(jnp.float32)
+        exponent = _split_exponent(jax.lax.stop_gradient(v_BHSD)) if kind == "laser" else None
+        length = query.shape[1]
+        outputs, ranges = [], []
+        for start in range(0, length, chunk_length(length)):
+            stop = min(start + chunk_length(length), length)
+            seen = stop if causal else length
+            out, range_nats = jax.checkpoint(functools.partial(chunk, start=start, causal=causal))(
+                q_BHTD[:, :, start:stop],
+                k_BHSD[:, :, :seen],
+                v_BHSD[:, :, :seen],
+                jax.tree.map(lambda x, seen=seen: x[:, :, :seen], exponent),
+                None if segment_ids is None else segment_ids[:, start:stop],
+                None if segment_ids is None else segment_ids[:, :seen],
+            )
+            outputs.append(out)
+            ranges.append(range_nats)
+        out_BTHD = jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3)
+        return out_BTHD.astype(value.dtype), jnp.stack(ranges).max()
+
+    return run(query, key, value)
+
+
+def _chunk(
+    q_BHCD, k_BHSD, v_BHSD, exponent, q_segments, k_segments,
+    *, kind, logits_scale, logits_soft_cap, start, causal,
+):  # fmt: skip
+    """One chunk of queries, which begins at position `start`, against its keys."""
+    logits = jnp.einsum("bhcd,bhsd->bhcs", q_BHCD, k_BHSD, preferred_element_type=jnp.float32)
+    logits *= logits_scale
+    if logits_soft_cap:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    queries, keys = logits.shape[2:]
+    if causal:
+        later = start + jnp.arange(queries)[:, None] < jnp.arange(keys)
+        logits = jnp.where(later, MASKED, logits)
+    in_use = None
+    if k_segments is not None:
+        other = q_segments[:, :, None] != k_segments[:, None, :]
+        logits = jnp.where(other[:, None], MASKED, logits)
+        in_use = (k_segments >= q_segments.min(1, keepdims=True)) & (
+            k_segments <= q_segments.max(1, keepdims=True)
+        )
+    if kind == "standard":
+        probs = jax.nn.softmax(logits, axis=-1)
+        return jnp.einsum("bhcs,bhsd->bhcd", probs, v_BHSD), jnp.float32(0)
+    mantissa, power = exponent
+    exp_v, reference = _exp_relative(mantissa, power, in_use)
+    return _laser_readout(logits, v_BHSD, exp_v, reference)
+
+
+def _split_exponent(v: Array) -> tuple[Array, Array]:
+    """exp(v) = mantissa · 2^power with mantissa in [1, 2] float32 and power int32."""
+    log2 = v * LOG2_E
+    # Powers beyond a million would overflow int32 arithmetic; such values differ from all others by
+    # more than any float32 exponent can say, with or without the bound.
+    power = jnp.clip(jnp.floor(log2), -1e6, 1e6)
+    return jnp.exp2(log2 - power), power.astype(jnp.int32)
+
+
+def _power_of_two(n: Array) -> Array:
+    """2^n in float32 for int32 n <= 127, exactly; 0 below the normal numbers."""
+    bits = jnp.left_shift(jnp.maximum(n, -127) + 127, 23)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _exp_relative(mantissa: Array, power: Array, in_use: Array | None) -> tuple[Array, Array]:
+    """exp(V) / 2^reference, at most 2, and the reference (B, H, 1, D) int32.
+
+    Keys outside of `in_use` (B, S), whose documents no query of the chunk belongs to, are left out of
+    the reference and count as 0.
+    """
+    if in_use is not None:
+        power = jnp.where(in_use[:, None, :, None], power, -(2**30))
+    reference = power.max(axis=2, keepdims=True)
+    return mantissa * _power_of_two(power - reference), reference
+
+
+@jax.custom_vjp
+def _laser_readout(logits: Array, v: Array, exp_v: Array, reference: Array):
+    """log(softmax(logits) exp(V)) and its range, see `attention`.
+
+    Args:
+      logits: (B, H, C, S) float32, masked.
+      v: (B, H, S, D) float32.
+      exp_v: (B, H, S, D) float32, exp(v) / 2^reference; its gradient goes to `v`.
+      reference: (B, H, 1, D) int32.
+    """
+    return _laser_readout_fwd(logits, v, exp_v, reference)[0]
+
+
+def _laser_readout_fwd(logits, v, exp_v, reference):
+    probs = jax.nn.softmax(logits, axis=-1)
+    y = jnp.einsum("bhcs,bhsd->bhcd", probs, exp_v)
+    certified = y >= 2.0**SMALLEST_CERTIFIED_EXPONENT
+    fast = _log_scaled(jnp.where(certified, y, 1.0), reference)
+    all_certified = certified.all()
+    exact = jax.lax.cond(
+        all_certified, lambda logits, v: jnp.zeros_like(y), _log_space_readout, logits, v
+    )
+    out = jnp.where(certified, fast, exact)
+    range_nats = (reference * LN_2 - out).max()
+    return (out, range_nats), (logits, v, exp_v, probs, y, certified, all_certified)
+
+
+def _laser_readout_bwd(residuals, cotangents):
+    # With w = P · E / y: dV = Σ_c do · w and dlogits = Σ_d do · (w - P). No reference appears.
+    logits, v, exp_v, probs, y, certified, all_certified = residuals
+    d_out, _ = cotangents  # the range is a report; nothing is trained on it
+    d_fast = jnp.where(certified, d_out, 0.0)
+    d_y = d_fast / jnp.where(certified, y, 1.0)
+    d_probs = jnp.einsum("bhcd,bhsd->bhcs", d_y, exp_v)
+    d_logits = probs * (d_probs - d_fast.sum(-1, keepdims=True))
+    d_v = jnp.einsum("bhcs,bhcd->bhsd", probs, d_y) * exp_v
+
+    def log_space_gradient(logits, v, d_exact):
+        return jax.vjp(_log_space_readout, logits, v)[1](d_exact)
+
+    d_logits_exact, d_v_exact = jax.lax.cond(
+        all_certified,
+        lambda logits, v, d_exact: (jnp.zeros_like(logits), jnp.zeros_like(v)),
+        log_space_gradient,
+        logits, v, jnp.where(certified, 0.0, d_out),
+    )  # fmt: skip
+    return d_logits + d_logits_exact, d_v + d_v_exact, None, None
+
+
+_laser_readout.defvjp(_laser_readout_fwd, _laser_readout_bwd)
+
+
+def _log_scaled(y: Array, power: Array) -> Array:
+    """log(y · 2^power) for normal positive y, the same bits for every split of the product."""
+    bits = jax.lax.bitcast_convert_type(y, jnp.int32)
+    exponent = jnp.right_shift(bits, 23) - 127
+    mantissa = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+    return jnp.log(mantissa) + (exponent + power).astype(jnp.float32) * LN_2
+
+
+def _log_space_readout(logits: Array, v: Array) -> Array:
+    """logsumexp_s(log softmax(logits)_cs + v_sd), one query at a time: exact at any range, slow."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+
+    @jax.checkpoint
+    def one_query(log_probs_BHS):
+        return jax.nn.logsumexp(log_probs_BHS[..., None] + v, axis=2)
+
+    return jax.lax.map(one_query, log_probs.transpose(2, 0, 1, 3)).transpose(1, 2, 0, 3)

@@ -1,0 +1,103 @@
+"""The one function to call, and the choice of implementation behind it.
+
+`auto` takes the fastest implementation that is exact for the backend. The others are there by name:
+`chunked` (XLA, every backend), `reference` (the formulas) and `paper` (the paper's log-weighted-sum-exp
+wrapper to the letter, with its global maximum, for fidelity studies).
+"""
+
+import functools
+import logging
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from laser.attention import chunked, reference
+
+Array = jax.Array
+Implementation = Literal["auto", "chunked", "reference", "paper"]
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    kind: Literal["standard", "laser"] = "standard",
+    logits_scale: float | None = None,
+    causal: bool = True,
+    segment_ids: Array | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: Implementation = "auto",
+    return_range: bool = False,
+):
+    """softmax(scale · Q Kᵀ) V, or LASER's log(softmax(scale · Q Kᵀ) exp(V)) (arXiv 2411.03493, eq. 8).
+
+    LASER's output is finite and right for every finite V, and no later token and no other segment
+    enters it, outliers included (all implementations but `paper`).
+
+    Args:
+      query: (B, T, H, D_qk), float32 or bfloat16.
+      key: (B, T, H, D_qk).
+      value: (B, T, H, D_v); D_v may differ from D_qk.
+      kind: which readout.
+      logits_scale: factor of the logits; 1/√D_qk if None.
+      causal: a query sees no later key.
+      segment_ids: (B, T) int; a query sees only keys with its own id.
+      logits_soft_cap: c in c · tanh(logits / c), before masking; None or 0 for none.
+      implementation: see the module's docstring.
+      return_range: also return how far, in nats, an output lies below the reference that its values
+        were exponentiated with (float32 scalar, the largest): LASER's fast path is certified up to
+        `chunked.RANGE_LIMIT_NATS`, beyond it the slower exact path is taken. 0 where there is no
+        reference (standard attention, the oracle).
+
+    Returns:
+      (B, T, H, D_v) in the dtype of `value`; with `return_range`, a pair of it and the range.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown or impossible `kind` or `implementation`.
+    """
+    _check(query, key, value, kind, segment_ids, implementation)
+    options = {
+        "logits_scale": 1 / math.sqrt(query.shape[-1]) if logits_scale is None else logits_scale,
+        "causal": causal,
+        "segment_ids": segment_ids,
+        "logits_soft_cap": logits_soft_cap,
+    }
+    if implementation == "auto":
+        implementation = "chunked"
+        _log_choice(kind, implementation, jax.default_backend())
+    if implementation == "chunked":
+        out, range_nats = chunked.attention(query, key, value, kind=kind, **options)
+    else:
+        paper = implementation == "paper"
+        out = reference.attention(query, key, value, kind=kind, paper=paper, **options)
+        range_nats = jnp.float32(0)
+    out = out.astype(value.dtype)
+    return (out, range_nats) if return_range else out
+
+
+def _check(query, key, value, kind, segment_ids, implementation) -> None:
+    if kind not in ("standard", "laser"):
+        raise ValueError(f"kind={kind!r}: must be 'standard' or 'laser'")
+    if implementation not in ("auto", "chunked", "reference", "paper"):
+        raise ValueError(
+            f"implementation={implementation!r}: must be auto, chunked, reference or paper"
+        )
+    if implementation == "paper" and kind == "standard":
+        raise ValueError("implementation='paper' is a form of LASER; use kind='laser'")
+    if query.ndim != 4 or key.shape != query.shape or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "query and key must be (batch, length, heads, size) of one shape, and value alike up to "
+            f"its size; got {query.shape}, {key.shape}, {value.shape}"
+        )
+    if segment_ids is not None and segment_ids.shape != query.shape[:2]:
+        raise ValueError(
+            f"segment_ids must be (batch, length) = {query.shape[:2]}; got {segment_ids.shape}"
+        )
+
+
+@functools.cache
+def _log_choice(kind: str, implementation: str, backend: str) -> None:
+    logging.getLogger(__name__).info("%s attention on %s: %s", kind, backend, implementation)

@@ -1,0 +1,89 @@
+"""Every attention function of the paper as its formula: slow, memory-hungry, easy to check by eye.
+
+This is the oracle that the fast implementations are held to. It computes in the dtype of its inputs
+(at least float32), so that float64 inputs give float64 values and float64 gradients by autodiff.
+
+Shapes: B batch, T query positions, S key positions (S = T), H heads, D size of a query or a value.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def visible(length: int, causal: bool, segment_ids: Array | None) -> Array:
+    """Which key each query may see.
+
+    Args:
+      length: T.
+      causal: a query sees no later key.
+      segment_ids: (B, T) int, or None; a query sees keys of its own segment only.
+
+    Returns:
+      (1 or B, 1, T, S) bool.
+    """
+    position = jnp.arange(length)
+    seen = (position[:, None] >= position) if causal else jnp.ones((length, length), bool)
+    seen = seen[None, None]
+    if segment_ids is not None:
+        seen &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return seen
+
+
+def log_probabilities(
+    query: Array,
+    key: Array,
+    *,
+    logits_scale: float,
+    causal: bool,
+    segment_ids: Array | None,
+    logits_soft_cap: float | None,
+) -> Array:
+    """log softmax(M + scale · Q Kᵀ), -inf where a key is not visible. Returns (B, H, T, S)."""
+    logits = jnp.einsum("bthd,bshd->bhts", query, key, precision="highest") * logits_scale
+    if logits_soft_cap:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    seen = visible(query.shape[1], causal, segment_ids)
+    return jax.nn.log_softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+
+
+def standard(log_probs: Array, value: Array) -> Array:
+    """softmax(·) V (paper, eq. 2). (B, H, T, S), (B, S, H, D) -> (B, T, H, D)."""
+    return jnp.einsum("bhts,bshd->bthd", jnp.exp(log_probs), value, precision="highest")
+
+
+def laser(log_probs: Array, value: Array) -> Array:
+    """log(softmax(·) exp(V)) (paper, section 3.2), as logsumexp_s(log A_ts + V_sd).
+
+    Nothing is exponentiated that could overflow or underflow, at the price of a (B, H, T, S, D) tensor.
+    (B, H, T, S), (B, S, H, D) -> (B, T, H, D).
+    """
+    terms_BHTSD = log_probs[..., None] + value.transpose(0, 2, 1, 3)[:, :, None]
+    return jax.nn.logsumexp(terms_BHTSD, axis=3).transpose(0, 2, 1, 3)
+
+
+def laser_paper(log_probs: Array, value: Array) -> Array:
+    """log(softmax(·) exp(V - m)) + m with m_d = max_s V_sd (paper, the log-weighted-sum-exp trick).
+
+    Kept for fidelity studies. The maximum runs over the whole row, later tokens and other documents
+    included: in float32 the output is -inf, and every gradient NaN, where the visible values lie more
+    than 87 below it. (B, H, T, S), (B, S, H, D) -> (B, T, H, D).
+    """
+    m = jax.lax.stop_gradient(value.max(axis=1, keepdims=True))
+    return jnp.log(standard(log_probs, jnp.exp(value - m).astype(value.dtype))) + m
+
+
+def attention(query: Array, key: Array, value: Array, *, kind: str, paper: bool, **options) -> Array:
+    """The interface's contract by the formulas above; see `laser.attention.attention`."""
+    readout = {"standard": standard, "laser": laser_paper if paper else laser}[kind]
+    if not paper:  # the oracle computes in at least float32, the paper's wrapper as it is given
+        query, key, value = (
+            x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value)
+        )
+    log_probs = log_probabilities(
+        query.astype(jnp.promote_types(query.dtype, jnp.float32)),
+        key.astype(jnp.promote_types(key.dtype, jnp.float32)),
+        **options,
+    )
+    return readout(log_probs, value)

@@ -1,0 +1,129 @@
+"""Checkpoints by Orbax that are checked when they are read, and fall back to an older one.
+
+`workdir/checkpoints/<step>` holds the TrainState and a small JSON record with a checksum of every
+tensor. A checksum is the wrapping sum of the tensor's 32-bit words: it does not depend on the mesh or
+the order of summation, so a restore onto any other mesh is verified bit for bit. Orbax writes
+asynchronously into a temporary folder and renames it, so that a killed save leaves the older ones.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from laser.training.config import CheckpointConfig
+
+log = logging.getLogger(__name__)
+
+UNREADABLE = "unreadable"  # suffix of the folder that a checkpoint is moved to when it can't be read
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager: leaving it waits for the last save.
+
+    Args:
+      workdir: the run's folder.
+      config: how many to keep.
+    """
+
+    def __init__(self, workdir: str, config: CheckpointConfig):
+        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            keep_period=config.keep_period or None,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to save `state` (a tree of jax.Arrays) as `step`; returns when it has been copied.
+
+        Raises:
+          OSError, ValueError: an earlier save failed, on a full disk for example.
+        """
+        record = {"checksums": jax.device_get(_checksums(state))}
+        record = jax.tree.map(int, record)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+        )
+        self._manager.save(step, args=args)
+
+    def wait(self) -> None:
+        """Waits for the save that is under way; raises what it failed with."""
+        self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore_latest(self, abstract_state: Any) -> Any | None:
+        """The newest state that can be read and verified, or None where there is no checkpoint.
+
+        One that can't be read is moved aside and reported, and the one before it is taken.
+
+        Args:
+          abstract_state: the tree of ShapeDtypeStructs with the shardings wanted.
+
+        Raises:
+          ValueError: there are checkpoints and none of them can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, abstract_state)
+            except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                self._set_aside(step, reason)
+        if steps:
+            raise ValueError(
+                f"none of the checkpoints {sorted(steps)} in {self._folder} can be read; they were "
+                f"kept with the ending .{UNREADABLE}. Start in another workdir, or restore a backup"
+            )
+        return None
+
+    def _restore(self, step: int, abstract_state: Any) -> Any:
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=args)
+        expected = restored["record"]["checksums"]
+        actual = jax.tree.map(int, jax.device_get(_checksums(restored["state"])))
+        damaged = [name for name, value in actual.items() if expected.get(name) != value]
+        if damaged:
+            raise ValueError(f"checksum of {', '.join(damaged)} differs")
+        return restored["state"]
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        folder = self._folder / str(step)
+        log.error(
+            "checkpoint %s cannot be read (%s): moved to %s.%s, trying the one before",
+            folder, reason, folder.name, UNREADABLE,
+        )  # fmt: skip
+        if jax.process_index() == 0:
+            target = self._folder.parent / f"{folder.name}.{UNREADABLE}"
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+        self._manager.reload()
+
+
+@jax.jit
+def _checksums(state: Any) -> dict[str, jax.Array]:
+    """Path of each tensor → wrapping sum of its 32-bit words, uint32."""
+
+    def words(x):
+        if x.dtype.itemsize != 4:
+            raise ValueError(f"checkpoints hold 32-bit tensors, got {x.dtype}")
+        return jax.lax.bitcast_convert_type(x, jnp.uint32).sum(dtype=jnp.uint32)
+
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): words(x) for path, x in leaves}

@@ -1,0 +1,299 @@
+"""The boundary between what people write (configs/*.py, the command line) and what the code reads.
+
+`load_config` turns the nested dictionary of configs/base.py into frozen dataclasses. Types,
+choices, ranges and divisibility are checked here, once, and every message names the key, its value
+and the way out. Nothing here imports jax, so a mistake is reported before any device is touched.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from models.config import AttentionConfig, ModelConfig, require
+
+
+def _require_at_least(minimum: float, section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= minimum, f"{section}.{name}={value}: must be at least {minimum}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tokens, in rows of which length. Fields as in configs/base.py, section `data`."""
+
+    store: str
+    seq_len: int
+    segment_ids: bool
+    shuffle_seed: int
+    prefetch: int
+
+    def __post_init__(self):
+        _require_at_least(1, "data", self, "seq_len", "prefetch")
+        _require_at_least(0, "data", self, "shuffle_seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Update rule and schedule. Fields as in configs/base.py, section `optimizer`."""
+
+    name: Literal["adamw", "lamb"]
+    learning_rate: float
+    warmup_steps: int
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_grad_norm: float
+    clip_update_rms: float
+
+    def __post_init__(self):
+        for name in ("learning_rate", "eps"):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name}={value}: must be above 0")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}={value}: must be at least 0 and below 1")
+        _require_at_least(0, "optimizer", self, "warmup_steps", "weight_decay")
+        _require_at_least(0, "optimizer", self, "clip_grad_norm", "clip_update_rms")
+        require(
+            self.clip_update_rms > 0 or self.eps >= 1e-12,
+            f"optimizer.eps={self.eps} with optimizer.clip_update_rms=0: nothing bounds the step "
+            "of a parameter whose gradients are almost 0; use clip_update_rms=1.0, or eps=1e-8",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batch and rhythm of a run. Fields as in configs/base.py, section `training`."""
+
+    seed: int
+    steps: int
+    batch_size: int
+    accumulation: int
+    z_loss: float
+    max_skipped_steps: int
+    log_every: int
+    eval_every: int
+    eval_batches: int
+
+    def __post_init__(self):
+        _require_at_least(1, "training", self, "steps", "batch_size", "accumulation")
+        _require_at_least(1, "training", self, "max_skipped_steps", "log_every", "eval_every")
+        _require_at_least(0, "training", self, "seed", "z_loss", "eval_batches")
+        require(
+            self.batch_size % self.accumulation == 0,
+            f"training.batch_size={self.batch_size}: must be a multiple of "
+            f"training.accumulation={self.accumulation}; "
+            f"use {_multiples(self.batch_size, self.accumulation)}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep. Fields as in configs/base.py, section `checkpoint`."""
+
+    every: int
+    keep: int
+    keep_period: int
+
+    def __post_init__(self):
+        _require_at_least(1, "checkpoint", self, "every", "keep")
+        _require_at_least(0, "checkpoint", self, "keep_period")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are arranged. Fields as in configs/base.py, section `mesh`."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self):
+        axes = dataclasses.asdict(self)
+        for name, size in axes.items():
+            require(
+                size >= 1 or size == -1,
+                f"mesh.{name}={size}: must be at least 1, or -1 for all devices that are left",
+            )
+        rest = [f"mesh.{name}=-1" for name, size in axes.items() if size == -1]
+        require(len(rest) <= 1, f"{' and '.join(rest)}: only one axis can take what is left")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that defines a run. The section `attention` of configs/base.py is `model.attention`."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    mesh: MeshConfig
+
+    def __post_init__(self):
+        warmup, steps = self.optimizer.warmup_steps, self.training.steps
+        require(
+            warmup <= steps,
+            f"optimizer.warmup_steps={warmup}: the run ends before, at training.steps={steps}; "
+            "lower the one or raise the other",
+        )
+        _check_tensor_axis(self.model, self.mesh.tensor)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "attention": AttentionConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "training": TrainingConfig,
+    "checkpoint": CheckpointConfig,
+    "mesh": MeshConfig,
+}
+
+
+def load_config(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
+    """Checks a nested dictionary in the layout of configs/base.py. Raises ValueError."""
+    tree = config.to_dict() if isinstance(config, ConfigDict) else config
+    _check_names("section", "", tree, SECTIONS)
+    attention = AttentionConfig(**_checked_fields("attention", tree["attention"]))
+    model = ModelConfig(**_checked_fields("model", tree["model"]), attention=attention)
+    rest = {
+        section: SECTIONS[section](**_checked_fields(section, tree[section]))
+        for section in SECTIONS
+        if section not in ("model", "attention")
+    }
+    return RunConfig(model=model, **rest)
+
+
+def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The nested dictionary in the layout of configs/base.py; `load_config` takes it back."""
+    tree = dataclasses.asdict(config)
+    tree["attention"] = tree["model"].pop("attention")
+    return {section: tree[section] for section in SECTIONS}
+
+
+def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each field that differs: `optimizer.learning_rate: 0.001 -> 0.01`."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    keys = [*flat_old, *(key for key in flat_new if key not in flat_old)]
+    return [
+        f"{key}: {flat_old.get(key, '(absent)')} -> {flat_new.get(key, '(absent)')}"
+        for key in keys
+        if key not in flat_old or key not in flat_new or flat_old[key] != flat_new[key]
+    ]
+
+
+def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
+    """Puts a number in place of -1. Raises ValueError unless the axes multiply to the devices."""
+    axes = dataclasses.asdict(mesh)
+    fixed = math.prod(size for size in axes.values() if size != -1)
+    text = " x ".join(f"mesh.{name}={size}" for name, size in axes.items())
+    if -1 not in axes.values():
+        require(
+            fixed == num_devices,
+            f"{text} is a mesh of {fixed} devices, but there are {num_devices}; set one axis to -1",
+        )
+        return mesh
+    require(
+        num_devices % fixed == 0,
+        f"{text}: {num_devices} devices do not divide by {fixed}; change an axis that is not -1",
+    )
+    filled = {name: num_devices // fixed if size == -1 else size for name, size in axes.items()}
+    return MeshConfig(**filled)
+
+
+def check_devices(config: RunConfig, num_devices: int) -> MeshConfig:
+    """The mesh of a run on so many devices. Raises ValueError if model or batch do not fit."""
+    mesh = resolve_mesh(config.mesh, num_devices)
+    _check_tensor_axis(config.model, mesh.tensor)
+    training = config.training
+    rows, shards = training.batch_size // training.accumulation, mesh.data * mesh.fsdp
+    require(
+        rows % shards == 0,
+        f"training.batch_size={training.batch_size} / training.accumulation="
+        f"{training.accumulation} = {rows} rows: must be a multiple of mesh.data={mesh.data} x "
+        f"mesh.fsdp={mesh.fsdp} = {shards}; use a batch_size of "
+        f"{_multiples(training.batch_size, shards * training.accumulation)}",
+    )
+    return mesh
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` if something known is close to the name, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_tensor_axis(model: ModelConfig, tensor: int) -> None:
+    for name in ("num_heads", "mlp_dim") if tensor > 1 else ():
+        value = getattr(model, name)
+        require(
+            value % tensor == 0,
+            f"mesh.tensor={tensor}: must divide model.{name}={value}; use "
+            f"{math.gcd(value, tensor)} or another divisor of it",
+        )
+
+
+def _multiples(value: int, step: int) -> str:
+    """The multiples of `step` next to `value`, as words."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else f"{below + step}"
+
+
+def _checked_fields(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a section, each of the type that the section's dataclass declares."""
+    require(
+        isinstance(values, Mapping), f"{section}={values!r}: expected a section of named fields"
+    )
+    hints = {key: hint for key, hint in _hints(section).items() if hint is not AttentionConfig}
+    _check_names("key", f"{section}.", values, hints)
+    return {key: _checked(f"{section}.{key}", values[key], hint) for key, hint in hints.items()}
+
+
+def _hints(section: str) -> dict[str, Any]:
+    return typing.get_type_hints(SECTIONS[section])
+
+
+def _check_names(what: str, prefix: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    known = list(known)
+    for name, value in given.items():
+        shown = "" if isinstance(value, Mapping) else f"={value!r}"
+        hint = nearest(name, known) or f"; known: {', '.join(known)}"
+        require(name in known, f"unknown {what} {prefix}{name}{shown}{hint}")
+    for name in known:
+        require(name in given, f"missing {what} {prefix}{name}: see configs/base.py")
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        require(
+            isinstance(value, str) and value in choices,
+            f"{key}={value!r}: must be one of {', '.join(choices)}{nearest(str(value), choices)}",
+        )
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    require(
+        type(value) is hint,
+        f"{key}={value!r}: expected {hint.__name__}, got {type(value).__name__}",
+    )
+    require(hint is not float or math.isfinite(value), f"{key}={value}: must be a finite number")
+    return value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,224 @@
+"""The training loop, from a config to a finished run; starting it again goes on where it was.
+
+The order within a step matters and is this: dispatch step n, then look at the metrics of step n - 1
+(so the device never waits for the host), evaluate, save, and only then react to a signal. Before
+anything is written to disk, the metrics of every step so far have been looked at.
+"""
+
+import functools
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from data.loader import eval_batches, train_batches
+from data.order import row_ids
+from data.store import TokenStore
+from laser.training import hardware, preemption, sharding
+from laser.training.checkpoint import Checkpoints
+from laser.training.config import RunConfig
+from laser.training.metrics import MetricsWriter, make_writer
+from laser.training.report import Report
+from laser.training.run_folder import open_run_folder
+from laser.training.step import TrainState, init_state, make_eval_step, make_train_step
+from models.decoder import train_flops_per_token
+
+log = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_PREEMPTED = 0, 1, 2, 75
+
+
+class TooManySkippedSteps(RuntimeError):
+    """The loss or the gradient was not finite for too many steps in a row."""
+
+
+def train(config: RunConfig, workdir: str, *, allow_config_change: bool = False) -> int:
+    """Trains until config.training.steps, from the newest checkpoint in `workdir` if there is one.
+
+    Returns:
+      The exit code of the process: 0 done, 1 stopped by an error that the log explains, 75 saved
+      after SIGTERM or SIGINT.
+
+    Raises:
+      ValueError: config, data, devices and workdir do not fit together; nothing was changed.
+    """
+    store = TokenStore(config.data.store)
+    _check_store(config, store)
+    mesh = sharding.make_mesh(config)
+    open_run_folder(workdir, config, store, allow_config_change)
+    run = Run(config, store, mesh)
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+        state = checkpoints.restore_latest(run.abstract_state)
+        if state is None:
+            log.info("starting a new run in %s", workdir)
+            state = run.init_state()
+        else:
+            log.info("resuming %s after step %d", workdir, int(state.step))
+            if int(state.step) >= config.training.steps:
+                log.info("nothing left to do: training.steps=%d", config.training.steps)
+                return EXIT_DONE
+        is_main = jax.process_index() == 0
+        writer = make_writer(
+            workdir, config.training.steps, resume_step=int(state.step), enabled=is_main
+        )
+        try:
+            with preemption.watch() as preempted:
+                return _run_steps(run, state, checkpoints, writer, preempted, Path(workdir))
+        except (OSError, TooManySkippedSteps) as error:
+            log.error("%s. Earlier checkpoints are intact: %s", error, checkpoints.latest_step())
+            return EXIT_FAILED
+        finally:
+            writer.close()
+
+
+class Run:
+    """What does not change while a run goes on: config, data, mesh and the compiled steps."""
+
+    def __init__(self, config: RunConfig, store: TokenStore, mesh: jax.sharding.Mesh):
+        self.config = config
+        self.store = store
+        self.batch_sharding = NamedSharding(mesh, sharding.BATCH)
+        abstract = jax.eval_shape(functools.partial(init_state, config))
+        self.shardings: TrainState = sharding.state_shardings(mesh, abstract)
+        self.abstract_state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            abstract,
+            self.shardings,
+        )
+        self.train_step = jax.jit(
+            make_train_step(config),
+            in_shardings=(self.shardings, self.batch_sharding),
+            out_shardings=(self.shardings, None),
+            donate_argnums=0,
+        )
+        self.eval_step = jax.jit(
+            make_eval_step(config), in_shardings=(self.shardings.params, self.batch_sharding)
+        )
+
+    def init_state(self) -> TrainState:
+        return jax.jit(functools.partial(init_state, self.config), out_shardings=self.shardings)()
+
+    def train_batches(self, start_step: int):
+        data = self.config.data
+        return train_batches(
+            self.store.split("train"),
+            seq_len=data.seq_len,
+            batch_size=self.config.training.batch_size,
+            seed=data.shuffle_seed,
+            start_step=start_step,
+            stop_step=self.config.training.steps,
+            segment_ids=data.segment_ids,
+            eos_id=self.store.eos_id,
+            sharding=self.batch_sharding,
+            prefetch=data.prefetch,
+        )
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Loss in nats per token and bits per byte of text on the validation split.
+
+        Bits per byte is there only where the whole split was read.
+        """
+        config, split = self.config, self.store.split("validation")
+        batches = eval_batches(
+            split,
+            seq_len=config.data.seq_len,
+            batch_size=config.training.batch_size,
+            segment_ids=config.data.segment_ids,
+            eos_id=self.store.eos_id,
+            pad_id=self.store.pad_id,
+            sharding=self.batch_sharding,
+            max_batches=config.training.eval_batches,
+        )
+        nll = tokens = 0.0
+        for batch in batches:
+            sums = self.eval_step(state.params, batch)
+            nll += float(sums.nll)
+            tokens += float(sums.tokens)
+        metrics = {"eval/loss": nll / tokens}
+        if tokens == split.num_tokens - 1:
+            metrics["eval/bits_per_byte"] = nll / math.log(2) / split.num_bytes
+        return metrics
+
+
+def _run_steps(
+    run: Run,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    preempted: preemption.Preemption,
+    workdir: Path,
+) -> int:
+    config = run.config
+    steps, start = config.training.steps, int(state.step)
+    report = Report(
+        writer,
+        log_every=config.training.log_every,
+        tokens_per_step=config.training.batch_size * config.data.seq_len,
+        flops_per_token=train_flops_per_token(config.model, config.data.seq_len),
+        peak_flops=hardware.peak_flops(),
+        on_skipped=functools.partial(_record_skipped, run, workdir),
+    )
+    with run.train_batches(start) as batches:
+        for step, batch in batches:
+            state, metrics = run.train_step(state, batch)
+            done = step + 1
+            report.push(done, metrics, batches.seconds_waited)
+            if _due(done, config.training.eval_every, steps):
+                report.flush()
+                writer.write(done, report.off_the_clock(lambda s=state: run.evaluate(s)))
+            if _due(done, config.checkpoint.every, steps) or preempted:
+                report.flush()
+                report.off_the_clock(functools.partial(checkpoints.save, done, state))
+            if preempted and done < steps:
+                checkpoints.wait()
+                log.warning("%s: saved step %d; start again to go on", preempted.name, done)
+                return EXIT_PREEMPTED
+    checkpoints.wait()
+    return EXIT_DONE
+
+
+def _due(done: int, every: int, steps: int) -> bool:
+    return done % every == 0 or done == steps
+
+
+def _record_skipped(run: Run, workdir: Path, step: int, metrics: dict[str, float]) -> None:
+    """Reports a step without an update, and ends the run when there are too many in a row."""
+    config = run.config
+    num_rows = run.store.split("train").num_rows(config.data.seq_len)
+    ids = row_ids(config.data.shuffle_seed, step - 1, config.training.batch_size, num_rows)
+    names = ("loss", "gradient_norm", "attention_range")
+    values = ", ".join(f"{name} {metrics[name]:.4g}" for name in names)
+    log.error("step %d skipped (%s); rows %s", step, values, np.array2string(ids, threshold=16))
+    if jax.process_index() == 0:
+        record: dict[str, Any] = {"step": step, "row_ids": ids.tolist()}
+        record |= {name: repr(metrics[name]) for name in names}
+        with (workdir / "skipped.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    in_a_row, limit = int(metrics["skipped_in_a_row"]), config.training.max_skipped_steps
+    if in_a_row >= limit:
+        raise TooManySkippedSteps(
+            f"{in_a_row} steps in a row had a non-finite loss or gradient (step {step}, "
+            f"training.max_skipped_steps={limit}): lower optimizer.learning_rate, or look at the "
+            f"rows in {workdir / 'skipped.jsonl'}"
+        )
+
+
+def _check_store(config: RunConfig, store: TokenStore) -> None:
+    if config.model.vocab_size < store.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer of {config.data.store} has "
+            f"{store.vocab_size} entries; set it to that or more"
+        )
+    for name in ("train", "validation"):
+        tokens, length = store.split(name).num_tokens, config.data.seq_len
+        if tokens <= length:
+            raise ValueError(
+                f"data.seq_len={length}: the {name} split of {config.data.store} has only {tokens} "
+                "tokens; use shorter rows or more text"
+            )

@@ -1,0 +1,200 @@
+"""Where the numbers of a run go: a terminal line, metrics.jsonl and TensorBoard, by one interface.
+
+metrics.jsonl is the record that scripts read: one JSON object per line, as
+`{"step": 10, "loss": 3.2}`, at most one line for a step's training metrics and one for its
+evaluation, also after kills and resumes. A value that is not finite is written as null, because NaN
+is not JSON.
+
+    loss, perplexity            mean over target tokens, nats
+    gradient_norm               before clipping          parameter_norm, learning_rate
+    tokens_per_second           all devices              seconds_per_step
+    mfu                         model FLOPs utilisation, 0 to 1; causal attention counted half
+    data_wait_seconds           per step, of the loop    memory_gib    most in use on a device
+    skipped_steps               so far, in the run       attention_range    largest, nats
+    eval/loss, eval/bits_per_byte
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter(Protocol):
+    """Takes the metrics of a step. Steps come in order."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records metrics, floats on the host, under their names."""
+
+    def close(self) -> None:
+        """Writes out what is left."""
+
+
+def make_writer(workdir: str, steps: int, *, resume_step: int, enabled: bool) -> MetricsWriter:
+    """All writers of a run.
+
+    Args:
+      workdir: folder of the run.
+      steps: number of steps of the whole run, for the time left.
+      resume_step: step of the checkpoint that the run goes on from, 0 at a start. What an earlier
+        process recorded after it is dropped: those steps are done again.
+      enabled: False on all processes but the first, which then write nothing.
+    """
+    if not enabled:
+        return MultiWriter([])
+    jsonl = JsonlWriter(workdir)
+    jsonl.truncate_after(resume_step)
+    tensorboard = TensorBoardWriter(workdir, first_step=resume_step + 1)
+    return MultiWriter([jsonl, tensorboard, TerminalLine(steps)])
+
+
+class MultiWriter:
+    """Hands everything to several writers; with none of them it writes nothing."""
+
+    def __init__(self, writers: Sequence[MetricsWriter]):
+        self._writers = writers
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, metrics)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+class JsonlWriter:
+    """`workdir/metrics.jsonl`, each line whole and on its way to the disk when `write` returns."""
+
+    def __init__(self, workdir: str):
+        self._path = Path(workdir) / METRICS_FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO | None = None
+
+    def truncate_after(self, step: int) -> None:
+        """Drops lines of later steps and a torn last line. The file is whole at any moment."""
+        if self._file is not None:
+            raise RuntimeError("truncate_after comes before the first write")
+        if not self._path.exists():
+            return
+        kept = [json.dumps(line) for line in read_metrics(self._path) if line["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        with temporary.open("w") as file:
+            file.writelines(line + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._file is None:
+            self._file = self._path.open("a")
+        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl. A last line without its end, torn by a kill, is left out."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    lines = []
+    for number, text in enumerate(whole.splitlines(), start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return lines
+
+
+class TensorBoardWriter:
+    """`workdir/tensorboard`. What earlier processes wrote from `first_step` on is hidden there."""
+
+    def __init__(self, workdir: str, first_step: int):
+        folder = Path(workdir) / "tensorboard"
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class TerminalLine:
+    """One line, written over, on a terminal; elsewhere a line now and then, for log files."""
+
+    def __init__(self, steps: int, stream: TextIO | None = None, seconds_between: float = 10.0):
+        self._steps = steps
+        self._stream = stream or sys.stdout
+        self._seconds_between = seconds_between
+        self._last_time = -math.inf
+        self._line_open = False
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        is_eval = any(name.startswith("eval/") for name in metrics)
+        line = self._format(step, metrics)
+        if self._stream.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{line[:width]}", end="\n" if is_eval else "", file=self._stream)
+            self._line_open = not is_eval
+        elif is_eval or step >= self._steps or self._is_time():
+            print(line, file=self._stream)
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._line_open:
+            print(file=self._stream)
+            self._line_open = False
+
+    def _is_time(self) -> bool:
+        now = time.monotonic()
+        if now - self._last_time < self._seconds_between:
+            return False
+        self._last_time = now
+        return True
+
+    def _format(self, step: int, metrics: Mapping[str, float]) -> str:
+        parts = [f"step {step:,}/{self._steps:,}"]
+        formats = {
+            "loss": "loss {:.4f}",
+            "eval/loss": "eval loss {:.4f}",
+            "eval/bits_per_byte": "bits per byte {:.4f}",
+            "gradient_norm": "grad norm {:.3g}",
+            "tokens_per_second": "{:,.0f} tokens/s",
+        }
+        parts += [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
+        if "mfu" in metrics:
+            parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
+        if metrics.get("skipped_steps"):
+            parts.append(f"skipped {metrics['skipped_steps']:.0f}")
+        if "seconds_per_step" in metrics:
+            left = (self._steps - step) * metrics["seconds_per_step"]
+            parts.append(f"left {format_duration(left)}")
+        return "  ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """`2 d 3 h`, `3 h 25 min`, `4 min 10 s` or `12 s`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour} h"
+    if hours:
+        return f"{hour} h {minute} min"
+    return f"{minute} min {second} s" if minutes else f"{second} s"

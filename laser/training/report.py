@@ -1,0 +1,96 @@
+"""Turns the metrics of finished steps into records, one step behind the device.
+
+Fetching a step's metrics waits for that step. Doing so for the step before the one just dispatched
+keeps the device busy and keeps the host at most one step ahead.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from laser.training import hardware
+from laser.training.metrics import MetricsWriter
+
+
+class Report:
+    """Collects, derives speed, and writes every `log_every` steps.
+
+    Args:
+      writer: takes the records.
+      log_every: steps.
+      tokens_per_step: of the whole batch, all hosts.
+      flops_per_token: model FLOPs, recomputation not counted.
+      peak_flops: of all devices; 0 if unknown, then there is no "mfu".
+      on_skipped: called with the step and its metrics when a step had no update.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        *,
+        log_every: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float,
+        on_skipped: Callable[[int, dict[str, float]], None],
+    ):
+        self._writer = writer
+        self._log_every = log_every
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._on_skipped = on_skipped
+        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
+        self._window_start = time.perf_counter()
+        self._window_steps = 0
+        self._seconds_waited = 0.0
+
+    def push(self, step: int, metrics: dict[str, jax.Array], seconds_waited: float) -> None:
+        """Takes the metrics of a step that was just dispatched, and reads those of the one before.
+
+        Args:
+          step: steps done with it.
+          metrics: scalars on device.
+          seconds_waited: for data, since the start.
+        """
+        self.flush()
+        self._pending = (step, metrics, seconds_waited)
+
+    def flush(self) -> None:
+        """Waits for the last step that was pushed and reads its metrics."""
+        if self._pending is None:
+            return
+        step, on_device, waited = self._pending
+        self._pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        self._window_steps += 1
+        if metrics["skipped_in_a_row"]:
+            self._on_skipped(step, metrics)
+        if step % self._log_every == 0 or step == 1:
+            self._writer.write(step, metrics | self._derived(metrics, waited))
+
+    def off_the_clock(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` without counting its time as training time."""
+        start = time.perf_counter()
+        result = action()
+        self._window_start += time.perf_counter() - start
+        return result
+
+    def _derived(self, metrics: dict[str, float], waited: float) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds_per_step = (now - self._window_start) / self._window_steps
+        tokens_per_second = self._tokens_per_step / seconds_per_step
+        derived = {
+            "perplexity": float(np.exp(np.minimum(metrics["loss"], 700.0))),
+            "seconds_per_step": seconds_per_step,
+            "tokens_per_second": tokens_per_second,
+            "data_wait_seconds": (waited - self._seconds_waited) / self._window_steps,
+            "memory_gib": hardware.memory_gib(),
+        }
+        if self._peak_flops:
+            derived["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+        self._window_start, self._window_steps, self._seconds_waited = now, 0, waited
+        return derived

@@ -1,0 +1,147 @@
+"""One training step and one evaluation step as pure functions of the state and a batch.
+
+Losses are sums over target tokens and are divided once, by the number of tokens of the whole step, so
+that micro-batches, hosts and padding change nothing. A step whose loss or gradient is not finite leaves
+parameters and optimizer as they were and is counted.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from laser.training import optimizer
+from laser.training.config import RunConfig
+from laser.training.loss import chunk_length, cross_entropy
+from models.decoder import Parameters, init_parameters, structure
+
+Array = jax.Array
+Batch = dict[
+    str, Array
+]  # as made by data/loader.py: (B, T) inputs, targets, weights[, segment_ids]
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds. The order of the data follows from `step`."""
+
+    step: Array  # int32, steps done
+    params: Parameters
+    opt_state: optax.OptState
+    skipped: Array  # int32, steps without an update since the start
+    skipped_in_a_row: Array  # int32
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up to; the attention range is a maximum."""
+
+    loss: Array
+    nll: Array
+    tokens: Array
+    attention_range: Array
+
+    def add(self, other: "Sums") -> "Sums":
+        return Sums(
+            self.loss + other.loss,
+            self.nll + other.nll,
+            self.tokens + other.tokens,
+            jnp.maximum(self.attention_range, other.attention_range),
+        )
+
+
+def init_state(config: RunConfig) -> TrainState:
+    """The state before the first step, a function of the config alone."""
+    params = init_parameters(config.model, config.training.seed)
+    zero = jnp.zeros((), jnp.int32)
+    opt_state = optimizer.make_optimizer(config.optimizer).init(params)
+    return TrainState(zero, params, opt_state, zero, zero)
+
+
+def make_loss(config: RunConfig) -> Callable[[Parameters, Batch], tuple[Array, Sums]]:
+    """A function of parameters and a batch: the summed loss, z-loss included, and all sums."""
+    graph = structure(config.model)
+
+    def loss(params, batch):
+        model = nnx.merge(graph, params)
+        hidden_BTM, ranges_L = model(batch["inputs"], batch.get("segment_ids"))
+        total, nll = cross_entropy(
+            hidden_BTM,
+            params["embedding"],
+            batch["targets"],
+            batch["weights"],
+            config.model.logits_soft_cap,
+            config.training.z_loss,
+            chunk_length(*batch["targets"].shape),
+        )
+        sums = Sums(total, nll, batch["weights"].sum(), ranges_L.max())
+        return total, jax.lax.stop_gradient(sums)
+
+    return loss
+
+
+def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """The function that train.py jits: (state, batch) -> (state, metrics).
+
+    The metrics are float32 scalars: loss (nats per token, without z-loss), gradient_norm,
+    parameter_norm, learning_rate, attention_range, skipped_steps, skipped_in_a_row.
+    """
+    gradient = jax.grad(make_loss(config), has_aux=True)
+    update = optimizer.make_optimizer(config.optimizer).update
+    schedule = optimizer.learning_rate(config.optimizer, config.training.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        grads, sums = _accumulate(gradient, state.params, batch, config.training.accumulation)
+        tokens = jnp.maximum(sums.tokens, 1.0)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        grad_norm = optax.global_norm(grads)
+        rate = schedule(state.step)
+        updates, opt_state = update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        good = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        keep = functools.partial(jnp.where, good)
+        bad = 1 - good.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        )
+        metrics = {
+            "loss": sums.nll / tokens,
+            "gradient_norm": grad_norm,
+            "parameter_norm": optax.global_norm(state.params),
+            "learning_rate": rate,
+            "attention_range": sums.attention_range,
+            "skipped_steps": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+        return state, jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+
+    return train_step
+
+
+def _accumulate(gradient, params, batch: Batch, micro_batches: int):
+    """Sums of gradients and of `Sums` over micro-batches, in order."""
+    if micro_batches == 1:
+        return gradient(params, batch)
+
+    def split(x):  # every micro-batch takes rows from all devices: rows i, i + n, i + 2n, ...
+        return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(carry, micro_batch):
+        grads, sums = carry
+        more_grads, more_sums = gradient(params, micro_batch)
+        return (jax.tree.map(jnp.add, grads, more_grads), sums.add(more_sums)), None
+
+    zero = (jax.tree.map(jnp.zeros_like, params), Sums(*[jnp.float32(0)] * 4))
+    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
+
+
+def make_eval_step(config: RunConfig) -> Callable[[Parameters, Batch], Sums]:
+    """(parameters, batch) -> sums over the batch's target tokens."""
+    loss = make_loss(config)
+    return lambda params, batch: loss(params, batch)[1]

@@ -1,0 +1,139 @@
+"""The decoder-only language model: tied embedding, one block scanned over its layers, final norm.
+
+The paper names PAX and leaves open much that PAX's defaults answer; those are taken: sinusoidal
+positions added to the embedding, which is scaled by sqrt(model dim), pre-norm, the same matrix for
+input and output. The layers' parameters are stacked, so that a scan compiles one layer whatever the
+depth is, and the backward pass keeps what the named policy says.
+
+Shapes: B batch, T positions, M model dim, V vocabulary, L layers.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import ModelConfig
+from models.layers import Block, Norm
+
+Array = jax.Array
+Parameters = dict[str, Any]  # nested dicts with float32 arrays as leaves
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the projections' outputs
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the blocks' inputs alone
+}
+
+
+class Decoder(nnx.Module):
+    """Tokens to final hidden states; `logits` takes those to the vocabulary."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.vocab_size, config.model_dim)
+        scale = 1 / math.sqrt(config.model_dim)
+        self.embedding = nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+        make_blocks = nnx.split_rngs(splits=config.num_layers)(
+            nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
+        )
+        self.blocks = make_blocks(rngs)
+        self.final_norm = Norm(config.model_dim, config.norm)
+
+    def __call__(
+        self, tokens_BT: Array, segment_ids_BT: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Runs the blocks.
+
+        Args:
+          tokens_BT: (B, T) int32.
+          segment_ids_BT: (B, T) int32; tokens attend within their segment and positions restart there.
+
+        Returns:
+          (B, T, M) hidden states after the final norm, in the config's dtype, and per layer the
+          attention range in nats, (L,) float32.
+        """
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        positions_BT = positions(tokens_BT.shape, segment_ids_BT)
+        x_BTM = self.embedding[...].astype(dtype)[tokens_BT] * math.sqrt(config.model_dim)
+        if config.positions == "sinusoidal":
+            x_BTM += sinusoidal(positions_BT, config.model_dim).astype(dtype)
+        x_BTM, ranges_L = self._run_blocks(x_BTM, positions_BT, segment_ids_BT)
+        return self.final_norm(x_BTM), ranges_L
+
+    def _run_blocks(self, x_BTM, positions_BT, segment_ids_BT):
+        graph, stacked = nnx.split(self.blocks)
+
+        def layer(x, xs):
+            index, params = xs
+            return nnx.merge(graph, params)(x, index, positions_BT, segment_ids_BT)
+
+        if self.config.remat != "none":
+            # The scan already keeps the recomputation apart from the forward pass.
+            layer = jax.checkpoint(
+                layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=self.config.unroll
+            )
+        layers = self.config.num_layers
+        unroll = layers if self.config.unroll else 1
+        return jax.lax.scan(layer, x_BTM, (jnp.arange(layers), stacked), unroll=unroll)
+
+    def logits(self, hidden_BTM: Array) -> Array:
+        """(B, T, M) -> (B, T, V) float32, through the tied embedding."""
+        return output_logits(hidden_BTM, self.embedding[...], self.config.logits_soft_cap)
+
+
+def output_logits(hidden: Array, embedding_VM: Array, soft_cap: float) -> Array:
+    """hidden · embeddingᵀ accumulated in float32, then c · tanh(· / c) if soft_cap > 0.
+
+    (..., M), (V, M) -> (..., V) float32.
+    """
+    logits = jnp.einsum(
+        "...m,vm->...v",
+        hidden,
+        embedding_VM.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def positions(shape: tuple[int, int], segment_ids_BT: Array | None) -> Array:
+    """Position of each token in its row, or in its segment where there are segment ids. (B, T) int32."""
+    index_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    if segment_ids_BT is None:
+        return index_BT
+    starts = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    return index_BT - jax.lax.cummax(jnp.where(starts, index_BT, 0), axis=1)
+
+
+def sinusoidal(positions_BT: Array, dim: int) -> Array:
+    """[sin | cos] of dim/2 wavelengths from 2π to 2π·10,000, as PAX's PositionalEmbedding. (B, T, dim)."""
+    count = dim // 2
+    frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(count) / max(count - 1, 1))
+    angle = positions_BT[:, :, None] * frequency
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def init_parameters(config: ModelConfig, seed: int) -> Parameters:
+    """Initial parameters as a nested dict of float32 arrays, a function of config and seed alone."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=seed)), nnx.Param))
+
+
+def structure(config: ModelConfig) -> nnx.GraphDef:
+    """The model without its parameters: `nnx.merge(structure(config), parameters)` is the model."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=0))))
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Matrix-product FLOPs of forward and backward pass per token.
+
+    Causal attention counts half of the square, and recomputation not at all: the convention of the
+    MFU that is reported here.
+    """
+    heads, size, dim = config.num_heads, config.head_dim, config.model_dim
+    weights = config.num_layers * (4 * dim * heads * size + 2 * dim * config.mlp_dim)
+    weights += config.vocab_size * dim
+    maps = size // config.query_dim  # differential attention has two, each over the whole value
+    per_layer = heads * (size + maps * size) * seq_len / 2
+    return 6 * (weights + config.num_layers * per_layer)

@@ -1,0 +1,118 @@
+"""Every config file loads, and the arguments of configs/c4.py mean what the paper says."""
+
+import importlib
+import itertools
+from pathlib import Path
+
+import pytest
+
+from configs import c4
+from configs.arguments import parse_arguments
+from laser.training.config import load_config, to_dict
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FILES = sorted(
+    path
+    for path in (ROOT / "configs").rglob("*.py")
+    if path.name not in ("__init__.py", "arguments.py")
+)
+SIZES = ("234m", "301m", "435m", "1p1b", "2p2b", "7p7b")
+MODIFIERS = ("per_dim_temp", "qk_norm", "diff", "temp=0.5")
+ATTENTIONS = [
+    "+".join((kind, *modifiers))
+    for kind in ("standard", "laser")
+    for count in range(len(MODIFIERS) + 1)
+    for modifiers in itertools.combinations(MODIFIERS, count)
+]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_loads(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    config = importlib.import_module(name).get_config()
+    run = load_config(config)
+    assert to_dict(run) == config.to_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_combination_of_c4_loads(size, optimizer):
+    for attention in ATTENTIONS:
+        run = load_config(c4.get_config(f"size={size},attention={attention},optimizer={optimizer}"))
+        chosen = run.model.attention
+        assert run.optimizer.name == optimizer
+        assert chosen.kind == attention.split("+")[0]
+        assert chosen.per_dim_temp == ("per_dim_temp" in attention)
+        assert chosen.qk_norm == ("qk_norm" in attention)
+        assert chosen.diff == ("official" if "diff" in attention else "none")
+        assert chosen.temperature == (0.5 if "temp=" in attention else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    [
+        ("234m", 234.1),
+        ("301m", 301.2),
+        ("435m", 435.4),
+        ("1p1b", 1139),
+        ("2p2b", 2213),
+        ("7p7b", 7732),
+    ],
+)
+def test_sizes_have_the_paper_s_number_of_parameters(size, millions):
+    model = load_config(c4.get_config(f"size={size}")).model
+    attention = 4 * model.model_dim * model.num_heads * model.head_dim
+    layer = attention + 2 * model.model_dim * model.mlp_dim
+    count = model.num_layers * layer + model.vocab_size * model.model_dim
+    assert count / 1e6 == pytest.approx(millions, rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "tokens"),
+    [("c4", "", 167.8e9), ("studies.diff_2p2b", "", 24e9), ("studies.short_7p7b", "", 44e9)],
+)
+def test_tokens_of_the_runs(name, arguments, tokens):
+    run = load_config(importlib.import_module(f"configs.{name}").get_config(arguments))
+    assert run.training.steps * run.training.batch_size * run.data.seq_len == pytest.approx(
+        tokens, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("quickstart", "standard"),
+        ("studies.lamb_301m", "standard"),
+        ("studies.float32_2p2b", "standard"),
+        ("studies.short_7p7b", "standard"),
+        ("studies.diff_2p2b", "standard+diff"),
+    ],
+)
+def test_studies_take_the_attention(name, kind):
+    run = load_config(importlib.import_module(f"configs.{name}").get_config(f"attention={kind}"))
+    assert run.model.attention.kind == "standard"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("size=2p2", "unknown size '2p2': did you mean '2p2b'"),
+        ("sise=2p2b", "unknown config argument 'sise': did you mean 'size'"),
+        ("attention=lazer", "unknown attention 'lazer': did you mean 'laser'"),
+        ("attention=laser+qknorm", "modifier 'qknorm': did you mean 'qk_norm'"),
+        ("attention=laser+temp=0", "number above 0"),
+        ("attention=laser+temp=warm", "number above 0"),
+        ("attention=laser+temp", "number above 0"),
+        ("optimizer=adam", "unknown optimizer 'adam': did you mean 'adamw'"),
+        ("size", "write size=VALUE"),
+        ("size=301m,size=2p2b", "given twice"),
+    ],
+)
+def test_mistakes_name_what_was_meant(arguments, message):
+    with pytest.raises(ValueError) as error:
+        c4.get_config(arguments)
+    assert message in str(error.value)
+
+
+def test_arguments_override_the_defaults():
+    assert parse_arguments("b=3", {"a": "1", "b": "2"}) == {"a": "1", "b": "3"}

@@ -1,0 +1,156 @@
+"""The record of a run: whole after kills and resumes, and valid JSON whatever the numbers are."""
+
+import io
+import json
+import math
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from laser.training.metrics import (
+    JsonlWriter,
+    TensorBoardWriter,
+    TerminalLine,
+    format_duration,
+    make_writer,
+    read_metrics,
+)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def _steps(path):
+    return [line["step"] for line in read_metrics(path)]
+
+
+def test_each_step_is_there_once_after_a_kill_and_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    killed = JsonlWriter(str(tmp_path))
+    for step in (10, 20, 30):
+        killed.write(step, {"loss": 1.0})
+    killed.close()
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')  # torn by the kill
+
+    resumed = JsonlWriter(str(tmp_path))
+    resumed.truncate_after(20)
+    assert _steps(path) == [10, 20]
+    for step in (30, 40):
+        resumed.write(step, {"loss": 2.0})
+    resumed.close()
+
+    assert _steps(path) == [10, 20, 30, 40]
+    assert [line["loss"] for line in read_metrics(path)] == [1.0, 1.0, 2.0, 2.0]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_torn_line_is_left_out_and_a_broken_one_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert _steps(path) == [1]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(path)
+
+
+def test_a_line_is_on_disk_when_write_returns(tmp_path):
+    writer = JsonlWriter(str(tmp_path))
+    writer.write(1, {"loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+    writer.close()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_null(tmp_path, value):
+    writer = JsonlWriter(str(tmp_path))
+    writer.write(1, {"loss": value, "mfu": 0.5})
+    writer.close()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss": None, "mfu": 0.5}
+
+
+def _read_events(folder):
+    events = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:  # length (8 bytes), its checksum (4), the event, its checksum (4)
+            length = int.from_bytes(content[:8], "little")
+            events.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return events
+
+
+def test_tensorboard_gets_the_values_and_hides_what_is_done_again(tmp_path):
+    writer = TensorBoardWriter(str(tmp_path), first_step=21)
+    writer.write(30, {"eval/loss": 2.5})
+    writer.close()
+    events = _read_events(tmp_path / "tensorboard")
+    assert [e.step for e in events if e.session_log.status == SessionLog.START] == [21]
+    written = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+    assert written == [(30, "eval/loss", 2.5)]
+
+
+METRICS = {
+    "loss": 3.21456,
+    "gradient_norm": 0.5,
+    "tokens_per_second": 12345.6,
+    "mfu": 0.412,
+    "seconds_per_step": 2.0,
+}
+
+
+def test_a_terminal_has_one_line_written_over():
+    stream = _Terminal()
+    writer = TerminalLine(1000, stream)
+    writer.write(10, METRICS)
+    writer.write(20, METRICS)
+    assert stream.getvalue().count("\r") == 2
+    assert "\n" not in stream.getvalue()
+    writer.write(20, {"eval/loss": 3.0})
+    assert stream.getvalue().endswith("eval loss 3.0000\n")
+    writer.write(30, METRICS)
+    writer.close()
+    assert stream.getvalue().endswith("\n")
+
+
+def test_a_log_file_has_a_line_now_and_then_and_the_last_step_always():
+    stream = io.StringIO()
+    writer = TerminalLine(30, stream, seconds_between=3600)
+    for step in (10, 20, 30):
+        writer.write(step, METRICS)
+    first, last = stream.getvalue().splitlines()
+    assert first == (
+        "step 10/30  loss 3.2146  grad norm 0.5  12,346 tokens/s  MFU 41.2 %  left 40 s"
+    )
+    assert last.startswith("step 30/30")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12, "12 s"), (250, "4 min 10 s"), (12300, "3 h 25 min"), (183600, "2 d 3 h")],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_only_the_first_process_writes(tmp_path):
+    writer = make_writer(str(tmp_path / "other"), 10, resume_step=0, enabled=False)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_fresh_run_in_a_folder_with_metrics_starts_them_anew(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
+    writer = make_writer(str(tmp_path), 10, resume_step=0, enabled=True)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert _steps(tmp_path / "metrics.jsonl") == [1]
+    assert (tmp_path / "tensorboard").is_dir()

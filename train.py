@@ -1,0 +1,49 @@
+"""Trains a model, or goes on with a run that is there already.
+
+    python train.py --config=configs/c4.py:size=301m,attention=laser --workdir=runs/laser
+    python train.py --config=... --workdir=... --config.optimizer.learning_rate=3e-3
+
+Starting it again with the same --workdir resumes from the newest checkpoint.
+Exit codes: 0 done, 2 mistake in the command line or the config, 75 saved on preemption (start it
+again), 1 anything else.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from laser.training.flags import exit_with, parse_or_exit
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "folder of the run: checkpoints, metrics, config; resumed if it is there",
+        flag_values=values,
+        required=True,
+    )
+    flags.DEFINE_bool(
+        "allow_config_change",
+        False,
+        "resume although the config or the data differ from those that the run was started with",
+        flag_values=values,
+    )
+
+
+def main(argv: list[str]) -> int:
+    config, values = parse_or_exit(argv, define_flags, __doc__)
+    if not Path(config.data.store).is_dir():
+        exit_with(
+            argv[0],
+            f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py",
+        )
+
+    from laser.training import loop  # imports jax: only after the config was found to be right
+
+    return loop.train(config, values.workdir, allow_config_change=values.allow_config_change)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
