@@ -8,12 +8,14 @@ Exit codes: 0 done, 2 mistake in the command line or the config, 75 saved on pre
 again), 1 anything else.
 """
 
+import logging
 import sys
 from pathlib import Path
 
 from absl import flags
 
 from laser.training.flags import exit_with, parse_or_exit
+from laser.training.hardware import tune_cpu
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -39,10 +41,20 @@ def main(argv: list[str]) -> int:
             argv[0],
             f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py",
         )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for library in ("absl", "orbax", "jax"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    tune_cpu()
 
     from laser.training import loop  # imports jax: only after the config was found to be right
 
-    return loop.train(config, values.workdir, allow_config_change=values.allow_config_change)
+    try:
+        run = loop.open_run(
+            config, values.workdir, allow_config_change=values.allow_config_change
+        )
+    except ValueError as error:
+        exit_with(argv[0], str(error))
+    return loop.train(run)
 
 
 if __name__ == "__main__":

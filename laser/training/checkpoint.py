@@ -6,8 +6,11 @@ the order of summation, so a restore onto any other mesh is verified bit for bit
 asynchronously into a temporary folder and renames it, so that a killed save leaves the older ones.
 """
 
+import contextlib
+import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,10 @@ log = logging.getLogger(__name__)
 UNREADABLE = "unreadable"  # suffix of the folder that a checkpoint is moved to when it can't be read
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none could be read; the message says what is left."""
+
+
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last save.
 
@@ -30,7 +37,7 @@ class Checkpoints:
       config: how many to keep.
     """
 
-    def __init__(self, workdir: str, config: CheckpointConfig):
+    def __init__(self, workdir: Path, config: CheckpointConfig):
         self._folder = Path(workdir).absolute() / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._options = ocp.CheckpointManagerOptions(
@@ -50,21 +57,29 @@ class Checkpoints:
         """Starts to save `state` (a tree of jax.Arrays) as `step`; returns when it has been copied.
 
         Raises:
-          OSError, ValueError: an earlier save failed, on a full disk for example.
+          CheckpointError: this save or the one before it failed, on a full disk for example.
         """
-        record = {"checksums": jax.device_get(_checksums(state))}
-        record = jax.tree.map(int, record)
+        record = {"checksums": jax.tree.map(int, jax.device_get(_checksums(state)))}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
-        self._manager.save(step, args=args)
+        with self._explained():
+            self._manager.save(step, args=args)
 
     def wait(self) -> None:
-        """Waits for the save that is under way; raises what it failed with."""
-        self._manager.wait_until_finished()
+        """Waits for the save that is under way. Raises CheckpointError if it failed."""
+        with self._explained():
+            self._manager.wait_until_finished()
 
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many types: TensorStore reports a full disk as ValueError
+            raise CheckpointError(
+                f"could not save a checkpoint in {self._folder}: {_first_line(error)}. Those "
+                f"before it are intact: steps {_complete_steps(self._folder)}"
+            ) from error
 
     def restore_latest(self, abstract_state: Any) -> Any | None:
         """The newest state that can be read and verified, or None where there is no checkpoint.
@@ -75,17 +90,16 @@ class Checkpoints:
           abstract_state: the tree of ShapeDtypeStructs with the shardings wanted.
 
         Raises:
-          ValueError: there are checkpoints and none of them can be read.
+          CheckpointError: there are checkpoints and none of them can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 return self._restore(step, abstract_state)
             except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                self._set_aside(step, reason)
+                self._set_aside(step, _first_line(error))
         if steps:
-            raise ValueError(
+            raise CheckpointError(
                 f"none of the checkpoints {sorted(steps)} in {self._folder} can be read; they were "
                 f"kept with the ending .{UNREADABLE}. Start in another workdir, or restore a backup"
             )
@@ -96,11 +110,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=args)
-        expected = restored["record"]["checksums"]
-        actual = jax.tree.map(int, jax.device_get(_checksums(restored["state"])))
-        damaged = [name for name, value in actual.items() if expected.get(name) != value]
-        if damaged:
-            raise ValueError(f"checksum of {', '.join(damaged)} differs")
+        _verify(restored["state"], restored["record"]["checksums"])
         return restored["state"]
 
     def _set_aside(self, step: int, reason: str) -> None:
@@ -114,6 +124,53 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             folder.rename(target)
         self._manager.reload()
+
+
+def restore_parameters(workdir: Path, abstract_params: Any, step: int | None = None) -> Any:
+    """The parameters alone, verified, onto the shardings of `abstract_params`: for evaluation.
+
+    Args:
+      workdir: the run's folder.
+      abstract_params: tree of ShapeDtypeStructs with shardings.
+      step: which checkpoint; the newest if None.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    folder = workdir.absolute() / "checkpoints"
+    steps = _complete_steps(folder) if folder.is_dir() else []
+    if not steps or (step is not None and step not in steps):
+        raise CheckpointError(f"no checkpoint{f' {step}' if step else ''} in {folder}; there are {steps}")
+    path = folder / str(step if step is not None else steps[-1])
+    item = {"params": abstract_params}
+    args = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(path / "state", args=args)
+        record = json.loads((path / "record" / "metadata").read_text())
+        _verify(restored, record["checksums"])
+    except Exception as error:  # of many types for a damaged file, as above
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+    return restored["params"]
+
+
+def _verify(state: Any, expected: dict[str, int]) -> None:
+    actual = jax.tree.map(int, jax.device_get(_checksums(state)))
+    damaged = [name for name, value in actual.items() if expected.get(name) != value]
+    if damaged:
+        raise CheckpointError(f"checksum of {', '.join(damaged)} differs")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _complete_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from data.loader import eval_batches, train_batches
 from data.order import row_ids
 from data.store import TokenStore
 from laser.training import hardware, preemption, sharding
-from laser.training.checkpoint import Checkpoints
+from laser.training.checkpoint import CheckpointError, Checkpoints
 from laser.training.config import RunConfig
 from laser.training.metrics import MetricsWriter, make_writer
 from laser.training.report import Report
@@ -31,57 +31,60 @@ from models.decoder import train_flops_per_token
 
 log = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_PREEMPTED = 0, 1, 2, 75
+EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
 
 
 class TooManySkippedSteps(RuntimeError):
     """The loss or the gradient was not finite for too many steps in a row."""
 
 
-def train(config: RunConfig, workdir: str, *, allow_config_change: bool = False) -> int:
-    """Trains until config.training.steps, from the newest checkpoint in `workdir` if there is one.
-
-    Returns:
-      The exit code of the process: 0 done, 1 stopped by an error that the log explains, 75 saved
-      after SIGTERM or SIGINT.
+def open_run(config: RunConfig, workdir: str, *, allow_config_change: bool = False) -> "Run":
+    """Checks that config, data, devices and workdir fit together, and makes the run's folder.
 
     Raises:
-      ValueError: config, data, devices and workdir do not fit together; nothing was changed.
+      ValueError: they do not; nothing was changed.
     """
     store = TokenStore(config.data.store)
     _check_store(config, store)
     mesh = sharding.make_mesh(config)
+    run = Run(config, workdir, store, mesh)
     open_run_folder(workdir, config, store, allow_config_change)
-    run = Run(config, store, mesh)
-    with Checkpoints(workdir, config.checkpoint) as checkpoints:
-        state = checkpoints.restore_latest(run.abstract_state)
-        if state is None:
-            log.info("starting a new run in %s", workdir)
-            state = run.init_state()
-        else:
-            log.info("resuming %s after step %d", workdir, int(state.step))
-            if int(state.step) >= config.training.steps:
-                log.info("nothing left to do: training.steps=%d", config.training.steps)
+    return run
+
+
+def train(run: "Run") -> int:
+    """Trains until config.training.steps, from the newest checkpoint if there is one.
+
+    Returns:
+      The exit code of the process: 0 done, 1 stopped by an error that the log explains, 75 saved
+      after SIGTERM or SIGINT.
+    """
+    steps = run.config.training.steps
+    try:
+        with Checkpoints(run.workdir, run.config.checkpoint) as checkpoints:
+            state = checkpoints.restore_latest(run.abstract_state)
+            if state is None:
+                log.info("starting a new run in %s", run.workdir)
+                state = run.init_state()
+            elif int(state.step) >= steps:
+                log.info("%s: nothing left to do after step %d", run.workdir, int(state.step))
                 return EXIT_DONE
-        is_main = jax.process_index() == 0
-        writer = make_writer(
-            workdir, config.training.steps, resume_step=int(state.step), enabled=is_main
-        )
-        try:
-            with preemption.watch() as preempted:
-                return _run_steps(run, state, checkpoints, writer, preempted, Path(workdir))
-        except (OSError, TooManySkippedSteps) as error:
-            log.error("%s. Earlier checkpoints are intact: %s", error, checkpoints.latest_step())
-            return EXIT_FAILED
-        finally:
-            writer.close()
+            else:
+                log.info("resuming %s after step %d", run.workdir, int(state.step))
+            return _train_from(run, state, checkpoints)
+    except (OSError, CheckpointError, TooManySkippedSteps) as error:
+        log.error("%s", error)
+        return EXIT_FAILED
 
 
 class Run:
     """What does not change while a run goes on: config, data, mesh and the compiled steps."""
 
-    def __init__(self, config: RunConfig, store: TokenStore, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, config: RunConfig, workdir: str, store: TokenStore, mesh: jax.sharding.Mesh
+    ):
         self.config = config
+        self.workdir = Path(workdir)
         self.store = store
         self.batch_sharding = NamedSharding(mesh, sharding.BATCH)
         abstract = jax.eval_shape(functools.partial(init_state, config))
@@ -146,24 +149,37 @@ class Run:
         return metrics
 
 
-def _run_steps(
-    run: Run,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter,
-    preempted: preemption.Preemption,
-    workdir: Path,
-) -> int:
-    config = run.config
-    steps, start = config.training.steps, int(state.step)
+def _train_from(run: Run, state: TrainState, checkpoints: Checkpoints) -> int:
+    """The steps that are left, with metrics and signals looked after."""
+    config, step = run.config, int(state.step)
+    writer = make_writer(
+        run.workdir, config.training.steps, resume_step=step, enabled=jax.process_index() == 0
+    )
     report = Report(
         writer,
         log_every=config.training.log_every,
         tokens_per_step=config.training.batch_size * config.data.seq_len,
         flops_per_token=train_flops_per_token(config.model, config.data.seq_len),
         peak_flops=hardware.peak_flops(),
-        on_skipped=functools.partial(_record_skipped, run, workdir),
+        on_skipped=functools.partial(_record_skipped, run),
     )
+    try:
+        with preemption.watch() as preempted:
+            return _run_steps(run, state, checkpoints, writer, report, preempted)
+    finally:
+        writer.close()
+
+
+def _run_steps(
+    run: Run,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    report: Report,
+    preempted: preemption.Preemption,
+) -> int:
+    config, start = run.config, int(state.step)
+    steps = config.training.steps
     with run.train_batches(start) as batches:
         for step, batch in batches:
             state, metrics = run.train_step(state, batch)
@@ -187,7 +203,7 @@ def _due(done: int, every: int, steps: int) -> bool:
     return done % every == 0 or done == steps
 
 
-def _record_skipped(run: Run, workdir: Path, step: int, metrics: dict[str, float]) -> None:
+def _record_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
     """Reports a step without an update, and ends the run when there are too many in a row."""
     config = run.config
     num_rows = run.store.split("train").num_rows(config.data.seq_len)
@@ -198,14 +214,14 @@ def _record_skipped(run: Run, workdir: Path, step: int, metrics: dict[str, float
     if jax.process_index() == 0:
         record: dict[str, Any] = {"step": step, "row_ids": ids.tolist()}
         record |= {name: repr(metrics[name]) for name in names}
-        with (workdir / "skipped.jsonl").open("a") as file:
+        with (run.workdir / "skipped.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
     in_a_row, limit = int(metrics["skipped_in_a_row"]), config.training.max_skipped_steps
     if in_a_row >= limit:
         raise TooManySkippedSteps(
             f"{in_a_row} steps in a row had a non-finite loss or gradient (step {step}, "
             f"training.max_skipped_steps={limit}): lower optimizer.learning_rate, or look at the "
-            f"rows in {workdir / 'skipped.jsonl'}"
+            f"rows in {run.workdir / 'skipped.jsonl'}"
         )
 
 

@@ -96,7 +96,7 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         grads, sums = _accumulate(gradient, state.params, batch, config.training.accumulation)
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         rate = schedule(state.step)
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
@@ -113,7 +113,7 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         metrics = {
             "loss": sums.nll / tokens,
             "gradient_norm": grad_norm,
-            "parameter_norm": optax.global_norm(state.params),
+            "parameter_norm": optax.tree.norm(state.params),
             "learning_rate": rate,
             "attention_range": sums.attention_range,
             "skipped_steps": state.skipped,

@@ -1,0 +1,230 @@
+"""Batches as global jax.Arrays, made ahead of the step by a background thread.
+
+The batch of a step follows from the seed and the step alone (data/order.py). Each host looks up in
+the sharding which rows of the global batch its devices hold, and reads no others.
+
+    inputs       (batch_size, seq_len) int32: row[:-1]
+    targets      (batch_size, seq_len) int32: row[1:]
+    weights      (batch_size, seq_len) float32: 1 for a real target, 0 for padding
+    segment_ids  (batch_size, seq_len) int32, on request: documents of a row, counted from 1; an EOS
+                 belongs to the document after it, as its beginning-of-sequence token
+"""
+
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Self
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from data.order import row_ids
+from data.store import Split
+
+Batch = dict[str, jax.Array]
+Arrays = dict[str, np.ndarray]
+POLL_SECONDS = 0.05  # how long close() may wait for the thread to notice
+
+
+def train_batches(
+    split: Split,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    stop_step: int,
+    segment_ids: bool,
+    eos_id: int,
+    sharding: Sharding | None = None,
+    prefetch: int = 2,
+) -> "Prefetcher":
+    """Shuffled batches of whole rows, one for each step in [start_step, stop_step).
+
+    Args:
+      split: of a TokenStore.
+      seq_len: tokens of a row.
+      batch_size: rows of a step over all hosts.
+      seed: of the order.
+      start_step: steps done already.
+      stop_step: steps of the whole run.
+      segment_ids: whether batches have them.
+      eos_id: of the tokenizer.
+      sharding: of a (batch, sequence) array; None puts whole batches on the default device.
+      prefetch: batches made ready ahead, at least 1.
+
+    Returns:
+      An iterator and context manager over (step, batch).
+
+    Raises:
+      ValueError: the split is shorter than one row, or prefetch < 1.
+    """
+    num_rows = split.num_rows(seq_len)
+    if num_rows < 1:
+        raise ValueError(
+            f"seq_len={seq_len}: the split has only {split.num_tokens} tokens; use shorter rows"
+        )
+
+    def make_batch(step: int) -> tuple[int, Batch]:
+        ids = row_ids(seed, step, batch_size, num_rows)
+
+        def read(start: int, stop: int) -> Arrays:
+            rows = split.rows(ids[start:stop], seq_len)
+            valid = np.full(len(rows), seq_len)
+            return _arrays(rows, valid, eos_id if segment_ids else None)
+
+        return step, _global_batch(read, (batch_size, seq_len), sharding)
+
+    return Prefetcher(make_batch, range(start_step, stop_step), prefetch)
+
+
+def eval_batches(
+    split: Split,
+    *,
+    seq_len: int,
+    batch_size: int,
+    segment_ids: bool,
+    eos_id: int,
+    pad_id: int,
+    sharding: Sharding | None = None,
+    max_batches: int = 0,
+) -> Iterator[Batch]:
+    """The split in order, every token but the first one a target exactly once.
+
+    The last row may be short and the last batch may lack rows: both are filled up with `pad_id` at
+    weight 0. The other arguments are those of `train_batches`.
+
+    Args:
+      max_batches: stop after so many; 0 = all.
+    """
+    num_rows = split.num_rows(seq_len, partial=True)
+    num_batches = -(-num_rows // batch_size)
+
+    for first in range(0, min(num_batches, max_batches or num_batches) * batch_size, batch_size):
+
+        def read(start: int, stop: int, first: int = first) -> Arrays:
+            ids = np.arange(first + start, min(first + stop, num_rows))
+            rows = np.full((stop - start, seq_len + 1), pad_id, np.int32)
+            valid = np.zeros(stop - start, np.int64)
+            rows[: len(ids)], valid[: len(ids)] = split.padded_rows(ids, seq_len, pad_id)
+            return _arrays(rows, valid, eos_id if segment_ids else None)
+
+        yield _global_batch(read, (batch_size, seq_len), sharding)
+
+
+class Prefetcher:
+    """Calls a function for each step in a background thread and hands over the results in order.
+
+    An exception of the function is raised by `next`, with its traceback. Leave the context, or call
+    `close`, to end the thread.
+
+    Attributes:
+      seconds_waited: in `next`, so far.
+    """
+
+    def __init__(
+        self, make_batch: Callable[[int], tuple[int, Batch]], steps: range, prefetch: int
+    ) -> None:
+        if prefetch < 1:
+            raise ValueError(f"prefetch={prefetch}: must be at least 1")
+        self.seconds_waited = 0.0
+        self._queue: queue.Queue[tuple[int, Batch] | BaseException | None]
+        self._queue = queue.Queue(maxsize=prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=_fill,
+            args=(self._queue, self._stop, make_batch, steps),
+            name="data-prefetch",
+            daemon=True,  # a forgotten close() must not keep the process alive
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[int, Batch]:
+        if self._stop.is_set():
+            raise StopIteration
+        began = time.perf_counter()
+        item = self._queue.get()
+        self.seconds_waited += time.perf_counter() - began
+        if isinstance(item, tuple):
+            return item
+        self.close()
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread, after the batch it is working on. May be called more than once."""
+        self._stop.set()
+        self._thread.join()
+
+
+def _fill(
+    results: queue.Queue,
+    stop: threading.Event,
+    make_batch: Callable[[int], tuple[int, Batch]],
+    steps: range,
+) -> None:
+    """The thread: results of `make_batch`, then None or the exception that ended it."""
+
+    def put(item: object) -> None:
+        while not stop.is_set():
+            try:
+                return results.put(item, timeout=POLL_SECONDS)
+            except queue.Full:
+                continue
+
+    try:
+        for step in steps:
+            if stop.is_set():
+                return
+            put(make_batch(step))
+    except BaseException as error:  # whatever it is, the main thread must hear of it
+        put(error)
+    else:
+        put(None)
+
+
+def _arrays(rows: np.ndarray, valid: np.ndarray, eos_id: int | None) -> Arrays:
+    """Splits rows (n, seq_len + 1) into the arrays of a batch; segment ids if `eos_id` is given."""
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    arrays = {
+        "inputs": inputs,
+        "targets": targets,
+        "weights": (np.arange(inputs.shape[1]) < valid[:, None]).astype(np.float32),
+    }
+    if eos_id is not None:
+        arrays["segment_ids"] = 1 + np.cumsum(inputs == eos_id, axis=1, dtype=np.int32)
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def _global_batch(
+    read: Callable[[int, int], Arrays], shape: tuple[int, int], sharding: Sharding | None
+) -> Batch:
+    """Global arrays from `read(start, stop)`, which is asked for this host's rows alone, once."""
+    batch_size = shape[0]
+    if sharding is None:
+        return {name: jax.device_put(array) for name, array in read(0, batch_size).items()}
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    ranges = {index[0].indices(batch_size)[:2] for index in indices if index is not None}
+    parts = {(start, stop): read(start, stop) for start, stop in sorted(ranges)}
+
+    def piece(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch_size)
+        return parts[start, stop][name][:, index[1]]
+
+    return {
+        name: jax.make_array_from_callback(shape, sharding, functools.partial(piece, name))
+        for name in next(iter(parts.values()))
+    }

@@ -1,0 +1,198 @@
+"""Reads a token store: a folder of flat token shards and a manifest, written by data/prepare.py.
+
+    manifest.json     what the store holds: counts and checksums of every shard
+    tokenizer.model   SentencePiece
+    train-00000.bin   little-endian uint16 (uint32 where the vocabulary needs it), one after another
+
+A split is one long stream: EOS, then every document followed by EOS. Row i of length L is
+tokens[i·L : (i+1)·L + 1], so neighbours share one token, any L works without preparing again, and
+every token but the leading EOS is a target exactly once. Shards are memory-mapped; neither jax nor
+TensorFlow is imported.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+
+
+class TokenStore:
+    """An opened store.
+
+    Attributes:
+      path: the folder.
+      tokenizer_path: its SentencePiece model.
+      vocab_size, eos_id, pad_id: of that tokenizer.
+      fingerprint: SHA-256 over the tokenizer's and all shards' checksums, as hex digits. Equal
+        fingerprints mean equal rows, wherever the store lies.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = True):
+        """Opens the store and checks it.
+
+        Args:
+          path: folder written by scripts/prepare_data.py.
+          verify: also compare every file's SHA-256; sizes are compared always.
+
+        Raises:
+          ValueError: no store there, not a finished one, or a file differs from the manifest.
+        """
+        self.path = Path(path)
+        self._manifest = _read_manifest(self.path)
+        self.tokenizer_path = str(self.path / TOKENIZER)
+        self.vocab_size: int = self._manifest["vocab_size"]
+        self.eos_id: int = self._manifest["eos_id"]
+        self.pad_id: int = self._manifest["pad_id"]
+        self.fingerprint = _fingerprint(self._manifest)
+        self._check_files(verify)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._manifest["splits"])
+
+    def split(self, name: str) -> "Split":
+        """The rows of "train" or "validation"."""
+        if name not in self._manifest["splits"]:
+            raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(self.splits)}")
+        return Split(self.path, self._manifest["splits"][name], self._manifest["dtype"])
+
+    def _check_files(self, verify: bool) -> None:
+        item_size = np.dtype(self._manifest["dtype"]).itemsize
+        shards = [s for split in self._manifest["splits"].values() for s in split["shards"]]
+        for shard in shards:
+            _check_size(self.path / shard["file"], shard["tokens"] * item_size)
+        if verify:
+            expected = [(shard["file"], shard["sha256"]) for shard in shards]
+            expected.append((TOKENIZER, self._manifest["tokenizer_sha256"]))
+            with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+                list(pool.map(lambda pair: _check_sha256(self.path / pair[0], pair[1]), expected))
+
+
+class Split:
+    """One split as a stream of tokens cut into rows.
+
+    Attributes:
+      num_tokens: of the whole stream, all EOS included. The first one is never a target.
+      num_documents: documents in it.
+      num_bytes: of their text in UTF-8, without anything for the EOS between them.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any], dtype: str):
+        self.num_tokens: int = record["tokens"]
+        self.num_documents: int = record["documents"]
+        self.num_bytes: int = record["bytes"]
+        self._shards = [
+            np.memmap(folder / shard["file"], dtype=dtype, mode="r") for shard in record["shards"]
+        ]
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+
+    def num_rows(self, seq_len: int, partial: bool = False) -> int:
+        """Rows of `seq_len` targets; `partial` counts a shorter one at the end, too."""
+        if seq_len < 1:
+            raise ValueError(f"seq_len={seq_len}: must be at least 1")
+        targets = self.num_tokens - 1
+        return -(-targets // seq_len) if partial else targets // seq_len
+
+    def rows(self, ids: Sequence[int] | np.ndarray, seq_len: int) -> np.ndarray:
+        """Whole rows.
+
+        Returns:
+          (len(ids), seq_len + 1) int32: one token more than there are targets.
+
+        Raises:
+          ValueError: an id is not in [0, num_rows(seq_len)).
+        """
+        return self._read(ids, seq_len, self.num_rows(seq_len), 0)[0]
+
+    def padded_rows(
+        self, ids: Sequence[int] | np.ndarray, seq_len: int, pad_id: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that may include the shorter one at the end, filled up with `pad_id`.
+
+        Returns:
+          (len(ids), seq_len + 1) int32, and (len(ids),) int64: the targets of each row that are
+          real; they come first.
+
+        Raises:
+          ValueError: an id is not in [0, num_rows(seq_len, partial=True)).
+        """
+        return self._read(ids, seq_len, self.num_rows(seq_len, partial=True), pad_id)
+
+    def _read(
+        self, ids: Sequence[int] | np.ndarray, seq_len: int, num_rows: int, pad_id: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.asarray(ids, np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= num_rows):
+            raise ValueError(
+                f"row ids from {ids.min()} to {ids.max()}: the split has {num_rows} rows of "
+                f"{seq_len} tokens, counted from 0"
+            )
+        starts = ids * seq_len
+        rows = np.full((len(ids), seq_len + 1), pad_id, np.int32)
+        for row, start in zip(rows, starts):
+            self._copy(int(start), row)
+        return rows, np.minimum(self.num_tokens - 1 - starts, seq_len)
+
+    def _copy(self, start: int, row: np.ndarray) -> None:
+        """Fills `row` from the stream, over the ends of shards, up to the end of the stream."""
+        index, filled = int(np.searchsorted(self._ends, start, side="right")), 0
+        while filled < len(row) and index < len(self._shards):
+            shard = self._shards[index]
+            offset = start + filled - (int(self._ends[index]) - len(shard))
+            piece = shard[offset : offset + len(row) - filled]
+            row[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            index += 1
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: no finished token store ({MANIFEST} is missing); "
+            "run scripts/prepare_data.py, which also goes on where it was stopped"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); prepare the store again") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: format={manifest.get('format')}, this code reads {FORMAT}; "
+            "prepare the store again"
+        )
+    return manifest
+
+
+def _fingerprint(manifest: dict[str, Any]) -> str:
+    shards = {
+        name: [shard["sha256"] for shard in split["shards"]]
+        for name, split in manifest["splits"].items()
+    }
+    content = [manifest["tokenizer_sha256"], manifest["dtype"], shards]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_size(path: Path, expected: int) -> None:
+    actual = path.stat().st_size if path.is_file() else None
+    if actual != expected:
+        found = "is missing" if actual is None else f"has {actual} bytes, expected {expected}"
+        raise ValueError(f"{path} {found}; delete the folder and run scripts/prepare_data.py again")
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
+        raise ValueError(
+            f"{path} is corrupt: SHA-256 is {actual}, expected {expected}; "
+            "delete the folder and run scripts/prepare_data.py again"
+        )

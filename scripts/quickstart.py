@@ -1,0 +1,88 @@
+"""Prepares the embedded corpus, trains configs/quickstart.py on it, and shows what came of it.
+
+    python scripts/quickstart.py [--attention=laser] [--workdir=runs/quickstart-laser]
+
+Each part is one of the ordinary commands, printed before it runs. Started again it goes on where it
+was. Held-out chapters are compared with `xz -9e` of the same text, a compressor that anyone can run.
+"""
+
+import json
+import lzma
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from absl import app, flags
+
+from configs import quickstart
+from data import corpus
+
+_ATTENTION = flags.DEFINE_string(
+    "attention", "laser", "as in configs/c4.py: standard or laser, and modifiers such as +qk_norm"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; runs/quickstart-ATTENTION if unset")
+
+PROMPT = "In the beginning"
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    workdir = _WORKDIR.value or f"runs/quickstart-{_ATTENTION.value}"
+    config = quickstart.get_config(f"attention={_ATTENTION.value}")
+    train = ["train.py", f"--config=configs/quickstart.py:attention={_ATTENTION.value}"]
+    _run(
+        "scripts/prepare_data.py",
+        "--source=bible",
+        f"--output={config.data.store}",
+        f"--vocab_size={config.model.vocab_size}",
+    )
+    _run(*train, f"--workdir={workdir}")
+    _summarise(Path(workdir), [*train, f"--workdir={workdir}"])
+
+
+def _run(*command: str) -> None:
+    """Runs one of our commands in the repository's root; leaves with its exit code if it fails."""
+    print(f"\n$ {_shown(*command)}", flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def _shown(*command: str) -> str:
+    return shlex.join([".venv/bin/python", *command])
+
+
+def _summarise(workdir: Path, train: list[str]) -> None:
+    records = [json.loads(line) for line in (ROOT / workdir / "metrics.jsonl").open()]
+    last_eval = [record for record in records if "eval/loss" in record][-1]
+    speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
+    text = corpus.held_out_text().encode()
+    xz_bits = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    print(f"\nQuickstart, step {last_eval['step']}: {workdir}")
+    print(f"  validation loss    {last_eval['eval/loss']:.4f} nats per token")
+    print(f"  bits per byte      {last_eval['eval/bits_per_byte']:.3f}   (xz -9e: {xz_bits:.3f})")
+    print(f"  speed              {speeds[len(speeds) // 2]:,.0f} tokens/s, median")
+    print("  files")
+    for path in sorted((ROOT / workdir).iterdir()):
+        print(f"    {workdir / path.name}{'/' if path.is_dir() else ''}")
+    print(f"  sample             {PROMPT}{_sample(ROOT / workdir)}")
+    other = "laser" if _ATTENTION.value == "standard" else "standard"
+    print("\nResume it, or go on after an interruption:")
+    print(f"  {_shown(*train)}")
+    print(f"Compare it with {other} attention, from the same seed and on the same rows:")
+    print(f"  {_shown('scripts/quickstart.py', f'--attention={other}')}")
+    print(f"  {_shown('scripts/compare_runs.py', str(workdir), f'runs/quickstart-{other}')}")
+
+
+def _sample(workdir: Path) -> str:
+    from eval.generation import load_model, sample  # imports jax: after training has ended
+
+    return sample(*load_model(workdir), PROMPT, new_tokens=60, temperature=0.7, seed=0)
+
+
+if __name__ == "__main__":
+    app.run(main)

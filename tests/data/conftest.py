@@ -1,0 +1,63 @@
+"""A small tokenizer, a prepared store, and stores written by hand for tests that need no text."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import corpus
+from data.store import FORMAT, MANIFEST, TOKENIZER, TokenStore
+from data.tokenizer import train_tokenizer
+
+VOCAB_SIZE = 512
+EOS = 1
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
+    train_tokenizer(corpus.documents("validation"), path, VOCAB_SIZE)
+    return path
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    """Writes a store without text: make_store(train=[shard, shard], validation=[shard])."""
+
+    def make(dtype: str = "<u2", **splits: list[list[int]]) -> TokenStore:
+        folder = tmp_path / f"store_{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        manifest = {
+            "format": FORMAT,
+            "tokenizer_sha256": _write(folder / TOKENIZER, b"model"),
+            "vocab_size": 2**16,
+            "eos_id": EOS,
+            "pad_id": 0,
+            "dtype": dtype,
+            "splits": {name: _split(folder, name, dtype, s) for name, s in splits.items()},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        return TokenStore(folder)
+
+    return make
+
+
+def _split(folder: Path, name: str, dtype: str, shards: list[list[int]]) -> dict:
+    records = [
+        {
+            "file": f"{name}-{i:05d}.bin",
+            "tokens": len(shard),
+            "sha256": _write(folder / f"{name}-{i:05d}.bin", np.array(shard, dtype).tobytes()),
+        }
+        for i, shard in enumerate(shards)
+    ]
+    tokens = sum(len(shard) for shard in shards)
+    documents = sum(shard.count(EOS) for shard in shards) - 1
+    return {"tokens": tokens, "documents": documents, "bytes": 3 * tokens, "shards": records}
+
+
+def _write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()

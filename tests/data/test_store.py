@@ -1,0 +1,116 @@
+"""Rows of the stream, over shards and to its end, and every way in which a store can be damaged."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.store import MANIFEST, TokenStore
+
+STREAM = [1, *range(100, 110), 1, *range(200, 211), 1]  # 24 tokens, 2 documents
+
+
+def _shards(*sizes):
+    cuts = np.cumsum([0, *sizes])
+    return [STREAM[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+@pytest.mark.parametrize("sizes", [(24,), (7, 17), (1, 1, 1, 20, 1), (8, 8, 8)])
+@pytest.mark.parametrize("seq_len", [1, 4, 5, 8, 23])
+def test_rows_are_cut_from_the_stream_whatever_the_shards(make_store, sizes, seq_len):
+    split = make_store(train=_shards(*sizes)).split("train")
+    assert (split.num_tokens, split.num_documents, split.num_bytes) == (24, 2, 72)
+    count = split.num_rows(seq_len)
+    assert count == 23 // seq_len
+    rows = split.rows(np.arange(count), seq_len)
+    assert rows.dtype == np.int32
+    expected = [STREAM[i * seq_len : (i + 1) * seq_len + 1] for i in range(count)]
+    np.testing.assert_array_equal(rows, expected)
+
+
+@pytest.mark.parametrize("seq_len", [1, 5, 7, 23, 30])
+def test_padded_rows_reach_every_target_exactly_once(make_store, seq_len):
+    split = make_store(validation=_shards(9, 15)).split("validation")
+    count = split.num_rows(seq_len, partial=True)
+    rows, valid = split.padded_rows(range(count), seq_len, pad_id=0)
+    assert rows.shape == (count, seq_len + 1)
+    targets = [row[1 : n + 1].tolist() for row, n in zip(rows, valid)]
+    assert sum(targets, []) == STREAM[1:]
+    assert (rows[-1, valid[-1] + 1 :] == 0).all()
+
+
+def test_rows_come_in_the_order_asked_for(make_store):
+    split = make_store(train=_shards(7, 17)).split("train")
+    np.testing.assert_array_equal(split.rows([3, 0, 3], 5), split.rows(range(4), 5)[[3, 0, 3]])
+
+
+def test_rows_that_are_not_there_are_an_error(make_store):
+    split = make_store(train=_shards(24)).split("train")
+    for read in (lambda: split.rows([4], 5), lambda: split.padded_rows([0, -1], 5, 0)):
+        with pytest.raises(ValueError) as error:
+            read()
+        assert "rows of 5 tokens" in str(error.value)
+
+
+def test_large_vocabularies(make_store):
+    stream = [1, 70_000, 2**31 - 1, 1]
+    split = make_store(dtype="<u4", train=[stream]).split("train")
+    assert split.rows([0], 3).tolist() == [stream]
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(make_store):
+    one, same = make_store(train=_shards(24)), make_store(train=_shards(24))
+    other = make_store(train=[STREAM[:-2] + [5, 1]])
+    assert one.path != same.path
+    assert one.fingerprint == same.fingerprint
+    assert one.fingerprint != other.fingerprint
+
+
+def test_a_changed_byte_is_found_and_named(make_store):
+    store = make_store(train=_shards(7, 17))
+    path = store.path / "train-00001.bin"
+    expected = json.loads((store.path / MANIFEST).read_text())["splits"]["train"]["shards"][1]
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    with pytest.raises(ValueError) as error:
+        TokenStore(store.path)
+    message = str(error.value)
+    assert str(path) in message
+    assert expected["sha256"] in message
+    assert "prepare_data.py" in message
+    TokenStore(store.path, verify=False)  # the size is right
+
+
+def test_a_changed_tokenizer_is_found(make_store):
+    store = make_store(train=_shards(24))
+    (store.path / "tokenizer.model").write_bytes(b"other")
+    with pytest.raises(ValueError) as error:
+        TokenStore(store.path)
+    assert "tokenizer.model is corrupt" in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "missing"])
+def test_sizes_are_checked_always(make_store, change):
+    store = make_store(train=_shards(7, 17))
+    path = store.path / "train-00000.bin"
+    content = path.read_bytes()
+    if change == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-2] if change == "shorter" else content + b"\0\0")
+    with pytest.raises(ValueError) as error:
+        TokenStore(store.path, verify=False)
+    assert "train-00000.bin" in str(error.value)
+
+
+def test_what_is_no_store_is_an_error(tmp_path, make_store):
+    with pytest.raises(ValueError) as error:
+        TokenStore(tmp_path)
+    assert "prepare_data.py" in str(error.value)
+    store = make_store(train=_shards(24))
+    with pytest.raises(ValueError) as error:
+        store.split("test")
+    assert "'test', only train" in str(error.value)
+    (store.path / MANIFEST).write_text('{"format": 99}')
+    with pytest.raises(ValueError) as error:
+        TokenStore(store.path)
+    assert "format=99" in str(error.value)

@@ -1,0 +1,167 @@
+"""Checkpoints: what is read is what was written, or it is not read at all."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from configs import base
+from laser.training.checkpoint import CheckpointError, Checkpoints, restore_parameters
+from laser.training.config import load_config
+from laser.training.step import TrainState
+
+CONFIG = load_config(base.get_config()).checkpoint
+
+
+def make_state(step):
+    rng = np.random.default_rng(step)
+    params = {"blocks": {"up": jnp.float32(rng.normal(size=(8, 300)))}, "b": jnp.arange(16.0) + step}
+    moments = jax.tree.map(lambda x: x * 0.1, params)
+    return TrainState(jnp.int32(step), params, (moments,), jnp.int32(0), jnp.int32(0))
+
+
+def abstract(state, spec=PartitionSpec()):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
+
+    def leaf(x):
+        sharding = NamedSharding(mesh, spec if x.ndim else PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, state)
+
+
+def save(workdir, *steps, config=CONFIG):
+    with Checkpoints(workdir, config) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step))
+
+
+def restore(workdir, spec=PartitionSpec()):
+    with Checkpoints(workdir, CONFIG) as checkpoints:
+        return checkpoints.restore_latest(abstract(make_state(0), spec))
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("x"), PartitionSpec(("x", "y"))])
+def test_round_trip_onto_any_mesh(tmp_path, spec):
+    save(tmp_path, 5)
+    state = restore(tmp_path, spec)
+    assert_equal(state, make_state(5))
+    assert state.params["b"].sharding.spec == spec
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_retention_by_count_and_by_period(tmp_path):
+    config = load_config(base.get_config())
+    config = functools.partial(type(config.checkpoint), every=1)(keep=2, keep_period=4)
+    save(tmp_path, *range(1, 10), config=config)
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [4, 8, 9]
+
+
+def data_files(workdir, step):
+    files = [p for p in (workdir / "checkpoints" / str(step) / "state").rglob("*") if p.is_file()]
+    return sorted(files, key=lambda p: p.stat().st_size)
+
+
+def test_truncated_checkpoint_falls_back_and_says_so(tmp_path, caplog):
+    save(tmp_path, 5, 10)
+    largest = data_files(tmp_path, 10)[-1]
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    assert_equal(restore(tmp_path), make_state(5))
+    assert "cannot be read" in caplog.text
+    assert "10.unreadable" in caplog.text
+    assert (tmp_path / "10.unreadable").is_dir()
+    save(tmp_path, 10)  # the place is free again
+    assert_equal(restore(tmp_path), make_state(10))
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    """Wherever it is in the tensors' file: what is read is right, or it is refused."""
+    save(tmp_path, 5)
+    path = data_files(tmp_path, 5)[-1]
+    content = path.read_bytes()
+    wanted = abstract(make_state(0)).params
+    refused = 0
+    for place in range(len(content) // 48, len(content), len(content) // 24):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        try:
+            params = restore_parameters(tmp_path, wanted)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert_equal(params, make_state(5).params)  # the bit was of an optimizer's moment
+    assert refused >= 5
+
+
+def test_damage_that_only_a_checksum_sees_falls_back(tmp_path, caplog):
+    save(tmp_path, 5, 10)
+    record = tmp_path / "checkpoints" / "10" / "record" / "metadata"
+    content = json.loads(record.read_text())
+    content["checksums"]["params/b"] += 1
+    record.write_text(json.dumps(content))
+    assert_equal(restore(tmp_path), make_state(5))
+    assert "checksum of params/b differs" in caplog.text
+
+
+def test_nothing_readable_is_an_error_and_not_a_fresh_start(tmp_path):
+    save(tmp_path, 5)
+    for path in data_files(tmp_path, 5):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[5\]"):
+        restore(tmp_path)
+
+
+def test_parameters_alone(tmp_path):
+    save(tmp_path, 5, 10)
+    wanted = abstract(make_state(0)).params
+    assert_equal(restore_parameters(tmp_path, wanted), make_state(10).params)
+    assert_equal(restore_parameters(tmp_path, wanted, 5), make_state(5).params)
+    with pytest.raises(CheckpointError, match=r"no checkpoint 7 in .*there are \[5, 10\]"):
+        restore_parameters(tmp_path, wanted, 7)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from laser.training.checkpoint import CheckpointError, Checkpoints
+from tests.training.test_checkpoint import CONFIG, make_state
+workdir = Path({workdir!r})
+with Checkpoints(workdir, CONFIG) as checkpoints:
+    checkpoints.save(5, make_state(5))
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+    try:
+        checkpoints.save(10, make_state(10))
+        checkpoints.wait()
+    except CheckpointError as error:
+        print(error)
+        sys.exit(1)
+"""
+
+
+def test_failed_write_leaves_the_older_checkpoint(tmp_path):
+    """A limit on the size of files stands in for a full disk: writing fails in the same call."""
+    root = str(Path(__file__).resolve().parents[2])
+    script = FULL_DISK.format(root=root, workdir=str(tmp_path))
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode == 1, process.stderr
+    assert "could not save a checkpoint" in process.stdout
+    assert "steps [5]" in process.stdout
+    assert_equal(restore(tmp_path), make_state(5))

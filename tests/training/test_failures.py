@@ -1,0 +1,117 @@
+"""What goes wrong ends in one message and the right exit code, and nothing older is lost."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from tests.training import runs
+
+
+def test_workdir_of_another_config_is_refused_with_the_difference(arguments, tmp_path):
+    short = [*arguments, "--config.training.steps=4"]
+    assert runs.train(short, tmp_path).returncode == 0
+    other = [*short, "--config.optimizer.learning_rate=0.02", "--config.attention.kind=standard"]
+    refused = runs.train(other, tmp_path)
+    assert refused.returncode == 2
+    assert "optimizer.learning_rate: 0.01 -> 0.02" in refused.stderr
+    assert "attention.kind: 'laser' -> 'standard'" in refused.stderr
+    assert "--allow_config_change" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    longer = [*arguments, "--config.training.steps=6"]
+    allowed = runs.train(longer, tmp_path, "--allow_config_change")
+    assert allowed.returncode == 0, allowed.stderr
+    assert sorted(runs.losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["training"]["steps"] == 6
+    assert json.loads((tmp_path / "config.0.json").read_text())["config"]["training"]["steps"] == 4
+
+
+def test_corrupt_shard_is_named(arguments, store, tmp_path):
+    spoilt = tmp_path / "store"
+    shutil.copytree(store, spoilt)
+    shard = spoilt / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    refused = runs.train([*arguments, f"--config.data.store={spoilt}"], tmp_path / "run")
+    assert refused.returncode == 2
+    assert str(shard) in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.model.vocab_size=200", "model.vocab_size=200: the tokenizer"),
+        ("--config.data.seq_len=1000000", "data.seq_len=1000000: the train split"),
+        ("--config.mesh.fsdp=3", "mesh.fsdp=3"),
+        ("--config.data.store=/nowhere", "no such folder"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(arguments, tmp_path, override, message):
+    refused = runs.train([*arguments, override], tmp_path / "run")
+    assert refused.returncode == 2, refused.stdout
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
+    wild = [
+        *arguments,
+        "--config.optimizer.learning_rate=1e30",
+        "--config.training.max_skipped_steps=3",
+    ]
+    stopped = runs.train(wild, tmp_path)
+    assert stopped.returncode == 1
+    assert "3 steps in a row had a non-finite loss or gradient" in stopped.stdout
+    assert "lower optimizer.learning_rate" in stopped.stdout
+    records = [json.loads(line) for line in (tmp_path / "skipped.jsonl").open()]
+    assert len(records) == 3
+    assert all(len(record["row_ids"]) == 8 for record in records)
+    assert len({record["step"] for record in records}) == 3
+
+
+def test_truncated_checkpoint_falls_back_to_the_one_before(arguments, tmp_path):
+    arguments = [*arguments, "--config.checkpoint.every=5"]
+    assert runs.train([*arguments, "--config.training.steps=10"], tmp_path).returncode == 0
+    for path in (tmp_path / "checkpoints" / "10" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(path.read_bytes()[:5000])
+    resumed = runs.train([*arguments, "--config.training.steps=10"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "10 cannot be read" in resumed.stdout
+    assert "after step 5" in resumed.stdout
+    assert (tmp_path / "checkpoints" / "10").exists()
+
+
+NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+
+
+def can_mount():
+    try:
+        probe = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs unshare and tmpfs, to have a disk that is full")
+def test_full_disk_while_saving(arguments, tmp_path):
+    """On a real full file system; tests/training/test_checkpoint.py has a stand-in for elsewhere."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = f'mount -t tmpfs -o size=4m tmpfs {disk}; "$@"; code=$?; ls {disk}/run/checkpoints; exit $code'
+    failed = runs.train(
+        [*arguments, "--config.checkpoint.every=5"],
+        disk / "run",
+        event=runs.FILL_DISK_AFTER_7,
+        command=[*NAMESPACE, "sh", "-c", script, "sh"],
+        env={"DISK": str(disk)},
+    )
+    assert failed.returncode == 1, failed.stderr
+    assert "could not save a checkpoint" in failed.stdout
+    assert "steps [5]" in failed.stdout
+    assert failed.stdout.split()[-1].startswith("5")

@@ -1,0 +1,64 @@
+"""A run that was interrupted and killed is, bit for bit, the run that was not."""
+
+import jax
+import numpy as np
+import pytest
+
+from data.loader import train_batches
+from data.store import TokenStore
+from eval.generation import load_model
+from tests.training import runs
+
+
+def final_parameters(workdir):
+    return jax.tree.map(np.asarray, load_model(workdir, 20)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_interrupted_run_is_bit_equal(arguments, tmp_path, optimizer, accumulation):
+    arguments = [
+        *arguments,
+        f"--config.optimizer.name={optimizer}",
+        f"--config.training.accumulation={accumulation}",
+        "--config.checkpoint.every=13",
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert runs.train(arguments, whole).returncode == 0
+
+    terminated = runs.train(arguments, parts, event=runs.SIGTERM_AFTER_7)
+    assert terminated.returncode == 75, terminated.stderr
+    assert sorted(runs.losses(parts)) == [1, 2, 3, 4, 5, 6, 7]
+    killed = runs.train(arguments, parts, event=runs.KILL_IN_SAVE)
+    assert killed.returncode == -9, killed.stderr
+    assert sorted(runs.losses(parts))[-1] == 13
+    assert not (parts / "checkpoints" / "13").exists()
+    resumed = runs.train(arguments, parts)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "after step 7" in resumed.stdout
+
+    assert runs.losses(parts) == runs.losses(whole)
+    assert sorted(runs.losses(whole)) == list(range(1, 21))
+    jax.tree.map(np.testing.assert_array_equal, final_parameters(parts), final_parameters(whole))
+
+
+def test_a_finished_run_stays_as_it_is(arguments, tmp_path):
+    assert runs.train(arguments, tmp_path).returncode == 0
+    before = runs.losses(tmp_path)
+    again = runs.train(arguments, tmp_path)
+    assert again.returncode == 0
+    assert "nothing left to do" in again.stdout
+    assert runs.losses(tmp_path) == before
+
+
+def test_standard_and_laser_read_the_same_rows(store):
+    """The order depends on seed and step: no attention, optimizer or history enters it."""
+    split = TokenStore(store).split("train")
+    options = {"seq_len": 32, "batch_size": 8, "seed": 0, "segment_ids": False, "eos_id": 1}
+    with train_batches(split, start_step=0, stop_step=20, **options) as batches:
+        whole = {step: np.asarray(batch["inputs"]) for step, batch in batches}
+    with train_batches(split, start_step=13, stop_step=20, **options) as batches:
+        for step, batch in batches:
+            np.testing.assert_array_equal(batch["inputs"], whole[step])
+    assert sorted(whole) == list(range(20))

@@ -1,0 +1,164 @@
+"""The training step: accumulation, meshes, bad steps; on a small model in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from configs import base
+from laser.training import sharding
+from laser.training.config import load_config
+from laser.training.step import init_state, make_eval_step, make_train_step
+
+BATCH, LENGTH, VOCAB = 16, 24, 64
+
+
+def make_config(attention="laser", diff="none", mesh=(-1, 1, 1), **overrides):
+    config = base.get_config()
+    config.model.update(
+        vocab_size=VOCAB, num_layers=2, model_dim=32, mlp_dim=64, num_heads=4, head_dim=8
+    )
+    config.attention.update(kind=attention, diff=diff)
+    config.data.seq_len = LENGTH
+    config.training.update(batch_size=BATCH, steps=20)
+    config.optimizer.update(warmup_steps=2, learning_rate=1e-2)
+    config.mesh.update(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])
+    config.update_from_flattened_dict(overrides)
+    return load_config(config)
+
+
+def make_batch(step, packed=False):
+    """Rows of quite different numbers of target tokens."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
+    lengths = np.linspace(1, LENGTH, BATCH).astype(int)
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.float32(np.arange(LENGTH) < lengths[:, None]),
+    }
+    if packed:
+        batch["segment_ids"] = np.int32(1 + (np.arange(LENGTH) > rng.integers(0, LENGTH, (BATCH, 1))))
+    return batch
+
+
+def run(config, steps=3, packed=False, devices=None):
+    """Losses, gradient norms and the last state, on the config's mesh."""
+    mesh = sharding.make_mesh(config, devices)
+    init = functools.partial(init_state, config)
+    shardings = sharding.state_shardings(mesh, jax.eval_shape(init))
+    state = jax.jit(init, out_shardings=shardings)()
+    train_step = jax.jit(make_train_step(config), out_shardings=(shardings, None))
+    history = []
+    for step in range(steps):
+        batch = jax.device_put(make_batch(step, packed), NamedSharding(mesh, sharding.BATCH))
+        state, metrics = train_step(state, batch)
+        history.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+    return np.array(history), state
+
+
+def assert_same_run(actual, expected):
+    np.testing.assert_allclose(actual[0], expected[0], rtol=2e-5)
+    # Adam divides by the root of the second moment: a parameter moves by up to a learning rate.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-4),
+        jax.device_get(actual[1].params),
+        jax.device_get(expected[1].params),
+    )
+
+
+def test_four_micro_batches_equal_one_batch():
+    one = [jax.devices()[0]]
+    whole = run(make_config(), packed=True, devices=one)
+    split = run(make_config(**{"training.accumulation": 4}), packed=True, devices=one)
+    assert_same_run(split, whole)
+    assert whole[0][0, 0] == pytest.approx(np.log(VOCAB), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("attention", "diff"), [("laser", "none"), ("standard", "official"), ("laser", "official")]
+)
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+def test_eight_devices_equal_one(mesh, attention, diff):
+    expected = run(make_config(attention, diff), devices=[jax.devices()[0]])
+    actual = run(make_config(attention, diff, mesh=mesh))
+    assert_same_run(actual, expected)
+
+
+def test_parameters_are_spread_over_the_mesh():
+    _, state = run(make_config(mesh=(1, 4, 2)), steps=1)
+    up = state.params["blocks"]["mlp"]["up"]
+    assert up.addressable_shards[0].data.size * 8 == up.size
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == up.shape]
+    assert len(moments) == 2
+    assert {x.sharding for x in moments} == {up.sharding}
+
+
+def test_every_parameter_needs_a_rule():
+    with pytest.raises(ValueError, match="'blocks/attention/gate': no row"):
+        sharding.parameter_spec("blocks/attention/gate")
+
+
+def test_a_dim_that_does_not_divide_is_named():
+    config = make_config(mesh=(1, 8, 1), **{"model.model_dim": 36})
+    mesh = sharding.make_mesh(config)
+    with pytest.raises(ValueError, match=r"mesh\.fsdp=8 does not divide dim 36 of parameter"):
+        sharding.state_shardings(mesh, jax.eval_shape(functools.partial(init_state, config)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_loss_falls_on_a_repeated_batch(optimizer):
+    config = make_config(**{"optimizer.name": optimizer})
+    state = init_state(config)
+    train_step = jax.jit(make_train_step(config))
+    losses = []
+    for _ in range(15):
+        state, metrics = train_step(state, make_batch(0))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+    assert int(state.step) == 15
+
+
+def test_a_bad_step_changes_nothing_but_the_counts():
+    config = make_config()
+    train_step = jax.jit(make_train_step(config))
+    good, _ = train_step(init_state(config), make_batch(0))
+    bad_batch = make_batch(1)
+    bad_batch["weights"][0, 0] = np.inf
+    bad, metrics = train_step(good, bad_batch)
+    assert not np.isfinite(metrics["gradient_norm"])
+    assert (int(bad.step), int(bad.skipped), int(bad.skipped_in_a_row)) == (2, 1, 1)
+    for old, new in zip(jax.tree.leaves(good[1:3]), jax.tree.leaves(bad[1:3]), strict=True):
+        np.testing.assert_array_equal(old, new)
+    after, metrics = train_step(bad, make_batch(2))
+    assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 0)
+    assert metrics["skipped_steps"] == 1
+    assert not np.array_equal(after.params["embedding"], bad.params["embedding"])
+
+
+def test_z_loss_trains_but_is_not_reported_as_loss():
+    plain, heavy = make_config(), make_config(**{"training.z_loss": 0.1})
+    batch = make_batch(0)
+    first, second = (jax.jit(make_train_step(c))(init_state(c), batch)[1] for c in (plain, heavy))
+    np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-6)
+    assert abs(float(first["gradient_norm"] - second["gradient_norm"])) > 1e-3
+
+
+def test_evaluation_is_the_training_loss_without_an_update():
+    config = make_config()
+    state, batch = init_state(config), make_batch(0)
+    sums = jax.jit(make_eval_step(config))(state.params, batch)
+    _, metrics = jax.jit(make_train_step(config))(state, batch)
+    np.testing.assert_allclose(sums.nll / sums.tokens, metrics["loss"], rtol=1e-6)
+    assert float(sums.tokens) == batch["weights"].sum()
+
+
+def test_attention_range_is_reported():
+    _, metrics = jax.jit(make_train_step(make_config()))(init_state(make_config()), make_batch(0))
+    assert 0 < metrics["attention_range"] < 30
+    config = make_config("standard")
+    _, metrics = jax.jit(make_train_step(config))(init_state(config), make_batch(0))
+    assert metrics["attention_range"] == jnp.float32(0)
