@@ -41,9 +41,10 @@ def main(argv: list[str]) -> int:
             argv[0],
             f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py",
         )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for library in ("absl", "orbax", "jax"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    # Orbax logs by absl what it also raises, each error with several pages of tracebacks.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     tune_cpu()
 
     from laser.training import loop  # imports jax: only after the config was found to be right

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TASKS = ("bible", "c4")  # of data/tasks.py; named here, so that a typo is found without TensorFlow
-SHARD_TOKENS = 2**26
+SHARD_TOKENS = 2**29  # 1 GiB. C4 makes 300: a reader keeps all open, and systems allow 1024 files
 BATCH_DOCUMENTS, BATCH_BYTES = 1024, 2**22  # tokenised at a time; the first limit reached counts
 SOURCE_SHARDS = 1024  # parts that a source is read in; a resumed run skips whole ones
 PROGRESS, REQUEST = "progress", "request.json"
@@ -78,7 +78,7 @@ def prepare(
     if _begin(folder, request):
         task = _task(source, text_folder)
         _write_tokenizer(folder, task, vocab_size, tokenizer)
-        _write_store(folder, task, request)
+        _write_store(folder, task, request, source)
     else:
         log.info("%s is complete already", folder)
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)
@@ -141,12 +141,10 @@ def _flat(record: Record) -> Record:
 
 
 def _task(source: str, text_folder: TextFolder | None) -> "seqio.Task":
-    import seqio
-
     from data import tasks
 
     if text_folder is None:
-        return seqio.TaskRegistry.get(source)
+        return tasks.registered_task(source)
     return tasks.make_task("text_folder", tasks.TextFolderSource(text_folder))
 
 
@@ -188,7 +186,7 @@ def _write_tokenizer(
     _publish(temporary, path)
 
 
-def _write_store(folder: Path, task: "seqio.Task", request: Record) -> None:
+def _write_store(folder: Path, task: "seqio.Task", request: Record, source: str) -> None:
     tokenizer = Tokenizer(folder / TOKENIZER)
     manifest: Record = {
         "format": FORMAT,
@@ -205,8 +203,8 @@ def _write_store(folder: Path, task: "seqio.Task", request: Record) -> None:
         shards = writer.write(task)
         if not shards:
             raise ValueError(
-                f"source: no documents for the {split} split; give more documents, another "
-                "validation_fraction, or a subfolder named validation"
+                f"source={source}: no documents for the {split} split; give more documents, "
+                "another validation_fraction, or a subfolder named validation"
             )
         totals = {key: sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes")}
         manifest["splits"][split] = totals | {"shards": shards}

@@ -53,16 +53,16 @@ class TokenStore:
         self.pad_id: int = self._manifest["pad_id"]
         self.fingerprint = _fingerprint(self._manifest)
         self._check_files(verify)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(self._manifest["splits"])
+        self._splits = {
+            name: Split(self.path, record, self._manifest["dtype"])
+            for name, record in self._manifest["splits"].items()
+        }
 
     def split(self, name: str) -> "Split":
         """The rows of "train" or "validation"."""
-        if name not in self._manifest["splits"]:
-            raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(self.splits)}")
-        return Split(self.path, self._manifest["splits"][name], self._manifest["dtype"])
+        if name not in self._splits:
+            raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(self._splits)}")
+        return self._splits[name]
 
     def _check_files(self, verify: bool) -> None:
         item_size = np.dtype(self._manifest["dtype"]).itemsize

@@ -72,6 +72,19 @@ def bible_source() -> seqio.DataSource:
     return seqio.FunctionDataSource(dataset, splits=SPLITS)
 
 
+def registered_task(name: str) -> seqio.Task:
+    """One of the tasks below. Raises ValueError if its data are not on this machine."""
+    task = seqio.TaskRegistry.get(name)
+    try:
+        task.source.list_shards("train")
+    except KeyError as error:
+        raise ValueError(
+            f"source={name}: TensorFlow Datasets has no {C4} here; point TFDS_DATA_DIR to where it "
+            f"is, build it with `tfds build {C4}`, or give a folder with the .json.gz files of C4"
+        ) from error
+    return task
+
+
 class TextFolderSource(seqio.DataSource):
     """The files of a folder, which are its shards.
 

@@ -10,12 +10,10 @@ Exit codes: 0 done, 2 mistake in the command line or the input, 1 anything else.
 """
 
 import logging
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # or TensorFlow tells of missing GPUs
 
 from absl import flags
 

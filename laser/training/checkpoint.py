@@ -51,7 +51,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._manager.close()
+        with self._explained():  # a save that failed in the background may be told only now
+            self._manager.close()
 
     def save(self, step: int, state: Any) -> None:
         """Starts to save `state` (a tree of jax.Arrays) as `step`; returns when it has been copied.

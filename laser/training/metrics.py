@@ -24,7 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -39,7 +41,7 @@ class MetricsWriter(Protocol):
         """Writes out what is left."""
 
 
-def make_writer(workdir: str, steps: int, *, resume_step: int, enabled: bool) -> MetricsWriter:
+def make_writer(workdir: str | Path, steps: int, *, resume_step: int, enabled: bool) -> MetricsWriter:
     """All writers of a run.
 
     Args:
@@ -75,7 +77,7 @@ class MultiWriter:
 class JsonlWriter:
     """`workdir/metrics.jsonl`, each line whole and on its way to the disk when `write` returns."""
 
-    def __init__(self, workdir: str):
+    def __init__(self, workdir: str | Path):
         self._path = Path(workdir) / METRICS_FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO | None = None
@@ -119,18 +121,29 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class TensorBoardWriter:
-    """`workdir/tensorboard`. What earlier processes wrote from `first_step` on is hidden there."""
+    """`workdir/tensorboard`. What earlier processes wrote from `first_step` on is hidden there.
 
-    def __init__(self, workdir: str, first_step: int):
+    Writes in the caller's thread: tensorboardX's own SummaryWriter hands events to a thread, and
+    waits for it for ever once that thread has met a full disk.
+    """
+
+    def __init__(self, workdir: str | Path, first_step: int):
         folder = Path(workdir) / "tensorboard"
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        self._events.flush()
 
 
 class TerminalLine:

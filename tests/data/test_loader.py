@@ -1,6 +1,7 @@
 """Batches: what is in them, which host reads what, and how errors and the end arrive."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -183,8 +184,6 @@ def test_two_hosts_read_half_each_and_make_the_same_batch(make_store, unused_por
 
 @pytest.fixture
 def unused_port():
-    import socket
-
     with socket.socket() as server:
         server.bind(("localhost", 0))
         return server.getsockname()[1]
@@ -228,10 +227,13 @@ def test_close_ends_the_thread_promptly_even_when_nobody_took_the_batches():
 
 
 def test_leaving_the_context_by_an_error_ends_the_thread(split):
-    with pytest.raises(KeyboardInterrupt):
+    def interrupted():
         with _train(split, stop_step=10**6) as batches:
             next(batches)
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not _threads()
 
 

@@ -28,7 +28,7 @@ def source(tmp_path):
     texts = [
         f"{i} {SPACE_MARK} In\n\n the  beginning ü 日 " * (i % 7) + "." for i in range(DOCUMENTS)
     ]
-    for i in range(0, 20):
+    for i in range(20):
         (folder / f"{i:02d}.txt").write_text(texts[i])
     for start in (20, 40):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[start : start + 20])
@@ -102,7 +102,16 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_crash_at_any_write_leaves_what_can_be_continued(run, tmp_path, monkeypatch, when):
+def test_a_crash_at_any_write_leaves_what_can_be_continued(
+    run, source, tmp_path, monkeypatch, when
+):
+    folder = TextFolder(source, validation_fraction=0.2)
+
+    def read_without_tensorflow(task, split, start):
+        texts = list(folder.documents(split))
+        yield from ((texts[i], (0, i + 1)) for i in range(start[1], len(texts)))
+
+    monkeypatch.setattr(prepare_module, "_read", read_without_tensorflow)
     run("reference")
     reference = _contents(tmp_path / "reference")
     publish = prepare_module._publish
@@ -135,6 +144,15 @@ def test_a_crash_at_any_write_leaves_what_can_be_continued(run, tmp_path, monkey
     assert crashes > 10
 
 
+def test_reading_goes_on_from_any_position(source):
+    task = prepare_module._task(str(source), TextFolder(source, validation_fraction=0.2))
+    everything = list(prepare_module._read(task, "train", (0, 0)))
+    assert len({position for _, position in everything}) == len(everything) > 40
+    for done in range(1, len(everything), 9):
+        start = everything[done - 1][1]
+        assert list(prepare_module._read(task, "train", start)) == everything[done:]
+
+
 def test_finished_shards_are_not_written_again(run, tmp_path, monkeypatch):
     write_json = prepare_module._write_json
 
@@ -146,7 +164,7 @@ def test_finished_shards_are_not_written_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "_write_json", crash_at_the_manifest)
     with pytest.raises(Crash):
         run()
-    monkeypatch.undo()
+    monkeypatch.setattr(prepare_module, "_write_json", write_json)
     monkeypatch.setattr(prepare_module, "Shard", None)  # any new one would fail
     run()
     TokenStore(tmp_path / "store")
@@ -233,10 +251,10 @@ def test_a_mistake_before_the_first_shard_can_be_mended(run, source, tmp_path):
 
 def test_a_split_without_documents_is_an_error(tmp_path, tokenizer_path):
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "a.txt").write_text("all I have")
+    (tmp_path / "source" / "a.txt").write_text("all I have")  # falls on the validation side
     with pytest.raises(ValueError) as error:
         prepare(str(tmp_path / "source"), tmp_path / "store", tokenizer=tokenizer_path)
-    assert "no documents for the validation split" in str(error.value)
+    assert "no documents for the train split" in str(error.value)
 
 
 @pytest.mark.parametrize(

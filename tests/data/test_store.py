@@ -1,5 +1,6 @@
 """Rows of the stream, over shards and to its end, and every way in which a store can be damaged."""
 
+import itertools
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ STREAM = [1, *range(100, 110), 1, *range(200, 211), 1]  # 24 tokens, 2 documents
 
 def _shards(*sizes):
     cuts = np.cumsum([0, *sizes])
-    return [STREAM[a:b] for a, b in zip(cuts, cuts[1:])]
+    return [STREAM[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 @pytest.mark.parametrize("sizes", [(24,), (7, 17), (1, 1, 1, 20, 1), (8, 8, 8)])
@@ -34,8 +35,8 @@ def test_padded_rows_reach_every_target_exactly_once(make_store, seq_len):
     count = split.num_rows(seq_len, partial=True)
     rows, valid = split.padded_rows(range(count), seq_len, pad_id=0)
     assert rows.shape == (count, seq_len + 1)
-    targets = [row[1 : n + 1].tolist() for row, n in zip(rows, valid)]
-    assert sum(targets, []) == STREAM[1:]
+    targets = [token for row, n in zip(rows, valid) for token in row[1 : n + 1]]
+    assert targets == STREAM[1:]
     assert (rows[-1, valid[-1] + 1 :] == 0).all()
 
 

@@ -1,12 +1,14 @@
 """SeqIO tasks: text without a tokenizer, its tokens with one, and errors that stay readable."""
 
+import itertools
+from pathlib import Path
+
 import pytest
+import seqio
+import tensorflow_datasets as tfds
 
-from data import corpus
+from data import corpus, tasks
 from data.tokenizer import Tokenizer
-
-seqio = pytest.importorskip("seqio")
-tasks = pytest.importorskip("data.tasks")
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +37,44 @@ def test_the_embedded_corpus_is_registered():
     texts = [target.decode() for target in _targets(task, "validation")]
     assert texts == list(corpus.documents("validation"))
     assert set(task.splits) == {"train", "validation"}
+    assert "c4" in seqio.TaskRegistry.names()
 
 
-def test_c4_is_registered_and_not_touched():
-    assert set(seqio.TaskRegistry.get("c4").splits) == {"train", "validation"}
+@pytest.fixture
+def tfds_folder(tmp_path):
+    seqio.set_tfds_data_dir_override(str(tmp_path))
+    yield tmp_path
+    seqio.set_tfds_data_dir_override(None)
+
+
+def _c4_task():
+    """C4 anew: SeqIO remembers the folder that a source was read from."""
+    return tasks.make_task("c4_test", seqio.TfdsDataSource(tasks.C4, splits=tasks.SPLITS))
+
+
+def test_c4_is_read_from_tfds_in_parts(tfds_folder):
+    builder = tfds.builder(tasks.C4, data_dir=str(tfds_folder))
+    Path(builder.data_dir).mkdir(parents=True)
+    writer = tfds.core.SequentialWriter(builder.info, max_examples_per_shard=3)
+    writer.initialize_splits(["train", "validation"])
+    other = dict.fromkeys(("url", "content-type", "content-length", "timestamp"), "")
+    writer.add_examples({"train": [{"text": f"{i}\n\nü"} | other for i in range(8)]})
+    writer.add_examples({"validation": [{"text": "held out"} | other]})
+    writer.close_all()
+    task = _c4_task()
+    shards = task.source.list_shards("train")
+    assert len(shards) == 3
+    parts = [_targets(task, "train", shard_info=seqio.ShardInfo(i, 3)) for i in range(3)]
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert sorted(itertools.chain.from_iterable(parts)) == [f"{i}\n\nü".encode() for i in range(8)]
+    assert _targets(task, "validation") == [b"held out"]
+
+
+def test_c4_that_is_not_there_is_an_error_with_the_ways_to_get_it(tfds_folder):
+    seqio.TaskRegistry.add_provider("c4_test", _c4_task())
+    with pytest.raises(ValueError) as error:
+        tasks.registered_task("c4_test")
+    assert "tfds build c4/en:3.1.0" in str(error.value)
 
 
 def test_a_folder_with_a_tokenizer_gives_the_same_tokens_as_the_tokenizer(folder, tokenizer_path):
@@ -54,7 +90,7 @@ def test_shards_are_files_and_together_the_whole(folder):
     task = tasks.register_text_folder("mine", str(folder))
     parts = [_targets(task, "train", shard_info=seqio.ShardInfo(i, 3)) for i in range(3)]
     assert [len(part) for part in parts] == [3, 2, 2]
-    assert sorted(sum(parts, [])) == _targets(task, "train")
+    assert sorted(itertools.chain.from_iterable(parts)) == _targets(task, "train")
 
 
 def test_shuffling_keeps_every_document(folder):

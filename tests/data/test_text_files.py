@@ -44,6 +44,8 @@ def test_otherwise_a_hash_decides_and_copies_stay_together(tmp_path):
     assert sorted(train + validation) == sorted(texts * 2)
     assert not set(train) & set(validation)
     assert 300 < len(validation) < 500  # 400 is expected
+    # Frozen: a document must not change sides from one version or process to the next.
+    assert validation[:3] == ["document 40", "document 44", "document 59"]
     larger = TextFolder(tmp_path, validation_fraction=0.2).documents("validation")
     assert set(validation) < set(larger)
 

@@ -26,14 +26,15 @@ def save_and_die(self, step, state):
 Checkpoints.save = save_and_die
 """
 
-FILL_DISK_AFTER_7 = """
-push = Report.push
-def push_and_fill(self, done, *rest):
-    push(self, done, *rest)
-    if done == 7:
+FILL_DISK_BEFORE_SAVING_10 = """
+save = Checkpoints.save
+def fill_and_save(self, step, state):
+    self.wait()
+    if step == 10:
         free = shutil.disk_usage(os.environ["DISK"]).free
-        Path(os.environ["DISK"], "filler").write_bytes(b"x" * (free - 65536))
-Report.push = push_and_fill
+        Path(os.environ["DISK"], "filler").write_bytes(b"x" * (free - 32768))
+    save(self, step, state)
+Checkpoints.save = fill_and_save
 """
 
 DRIVER = """
