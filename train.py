@@ -50,9 +50,7 @@ def main(argv: list[str]) -> int:
     from laser.training import loop  # imports jax: only after the config was found to be right
 
     try:
-        run = loop.open_run(
-            config, values.workdir, allow_config_change=values.allow_config_change
-        )
+        run = loop.open_run(config, values.workdir, allow_config_change=values.allow_config_change)
     except ValueError as error:
         exit_with(argv[0], str(error))
     return loop.train(run)

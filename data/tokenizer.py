@@ -55,7 +55,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without EOS."""
-        return self.encode_batch([text])[0]
+        if SPACE_MARK in text:
+            return self._encode_space_marks(text)
+        return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, on all cores."""

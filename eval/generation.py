@@ -15,7 +15,7 @@ from models.decoder import Parameters, init_parameters, structure
 
 
 def load_model(workdir: Path, step: int | None = None) -> tuple[ModelConfig, Parameters, Tokenizer]:
-    """A run's model on the first device. Raises ValueError or CheckpointError where there is none."""
+    """A run's model, on the first device. Raises ValueError or CheckpointError if there is none."""
     config = load_run_config(str(workdir)).model
     abstract = jax.eval_shape(functools.partial(init_parameters, config, 0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

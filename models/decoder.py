@@ -22,8 +22,10 @@ Array = jax.Array
 Parameters = dict[str, Any]  # nested dicts with float32 arrays as leaves
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the projections' outputs
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep the blocks' inputs alone
+    # Keep the outputs of the projections.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keep the blocks' inputs alone.
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -48,7 +50,8 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_BT: (B, T) int32.
-          segment_ids_BT: (B, T) int32; tokens attend within their segment and positions restart there.
+          segment_ids_BT: (B, T) int32; tokens attend within their segment and positions restart
+          there.
 
         Returns:
           (B, T, M) hidden states after the final norm, in the config's dtype, and per layer the
@@ -98,8 +101,8 @@ def output_logits(hidden: Array, embedding_VM: Array, soft_cap: float) -> Array:
     return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
 
 
-def positions(shape: tuple[int, int], segment_ids_BT: Array | None) -> Array:
-    """Position of each token in its row, or in its segment where there are segment ids. (B, T) int32."""
+def positions(shape: tuple[int, ...], segment_ids_BT: Array | None) -> Array:
+    """Position of each token in its row, or in its segment if there are any. (B, T) int32."""
     index_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     if segment_ids_BT is None:
         return index_BT
@@ -108,7 +111,7 @@ def positions(shape: tuple[int, int], segment_ids_BT: Array | None) -> Array:
 
 
 def sinusoidal(positions_BT: Array, dim: int) -> Array:
-    """[sin | cos] of dim/2 wavelengths from 2π to 2π·10,000, as PAX's PositionalEmbedding. (B, T, dim)."""
+    """[sin | cos] at dim/2 wavelengths from 2π to 2π·10,000, as in PAX. (B, T) -> (B, T, dim)."""
     count = dim // 2
     frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(count) / max(count - 1, 1))
     angle = positions_BT[:, :, None] * frequency
@@ -116,7 +119,7 @@ def sinusoidal(positions_BT: Array, dim: int) -> Array:
 
 
 def init_parameters(config: ModelConfig, seed: int) -> Parameters:
-    """Initial parameters as a nested dict of float32 arrays, a function of config and seed alone."""
+    """Initial parameters as nested dicts of float32 arrays, a function of config and seed."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=seed)), nnx.Param))
 
 

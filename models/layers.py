@@ -1,4 +1,4 @@
-"""The parts of a transformer block: norm, MLP, and the attention layer that owns the variant's parameters.
+"""The parts of a block: norm, MLP, and the attention layer that owns the variant's parameters.
 
 Parameters are float32 and are cast to the activations' dtype where they are used; norms compute in
 float32. No dense layer has a bias (the paper's parameter counts leave no room to tell), norms have
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
             *(self._attend(q, k, value, positions_BT, segment_ids_BT) for q, k in pairs),
             strict=True,
         )
-        out = outputs[0] if len(outputs) == 1 else self._difference(*outputs, layer)
+        out = outputs[0] if len(outputs) == 1 else self._difference(outputs, layer)
         out_BTM = jnp.einsum("bthd,hdm->btm", out, self.output[...].astype(x_BTM.dtype))
         return out_BTM, functools.reduce(jnp.maximum, ranges)
 
@@ -126,14 +126,14 @@ class Attention(nnx.Module):
             return_range=True,
         )
 
-    def _difference(self, first: Array, second: Array, layer: Array) -> Array:
+    def _difference(self, outputs: tuple[Array, ...], layer: Array) -> Array:
+        first, second = outputs
         initial = attn.lambda_init(layer)
         if self.config.attention.diff == "scalar":
             return attn.differential(first, second, self.lambda_scalar[...] + initial)
-        lambda_ = attn.lambda_official(*self.lambda_vectors[...], initial)
-        return attn.differential(
-            first, second, lambda_, norm_scale_D=self.output_norm_scale[...], initial=initial
-        )
+        lambda_ = attn.lambda_official(self.lambda_vectors[...], initial)
+        difference = attn.differential(first, second, lambda_)
+        return attn.head_norm(difference, self.output_norm_scale[...], initial)
 
 
 class Block(nnx.Module):

@@ -3,17 +3,16 @@
     python scripts/benchmark_train.py [--peers] [--steps=N] [--json=PATH]
 
 Times the step that train.py runs, for standard and LASER attention; the step's matrix products alone,
-a bound for any implementation; with --peers (requirements-peers.txt) GPT-2 of the same shape from
+a bound for any implementation; with --peers (requirements-peers.txt) a GPT-2 of the same shape from
 transformers on PyTorch, eager and compiled. All take turns in one process in random order, since
-machines drift. What `laser.training.hardware.tune_cpu` sets (freed memory is kept, XLA's products by
-YNN) holds for a whole process, so there are two: without it, and with it, as train.py runs.
+machines drift. What `laser.training.hardware.tune_cpu` sets holds for a whole process, so there are
+two of them: without it, and with it, as train.py runs.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import random
 import statistics
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,20 @@ from configs import base
 from laser.training import hardware
 from laser.training.config import RunConfig, load_config
 
-THREADS = 2
-PRODUCTS, EAGER = "matrix products alone", "PyTorch eager"
-OURS = {"standard": "ours, standard", "laser": "ours, LASER"}
-PEAK_SIZES = (512, 1024, 2048)  # of the square products that the machine's peak is looked for with
-SETTINGS = {
-    "plain": "as installed",
-    "tuned": "freed memory kept, XLA's YNN flag (as train.py sets them)",
-}
+# jax is imported by functions only: `tune_cpu` has to come first.
 
-Case = Callable[[], Any]  # runs once, and returns when it is done
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+SETTINGS = {"plain": "As installed", "tuned": "With tune_cpu(), as train.py runs"}
+STANDARD, LASER, PRODUCTS = "ours, standard", "ours, LASER", "matrix products alone"
+EAGER, COMPILED = "PyTorch GPT-2, eager", "PyTorch GPT-2, compiled"
+PEAK_SIZES = (512, 1024, 2048)  # of the square products among which the fastest is the peak
+
+Case = Callable[[], Any]  # runs once, and returns when the result is there
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model and a batch. Head size is dim / heads, and the MLP four times as wide as the model."""
+    """A model and its batch. Heads share the width, and the MLP is four times as wide."""
 
     layers: int = 4
     dim: int = 256
@@ -54,15 +52,18 @@ class Shape:
     length: int = 256
     batch: int = 8
 
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Seconds of every round by case, the machine's best float32 FLOP/s, and a step's FLOPs."""
+    """Seconds of every round by case, the best FLOP/s of one product, and the FLOPs of a step."""
 
     seconds: dict[str, list[float]]
     peak: float
     flops: float
-    tokens: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,21 +71,273 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peers", action="store_true", help="time PyTorch's GPT-2 too")
-    parser.add_argument("--steps", type=int, default=15, help="timed steps of each (default: 15)")
+    parser.add_argument("--steps", type=int, default=15, help="timed runs of each (default: 15)")
     parser.add_argument("--json", metavar="PATH", help="write all times there")
-    parser.add_argument("--child", metavar="PATH", help=argparse.SUPPRESS)
+    parser.add_argument("--setting", choices=SETTINGS, help="only this one (default: both)")
     arguments = parser.parse_args(argv)
-    if arguments.child:
-        result = measure(Shape(), arguments.steps, arguments.peers)
-        Path(arguments.child).write_text(json.dumps(dataclasses.asdict(result)))
-        return 0
-    results = {name: run_child(name, arguments) for name in SETTINGS}
-    peak = max(result.peak for result in results.values())
-    print(f"{os.cpu_count()} cores, {THREADS} threads, float32, peak {peak / 1e9:.0f} GFLOP/s")
-    print(Shape())
-    for name, result in results.items():
-        print(f"\n{SETTINGS[name]}\n{table(result, peak)}")
+    if arguments.steps < 2:
+        parser.error(f"--steps={arguments.steps}: medians need at least 2")
+    shape = Shape()
+    if arguments.setting:
+        if arguments.setting == "tuned":
+            hardware.tune_cpu()
+        results = {arguments.setting: measure(shape, arguments.steps, arguments.peers)}
+    else:
+        results = {
+            name: measure_in_child(name, arguments.steps, arguments.peers) for name in SETTINGS
+        }
     if arguments.json:
         tree = {name: dataclasses.asdict(result) for name, result in results.items()}
         Path(arguments.json).write_text(json.dumps(tree))
+    print("\n\n".join(report(shape, results)))
     return 0
+
+
+def measure_in_child(setting: str, steps: int, peers: bool) -> Result:
+    """The result of a process of its own, since a setting cannot be taken back."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [sys.executable, __file__, f"--setting={setting}", f"--steps={steps}"]
+        command += [f"--json={path}"] + ["--peers"] * peers
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return Result(**json.loads(path.read_text())[setting])
+
+
+def measure(shape: Shape, steps: int, peers: bool) -> Result:
+    """Runs every case `steps` times in turns, after two runs that are not counted."""
+    from models.decoder import train_flops_per_token
+
+    configs = {STANDARD: make_config(shape, "standard"), LASER: make_config(shape, "laser")}
+    cases = {name: train_case(config) for name, config in configs.items()}
+    cases[PRODUCTS] = products_case(shape)
+    if peers:
+        cases |= {EAGER: gpt2_case(shape), COMPILED: gpt2_case(shape, compiled=True)}
+    products = {f"{name} {size}": (case, size) for name, case, size in peak_cases(peers)}
+    everything = cases | {name: case for name, (case, _) in products.items()}
+    seconds = run_in_turns(everything, steps)
+    flops = shape.tokens * train_flops_per_token(configs[STANDARD].model, shape.length)
+    peak = max(2 * size**3 / min(seconds[name]) for name, (_, size) in products.items())
+    return Result({name: seconds[name] for name in cases}, peak, flops)
+
+
+def run_in_turns(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case in each round; every round has its own random order."""
+    for case in cases.values():
+        case()
+        case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name in random.sample(list(cases), len(cases)):
+            start = time.perf_counter()
+            cases[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def make_config(shape: Shape, kind: str) -> RunConfig:
+    """configs/base.py with the shape, and the layers as a small model is best trained."""
+    config = base.get_config()
+    config.model.update(
+        num_layers=shape.layers,
+        model_dim=shape.dim,
+        mlp_dim=4 * shape.dim,
+        num_heads=shape.heads,
+        head_dim=shape.dim // shape.heads,
+        vocab_size=shape.vocabulary,
+        remat="none",
+        unroll=True,
+    )
+    config.attention.kind = kind
+    config.data.seq_len = shape.length
+    config.training.batch_size = shape.batch
+    config.mesh.update(data=1)
+    return load_config(config)
+
+
+def train_case(config: RunConfig) -> Case:
+    """The step that laser/training/loop.py runs, on one batch of random tokens."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from laser.training import sharding
+    from laser.training.step import init_state, make_train_step
+
+    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    init = functools.partial(init_state, config)
+    state_sharding = sharding.state_shardings(mesh, jax.eval_shape(init))
+    batch_sharding = NamedSharding(mesh, sharding.BATCH)
+    train_step = jax.jit(
+        make_train_step(config),
+        in_shardings=(state_sharding, batch_sharding),
+        out_shardings=(state_sharding, None),
+        donate_argnums=0,
+    )
+    state = jax.jit(init, out_shardings=state_sharding)()
+    size = (config.training.batch_size, config.data.seq_len + 1)
+    tokens = jax.random.randint(jax.random.key(0), size, 0, config.model.vocab_size)
+    weights = jnp.ones(tokens[:, 1:].shape, jnp.float32)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+    batch = jax.device_put(batch, batch_sharding)
+
+    def run():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return run
+
+
+def products_case(shape: Shape) -> Case:
+    """The products of forward and backward pass, chained as in the step, and nothing between them.
+
+    Causal attention has half of the square, as half of the keys; the logits are made for as many
+    tokens at a time as in the step. Other work is left only where a chain cannot do without: sums of
+    gradients that meet, and the copies of transposed operands that XLA makes.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from laser.training.loss import chunk_length
+
+    half, size = shape.length // 2, shape.dim // shape.heads
+    chunk = shape.batch * chunk_length(shape.batch, shape.length)
+
+    def block(x_BTM, weights):
+        query, key, value, output, up, down = weights
+        q_BHTD = jnp.einsum("btm,mhd->bhtd", x_BTM, query)
+        k_BHTD = jnp.einsum("btm,mhd->bhtd", x_BTM, key)
+        v_BHTD = jnp.einsum("btm,mhd->bhtd", x_BTM, value)
+        logits_BHTS = jnp.einsum("bhtd,bhsd->bhts", q_BHTD, k_BHTD[:, :, :half])
+        out_BHTD = jnp.einsum("bhts,bhsd->bhtd", logits_BHTS, v_BHTD[:, :, :half])
+        return jnp.einsum("bhtd,hdm->btm", out_BHTD, output) @ up @ down
+
+    def blocks(layers, x_BTM):
+        return functools.reduce(block, layers, x_BTM)
+
+    def readout(hidden_NM, embedding_VM):
+        def add(d_embedding_VM, hidden_CM):
+            logits_CV = jnp.einsum("cm,vm->cv", hidden_CM, embedding_VM)
+            d_embedding_VM += jnp.einsum("cv,cm->vm", logits_CV, hidden_CM)
+            return d_embedding_VM, logits_CV @ embedding_VM
+
+        chunks = hidden_NM.reshape(-1, chunk, shape.dim)
+        return jax.lax.scan(add, jnp.zeros_like(embedding_VM), chunks)
+
+    @jax.jit
+    def products(layers, x_BTM, embedding_VM):
+        hidden_BTM, backward = jax.vjp(blocks, layers, x_BTM)
+        d_embedding_VM, d_hidden = readout(hidden_BTM, embedding_VM)
+        return backward(d_hidden.reshape(x_BTM.shape)), d_embedding_VM
+
+    keys: Iterator[jax.Array] = iter(jax.random.split(jax.random.key(0), 6 * shape.layers + 2))
+
+    def normal(*dims):
+        return jax.random.normal(next(keys), dims) / shape.dim**0.5
+
+    dim, heads = shape.dim, shape.heads
+    layers = [
+        [
+            *(normal(dim, heads, size) for _ in range(3)),
+            normal(heads, size, dim),
+            normal(dim, 4 * dim),
+            normal(4 * dim, dim),
+        ]
+        for _ in range(shape.layers)
+    ]
+    inputs = layers, normal(shape.batch, shape.length, dim), normal(shape.vocabulary, dim)
+    return lambda: jax.block_until_ready(products(*inputs))
+
+
+def peak_cases(peers: bool) -> Iterator[tuple[str, Case, int]]:
+    """Single products, each by every library at hand: name, case, size of the square."""
+    import jax
+    import jax.numpy as jnp
+
+    product = jax.jit(jnp.matmul)
+    for size in PEAK_SIZES:
+        x = jnp.ones((size, size), jnp.float32)
+        yield "jax", lambda x=x: product(x, x).block_until_ready(), size
+        if peers:
+            import torch
+
+            y = torch.ones(size, size)
+            yield "torch", lambda y=y: torch.mm(y, y), size
+
+
+def gpt2_case(shape: Shape, compiled: bool = False) -> Case:
+    """A step as a user of transformers would write it, with the same work as ours."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=shape.layers,
+        n_embd=shape.dim,
+        n_head=shape.heads,
+        n_inner=4 * shape.dim,
+        vocab_size=shape.vocabulary,
+        n_positions=shape.length,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(shape.vocabulary, (shape.batch, shape.length))
+    forward = torch.compile(model) if compiled else model
+
+    def run():
+        optimizer.zero_grad()
+        forward(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return run
+
+
+def report(shape: Shape, results: dict[str, Result]) -> Iterator[str]:
+    """The paragraphs to print."""
+    peak = max(result.peak for result in results.values())
+    flops = next(iter(results.values())).flops
+    sizes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(shape).items())
+    yield (
+        f"{sizes}; float32, AdamW; {flops / 1e9:.1f} GFLOP a step\n"
+        f"{THREADS} threads; the best single matrix product ran at {peak / 1e9:.0f} GFLOP/s"
+    )
+    for name, result in results.items():
+        yield f"{SETTINGS[name]}\n" + "\n".join(table(shape, result, peak))
+    yield (
+        "Ratios are medians over the rounds of the ratio within a round; IQR is the distance of the "
+        "quartiles.\nof peak: the step's FLOPs / median / peak, causal attention counted half."
+    )
+
+
+def table(shape: Shape, result: Result, peak: float) -> Iterator[str]:
+    """Lines, widest case first column; a dash where there is nothing to compare with."""
+    seconds = result.seconds
+    yield (
+        f"{'':24s}{'median s':>9s}{'min s':>8s}{'IQR s':>8s}{'/ products':>12s}{'/ eager':>9s}"
+        f"{'of peak':>9s}{'tokens/s':>10s}"
+    )
+    for name, times in seconds.items():
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+        versus_eager = f"{ratio(times, seconds[EAGER]):.2f}" if EAGER in seconds else "-"
+        yield (
+            f"{name:24s}{median:9.3f}{min(times):8.3f}{high - low:8.3f}"
+            f"{ratio(times, seconds[PRODUCTS]):12.2f}{versus_eager:>9s}"
+            f"{result.flops / median / peak:9.0%}{shape.tokens / median:10,.0f}"
+        )
+    yield f"LASER / standard: {ratio(seconds[LASER], seconds[STANDARD]):.3f}"
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the rounds of a round's ratio, which a slow spell of the machine moves little."""
+    return statistics.median(a / b for a, b in zip(times, others))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,8 @@
     python scripts/quickstart.py [--attention=laser] [--workdir=runs/quickstart-laser]
 
 Each part is one of the ordinary commands, printed before it runs. Started again it goes on where it
-was. Held-out chapters are compared with `xz -9e` of the same text, a compressor that anyone can run.
+was. Held-out chapters are compared with `xz -9e` of the same text, a compressor that anyone can
+run.
 """
 
 import json
@@ -24,7 +25,9 @@ from data import corpus
 _ATTENTION = flags.DEFINE_string(
     "attention", "laser", "as in configs/c4.py: standard or laser, and modifiers such as +qk_norm"
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; runs/quickstart-ATTENTION if unset")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run; runs/quickstart-ATTENTION if unset"
+)
 
 PROMPT = "In the beginning"
 

@@ -1,12 +1,13 @@
-"""Standard and LASER attention, with the modifiers that the LASER paper (arXiv 2411.03493) compares.
+"""Standard and LASER attention, with the modifiers that the paper (arXiv 2411.03493) compares.
 
-This package imports jax and nothing else of this repository, so that it can be copied or imported on
-its own: `from laser.attention import attention`.
+This package imports jax and nothing else of this repository, so that it can be copied or imported
+on its own: `from laser.attention import attention`.
 """
 
 from laser.attention.interface import attention
 from laser.attention.variants import (
     differential,
+    head_norm,
     lambda_init,
     lambda_official,
     per_dim_temperature,
@@ -17,6 +18,7 @@ from laser.attention.variants import (
 __all__ = [
     "attention",
     "differential",
+    "head_norm",
     "lambda_init",
     "lambda_official",
     "per_dim_temperature",

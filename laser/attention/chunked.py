@@ -4,12 +4,13 @@ A chunk of queries meets only the keys up to its own end, so that half of the ca
 computed, and is recomputed in the backward pass, so that no (T, S) matrix is kept. On a CPU this is
 about twice as fast as the whole square.
 
-LASER needs a reference c to form exp(V - c) without overflow. Here c is, per chunk and per feature, a
-power of two: the largest floor(V · log2 e) among the keys that some query of the chunk can see. Moving
-a power of two in or out of a product rounds nothing, so the result does not depend on which c was
-taken, as long as it is in range. Where an output lies far below the reference (a later token of
-the chunk, or another document in it, has an outlier) the sum underflows; the size of the sum itself is
-the certificate. Elements without it are computed again in log space, without any reference.
+LASER needs a reference c to form exp(V - c) without overflow. Here c is, per chunk and per feature,
+a power of two: the largest floor(V · log2 e) among the keys that some query of the chunk can see.
+Moving a power of two in or out of a product rounds nothing, so the result does not depend on which
+c was taken, as long as it is in range. Where an output lies far below the reference (a later token
+of the chunk, or another document in it, has an outlier) the sum underflows; the size of the sum
+itself is the certificate. Elements without it are computed again in log space, without any
+reference.
 
 Shapes: B batch, H heads, C queries of a chunk, T queries, S keys up to the chunk's end, D size.
 """
@@ -51,8 +52,8 @@ def attention(
     """The interface's contract; see `laser.attention.attention`.
 
     Returns:
-      (B, T, H, D) in the dtype of `value`, and the float32 scalar range: the largest distance in nats
-      between a chunk's reference and one of its outputs (0 for standard attention). Beyond
+      (B, T, H, D) in the dtype of `value`, and the float32 scalar range: the largest distance in
+      nats between a chunk's reference and one of its outputs (0 for standard attention). Beyond
       `RANGE_LIMIT_NATS` the exact log-space path was taken for the elements concerned.
     """
     chunk = functools.partial(
@@ -131,8 +132,8 @@ def _power_of_two(n: Array) -> Array:
 def _exp_relative(mantissa: Array, power: Array, in_use: Array | None) -> tuple[Array, Array]:
     """exp(V) / 2^reference, at most 2, and the reference (B, H, 1, D) int32.
 
-    Keys outside of `in_use` (B, S), whose documents no query of the chunk belongs to, are left out of
-    the reference and count as 0.
+    Keys outside of `in_use` (B, S), whose documents no query of the chunk belongs to, are left out
+    of the reference and count as 0.
     """
     if in_use is not None:
         power = jnp.where(in_use[:, None, :, None], power, -(2**30))

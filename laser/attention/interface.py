@@ -1,14 +1,14 @@
 """The one function to call, and the choice of implementation behind it.
 
 `auto` takes the fastest implementation that is exact for the backend. The others are there by name:
-`chunked` (XLA, every backend), `reference` (the formulas) and `paper` (the paper's log-weighted-sum-exp
-wrapper to the letter, with its global maximum, for fidelity studies).
+`chunked` (XLA, every backend), `reference` (the formulas) and `paper` (the paper's
+log-weighted-sum-exp wrapper to the letter, with its global maximum, for fidelity studies).
 """
 
 import functools
 import logging
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def attention(
     implementation: Implementation = "auto",
     return_range: bool = False,
 ):
-    """softmax(scale · Q Kᵀ) V, or LASER's log(softmax(scale · Q Kᵀ) exp(V)) (arXiv 2411.03493, eq. 8).
+    """softmax(scale · Q Kᵀ) V, or LASER's log(softmax(scale · Q Kᵀ) exp(V)) (arXiv 2411.03493).
 
     LASER's output is finite and right for every finite V, and no later token and no other segment
     enters it, outliers included (all implementations but `paper`).
@@ -59,7 +59,7 @@ def attention(
       ValueError: shapes that do not fit, or an unknown or impossible `kind` or `implementation`.
     """
     _check(query, key, value, kind, segment_ids, implementation)
-    options = {
+    options: dict[str, Any] = {
         "logits_scale": 1 / math.sqrt(query.shape[-1]) if logits_scale is None else logits_scale,
         "causal": causal,
         "segment_ids": segment_ids,
@@ -89,8 +89,8 @@ def _check(query, key, value, kind, segment_ids, implementation) -> None:
         raise ValueError("implementation='paper' is a form of LASER; use kind='laser'")
     if query.ndim != 4 or key.shape != query.shape or value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            "query and key must be (batch, length, heads, size) of one shape, and value alike up to "
-            f"its size; got {query.shape}, {key.shape}, {value.shape}"
+            "query and key must be (batch, length, heads, size) of one shape, and value alike up "
+            f"to its size; got {query.shape}, {key.shape}, {value.shape}"
         )
     if segment_ids is not None and segment_ids.shape != query.shape[:2]:
         raise ValueError(

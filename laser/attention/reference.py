@@ -56,8 +56,8 @@ def standard(log_probs: Array, value: Array) -> Array:
 def laser(log_probs: Array, value: Array) -> Array:
     """log(softmax(·) exp(V)) (paper, section 3.2), as logsumexp_s(log A_ts + V_sd).
 
-    Nothing is exponentiated that could overflow or underflow, at the price of a (B, H, T, S, D) tensor.
-    (B, H, T, S), (B, S, H, D) -> (B, T, H, D).
+    Nothing is exponentiated that could overflow or underflow, at the price of a (B, H, T, S, D)
+    tensor. (B, H, T, S), (B, S, H, D) -> (B, T, H, D).
     """
     terms_BHTSD = log_probs[..., None] + value.transpose(0, 2, 1, 3)[:, :, None]
     return jax.nn.logsumexp(terms_BHTSD, axis=3).transpose(0, 2, 1, 3)
@@ -67,14 +67,16 @@ def laser_paper(log_probs: Array, value: Array) -> Array:
     """log(softmax(·) exp(V - m)) + m with m_d = max_s V_sd (paper, the log-weighted-sum-exp trick).
 
     Kept for fidelity studies. The maximum runs over the whole row, later tokens and other documents
-    included: in float32 the output is -inf, and every gradient NaN, where the visible values lie more
-    than 87 below it. (B, H, T, S), (B, S, H, D) -> (B, T, H, D).
+    included: in float32 the output is -inf, and every gradient NaN, where the visible values lie
+    more than 87 below it. (B, H, T, S), (B, S, H, D) -> (B, T, H, D).
     """
     m = jax.lax.stop_gradient(value.max(axis=1, keepdims=True))
     return jnp.log(standard(log_probs, jnp.exp(value - m).astype(value.dtype))) + m
 
 
-def attention(query: Array, key: Array, value: Array, *, kind: str, paper: bool, **options) -> Array:
+def attention(
+    query: Array, key: Array, value: Array, *, kind: str, paper: bool, **options
+) -> Array:
     """The interface's contract by the formulas above; see `laser.attention.attention`."""
     readout = {"standard": standard, "laser": laser_paper if paper else laser}[kind]
     if not paper:  # the oracle computes in at least float32, the paper's wrapper as it is given

@@ -18,8 +18,8 @@ def per_dim_temperature(query: Array, log_temperature_D: Array) -> Array:
     The paper's logits are Q D Kᵀ/√d with D = diag(softplus(p)). Dividing by softplus(0) = ln 2, as
     praxis' PerDimScale does, makes p = 0 start at exactly 1/√d. (B, T, H, D), (D,) -> (B, T, H, D).
     """
-    temperature = jax.nn.softplus(log_temperature_D) / jax.nn.softplus(jnp.zeros_like(log_temperature_D))
-    return (query * temperature).astype(query.dtype)
+    at_zero = jax.nn.softplus(jnp.zeros_like(log_temperature_D))
+    return (query * (jax.nn.softplus(log_temperature_D) / at_zero)).astype(query.dtype)
 
 
 def qk_norm(x: Array, scale_D: Array, bias_D: Array, epsilon: float = 1e-6) -> Array:
@@ -48,36 +48,31 @@ def rotary(x: Array, positions_BT: Array, max_wavelength: float = 10_000.0) -> A
 
 
 def lambda_init(layer: Array | int) -> Array:
-    """0.8 - 0.6 exp(-0.3 · layer), layer counted from 0 (Differential Transformer, arXiv 2410.05258)."""
+    """0.8 - 0.6 exp(-0.3 · layer), layers counted from 0 (arXiv 2410.05258, section 2.1)."""
     return 0.8 - 0.6 * jnp.exp(-0.3 * jnp.asarray(layer, jnp.float32))
 
 
-def lambda_official(q1: Array, k1: Array, q2: Array, k2: Array, initial: Array) -> Array:
-    """exp(q₁·k₁) - exp(q₂·k₂) + λ_init in float32 (arXiv 2410.05258, eq. 2). Four (D,) -> scalar."""
+def lambda_official(vectors_4D: Array, initial: Array) -> Array:
+    """exp(q₁·k₁) - exp(q₂·k₂) + λ_init (arXiv 2410.05258, eq. 2), of (q₁, k₁, q₂, k₂). A scalar."""
+    q1, k1, q2, k2 = vectors_4D
     return jnp.exp(jnp.vdot(q1, k1)) - jnp.exp(jnp.vdot(q2, k2)) + initial
 
 
-def differential(
-    first: Array, second: Array, lambda_: Array, *, norm_scale_D: Array | None = None,
-    initial: Array | None = None, epsilon: float = 1e-5,
-) -> Array:  # fmt: skip
+def differential(first: Array, second: Array, lambda_: Array) -> Array:
     """first - λ · second, the difference of two attention outputs over the same values.
 
     For LASER the outputs are logarithms (paper, section 4.4): log(A₁ exp V) - λ log(A₂ exp V).
-    The official form then takes an RMSNorm over the size of each head and multiplies by 1 - λ_init
-    (arXiv 2410.05258, eq. 3); it is taken where `norm_scale_D` and `initial` are given.
-
-    Args:
-      first, second: (B, T, H, D), D the size of a value.
-      lambda_: scalar.
-      norm_scale_D: (D,), or None for the difference alone.
-      initial: λ_init, a scalar.
-
-    Returns:
-      (B, T, H, D) in the dtype of `first`.
+    Two (B, T, H, D) with D the size of a value, and a scalar -> (B, T, H, D).
     """
-    out = first.astype(jnp.float32) - lambda_ * second.astype(jnp.float32)
-    if norm_scale_D is not None:
-        out *= jax.lax.rsqrt(jnp.square(out).mean(-1, keepdims=True) + epsilon) * norm_scale_D
-        out *= 1 - initial
-    return out.astype(first.dtype)
+    difference = first.astype(jnp.float32) - lambda_ * second.astype(jnp.float32)
+    return difference.astype(first.dtype)
+
+
+def head_norm(x: Array, scale_D: Array, initial: Array, epsilon: float = 1e-5) -> Array:
+    """(1 - λ_init) · RMSNorm(x) over the size of each head, in float32 (arXiv 2410.05258, eq. 3).
+
+    (B, T, H, D), (D,), scalar -> (B, T, H, D) in the dtype of `x`.
+    """
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + epsilon) * scale_D
+    return (x32 * (1 - initial)).astype(x.dtype)

@@ -1,8 +1,8 @@
 """Checkpoints by Orbax that are checked when they are read, and fall back to an older one.
 
 `workdir/checkpoints/<step>` holds the TrainState and a small JSON record with a checksum of every
-tensor. A checksum is the wrapping sum of the tensor's 32-bit words: it does not depend on the mesh or
-the order of summation, so a restore onto any other mesh is verified bit for bit. Orbax writes
+tensor. A checksum is the wrapping sum of the tensor's 32-bit words: it does not depend on the mesh
+or the order of summation, so a restore onto any other mesh is verified bit for bit. Orbax writes
 asynchronously into a temporary folder and renames it, so that a killed save leaves the older ones.
 """
 
@@ -22,7 +22,7 @@ from laser.training.config import CheckpointConfig
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = "unreadable"  # suffix of the folder that a checkpoint is moved to when it can't be read
+UNREADABLE = "unreadable"  # ending of the folder that a damaged checkpoint is moved to
 
 
 class CheckpointError(RuntimeError):
@@ -141,7 +141,9 @@ def restore_parameters(workdir: Path, abstract_params: Any, step: int | None = N
     folder = workdir.absolute() / "checkpoints"
     steps = _complete_steps(folder) if folder.is_dir() else []
     if not steps or (step is not None and step not in steps):
-        raise CheckpointError(f"no checkpoint{f' {step}' if step else ''} in {folder}; there are {steps}")
+        raise CheckpointError(
+            f"no checkpoint{f' {step}' if step else ''} in {folder}; there are {steps}"
+        )
     path = folder / str(step if step is not None else steps[-1])
     item = {"params": abstract_params}
     args = ocp.args.PyTreeRestore(

@@ -1,6 +1,7 @@
 """What the machine can do, and the two settings that make XLA fast on a CPU.
 
-Peaks are dense bfloat16 matrix FLOP/s per device from the vendors' data sheets; a CPU's is measured.
+Peaks are dense bfloat16 matrix FLOP/s per device from the vendors' data sheets; a CPU's is
+measured.
 """
 
 import ctypes
@@ -28,9 +29,9 @@ _CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 def tune_cpu() -> None:
     """Call before jax is imported. No effect on the result of a run, nor on accelerators.
 
-    XLA's CPU backend allocates and frees every temporary of a step; by default glibc hands that memory
-    back to the kernel and faults it in again, 100,000 pages a step and more. The flag lets XLA give
-    matrix products to a faster library. Measured together: see scripts/benchmark_train.py.
+    XLA's CPU backend allocates and frees every temporary of a step; by default glibc hands that
+    memory back to the kernel and faults it in again, 100,000 pages a step and more. The flag lets
+    XLA give matrix products to a faster library. Measured together: see scripts/benchmark_train.py.
     """
     os.environ["XLA_FLAGS"] = f"{_CPU_FLAG} {os.environ.get('XLA_FLAGS', '')}".strip()
     if sys.platform == "linux":

@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,7 @@ def train(run: "Run") -> int:
 class Run:
     """What does not change while a run goes on: config, data, mesh and the compiled steps."""
 
-    def __init__(
-        self, config: RunConfig, workdir: str, store: TokenStore, mesh: jax.sharding.Mesh
-    ):
+    def __init__(self, config: RunConfig, workdir: str, store: TokenStore, mesh: jax.sharding.Mesh):
         self.config = config
         self.workdir = Path(workdir)
         self.store = store
@@ -187,7 +184,7 @@ def _run_steps(
             report.push(done, metrics, batches.seconds_waited)
             if _due(done, config.training.eval_every, steps):
                 report.flush()
-                writer.write(done, report.off_the_clock(lambda s=state: run.evaluate(s)))
+                writer.write(done, report.off_the_clock(functools.partial(run.evaluate, state)))
             if _due(done, config.checkpoint.every, steps) or preempted:
                 report.flush()
                 report.off_the_clock(functools.partial(checkpoints.save, done, state))

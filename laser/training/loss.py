@@ -1,8 +1,9 @@
 """Cross-entropy from hidden states, without ever holding the logits of all tokens.
 
-The logits are the largest tensor of a training step. Here they are made for a few positions at a time
-and their gradient is formed at once, in the forward pass, so that they are computed once and never
-stored. The result is a sum and not a mean: whoever accumulates divides once, by the number of tokens.
+The logits are the largest tensor of a training step. Here they are made for a few positions at a
+time and their gradient is formed at once, in the forward pass, so that they are computed once and
+never stored. The result is a sum and not a mean: whoever accumulates divides once, by the number of
+tokens.
 
 Shapes: B batch, T positions, C positions of a chunk, M model dim, V vocabulary.
 """

@@ -41,7 +41,9 @@ class MetricsWriter(Protocol):
         """Writes out what is left."""
 
 
-def make_writer(workdir: str | Path, steps: int, *, resume_step: int, enabled: bool) -> MetricsWriter:
+def make_writer(
+    workdir: str | Path, steps: int, *, resume_step: int, enabled: bool
+) -> MetricsWriter:
     """All writers of a run.
 
     Args:

@@ -1,8 +1,9 @@
 """AdamW and LAMB by optax, with what PAX does around them.
 
-Everything that is "per tensor" (the clip of the update's RMS, LAMB's trust ratio) is per layer of the
-stacked blocks, so that scanning the layers does not change the optimizer. The learning rate is left
-out: the step multiplies by `learning_rate(step)`, which stays right when a bad step is skipped.
+Everything that is "per tensor" (the clip of the update's RMS, LAMB's trust ratio) is per layer of
+the stacked blocks, so that scanning the layers does not change the optimizer. The learning rate is
+left out: the step multiplies by `learning_rate(step)`, which stays right when a bad step is
+skipped.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ Array = jax.Array
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then a cosine to 0, as a function of the steps done before.
+    """Linear warm-up from 0 to the peak, then a cosine to 0, by the number of steps done before.
 
     The zeros at both ends fall before the first step and after the last, so that every step trains.
     """
@@ -55,8 +56,10 @@ def is_stacked(path: tuple) -> bool:
 
 
 def matrices(params) -> object:
-    """True for what weight decay applies to: two dims or more besides the layers'. Norms, temperatures
-    and lambdas are left alone."""
+    """True for what weight decay applies to: tensors of two dims or more besides the layers'.
+
+    Norms, temperatures and lambdas are left alone.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x.ndim - is_stacked(path) >= 2 and not _is_lambda(path), params
     )

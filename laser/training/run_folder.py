@@ -1,10 +1,10 @@
-"""A run's folder is self-contained: config, tokenizer and data fingerprint lie beside the checkpoints.
+"""A run's folder is self-contained: config, tokenizer and data fingerprint lie in it.
 
-    config.json       {"config": every field, "data": {"fingerprint": ...}}
-    tokenizer.model   a copy of the store's
-    checkpoints/      laser/training/checkpoint.py
-    metrics.jsonl, tensorboard/     laser/training/metrics.py
-    skipped.jsonl     steps without an update, with the ids of their rows
+config.json       {"config": every field, "data": {"fingerprint": ...}}
+tokenizer.model   a copy of the store's
+checkpoints/      laser/training/checkpoint.py
+metrics.jsonl, tensorboard/     laser/training/metrics.py
+skipped.jsonl     steps without an update, with the ids of their rows
 """
 
 import json
@@ -17,9 +17,7 @@ from data.store import TokenStore
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
 
 
-def open_run_folder(
-    workdir: str, config: RunConfig, store: TokenStore, allow_change: bool
-) -> None:
+def open_run_folder(workdir: str, config: RunConfig, store: TokenStore, allow_change: bool) -> None:
     """Makes the folder, or checks that it belongs to the same config and data.
 
     Args:
@@ -29,7 +27,8 @@ def open_run_folder(
       allow_change: keep the old record as config.N.json and go on with the new one.
 
     Raises:
-      ValueError: the folder holds a run of another config or other data; the message shows what differs.
+      ValueError: the folder holds a run of another config or other data; the message shows what
+      differs.
     """
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)

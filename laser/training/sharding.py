@@ -15,7 +15,8 @@ from laser.training.config import RunConfig, check_devices
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# First match wins; a parameter that no row matches is an error. The first dim of `blocks` is layers.
+# First match wins; a parameter that no row matches is an error. The first dim of `blocks` is
+# layers.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"^embedding$", PartitionSpec("tensor", "fsdp")),
     (r"^blocks/attention/(query|key|value)$", PartitionSpec(None, "fsdp", "tensor", None)),
@@ -44,7 +45,7 @@ def parameter_spec(path: str) -> PartitionSpec:
 
 
 def state_shardings(mesh: Mesh, state):
-    """A NamedSharding for every leaf of a TrainState (or of parameters): by path, scalars replicated.
+    """A NamedSharding for every leaf of a TrainState, or of parameters; scalars are replicated.
 
     Args:
       mesh: of `make_mesh`.

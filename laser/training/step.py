@@ -1,8 +1,8 @@
 """One training step and one evaluation step as pure functions of the state and a batch.
 
-Losses are sums over target tokens and are divided once, by the number of tokens of the whole step, so
-that micro-batches, hosts and padding change nothing. A step whose loss or gradient is not finite leaves
-parameters and optimizer as they were and is counted.
+Losses are sums over target tokens and are divided once, by the number of tokens of the whole step,
+so that micro-batches, hosts and padding change nothing. A step whose loss or gradient is not finite
+leaves parameters and optimizer as they were and is counted.
 """
 
 import functools

@@ -144,7 +144,8 @@ def test_range_is_reported_and_decides():
     query, key, value, _ = make_inputs()
     small = {"kind": "laser", "return_range": True}
     out, range_nats = attention(*(jnp.float32(x) for x in (query, key, value)), **small)
-    # The reference is a power of two at or below the largest visible value, so at most that far above.
+    # The reference is a power of two at or below the largest visible value, so at most that far
+    # above.
     assert 0 < range_nats < value.max() - np.asarray(out).min() + 1e-3
     value[:, 40] = 120.0
     _, range_nats = attention(*(jnp.float32(x) for x in (query, key, value)), **small)
@@ -220,7 +221,9 @@ def test_oracle_gradients_by_finite_differences(kind):
                 out = attention(*map(jnp.asarray, moved[:3]), kind=kind, implementation="reference")
                 ends.append(float((out * inputs[3]).sum()))
             slope = (ends[0] - ends[1]) / (2 * step)
-            np.testing.assert_allclose(slope, (expected[i] * direction[i]).sum(), rtol=1e-7, err_msg=name)
+            np.testing.assert_allclose(
+                slope, (expected[i] * direction[i]).sum(), rtol=1e-7, err_msg=name
+            )
 
 
 def test_under_scan_and_remat():

@@ -47,7 +47,10 @@ def test_output_lies_between_the_max_bounds():
     """LASER's output is in [max_j(v_j + log a_j), max_j(v_j + log a_j) + log N]."""
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
-        logits, value = jnp.asarray(rng.normal(size=(9, 9)) * 3), jnp.asarray(rng.normal(size=(9, 4)) * 5)
+        logits, value = (
+            jnp.asarray(rng.normal(size=(9, 9)) * 3),
+            jnp.asarray(rng.normal(size=(9, 4)) * 5),
+        )
         out = logits_to_outputs("laser", logits, value)
         largest = (jax.nn.log_softmax(logits)[:, :, None] + value[None]).max(axis=1)
         assert np.all(out >= largest)

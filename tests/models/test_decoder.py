@@ -1,4 +1,4 @@
-"""The decoder: parameter counts of the paper's sizes, causality, segments, and what remat must not change."""
+"""The decoder: the paper's parameter counts, causality, segments, and what remat must keep."""
 
 import dataclasses
 import functools
@@ -87,7 +87,8 @@ def test_a_packed_row_gives_what_its_documents_give_alone():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"remat": "full"}, {"remat": "dots"}, {"unroll": True}, {"unroll": True, "remat": "full"}]
+    "changes",
+    [{"remat": "full"}, {"remat": "dots"}, {"unroll": True}, {"unroll": True, "remat": "full"}],
 )
 def test_remat_and_unrolling_change_neither_values_nor_gradients(changes):
     params = init_parameters(SMALL, 0)
@@ -98,7 +99,9 @@ def test_remat_and_unrolling_change_neither_values_nor_gradients(changes):
     value_and_grad = functools.partial(jax.jit, static_argnums=1)(jax.value_and_grad(loss))
     expected = value_and_grad(params, SMALL)
     actual = value_and_grad(params, dataclasses.replace(SMALL, **changes))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), actual, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), actual, expected
+    )
 
 
 def test_bfloat16_keeps_float32_parameters_and_logits():

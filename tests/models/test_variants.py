@@ -15,9 +15,19 @@ from models.layers import Attention
 B, T, M, H, D = 2, 9, 12, 2, 8
 LAYER = 3
 VARIANTS = [
-    {"kind": kind, "temperature": temperature, "per_dim_temp": per_dim, "qk_norm": norm, "diff": diff}
+    {
+        "kind": kind,
+        "temperature": temperature,
+        "per_dim_temp": per_dim,
+        "qk_norm": norm,
+        "diff": diff,
+    }
     for kind, temperature, per_dim, norm, diff in itertools.product(
-        ("standard", "laser"), (1.0, 0.5), (False, True), (False, True), ("none", "official", "scalar")
+        ("standard", "laser"),
+        (1.0, 0.5),
+        (False, True),
+        (False, True),
+        ("none", "official", "scalar"),
     )
 ]
 
@@ -70,7 +80,9 @@ def expected_layer(x, p, variant):
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             parts.append(
-                weights @ value if variant["kind"] == "standard" else np.log(weights @ np.exp(value))
+                weights @ value
+                if variant["kind"] == "standard"
+                else np.log(weights @ np.exp(value))
             )
         if variant["diff"] == "none":
             out[b, :, h] = parts[0]

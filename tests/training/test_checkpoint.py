@@ -17,17 +17,21 @@ from laser.training.checkpoint import CheckpointError, Checkpoints, restore_para
 from laser.training.config import load_config
 from laser.training.step import TrainState
 
+REPLICATED = PartitionSpec()
 CONFIG = load_config(base.get_config()).checkpoint
 
 
 def make_state(step):
     rng = np.random.default_rng(step)
-    params = {"blocks": {"up": jnp.float32(rng.normal(size=(8, 300)))}, "b": jnp.arange(16.0) + step}
+    params = {
+        "blocks": {"up": jnp.float32(rng.normal(size=(8, 300)))},
+        "b": jnp.arange(16.0) + step,
+    }
     moments = jax.tree.map(lambda x: x * 0.1, params)
     return TrainState(jnp.int32(step), params, (moments,), jnp.int32(0), jnp.int32(0))
 
 
-def abstract(state, spec=PartitionSpec()):
+def abstract(state, spec=REPLICATED):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
 
     def leaf(x):
@@ -43,7 +47,7 @@ def save(workdir, *steps, config=CONFIG):
             checkpoints.save(step, make_state(step))
 
 
-def restore(workdir, spec=PartitionSpec()):
+def restore(workdir, spec=REPLICATED):
     with Checkpoints(workdir, CONFIG) as checkpoints:
         return checkpoints.restore_latest(abstract(make_state(0), spec))
 

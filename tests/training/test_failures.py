@@ -100,10 +100,11 @@ def can_mount():
 
 @pytest.mark.skipif(not can_mount(), reason="needs unshare and tmpfs, to have a disk that is full")
 def test_full_disk_while_saving(arguments, tmp_path):
-    """On a real full file system; tests/training/test_checkpoint.py has a stand-in for elsewhere."""
+    """On a real full file system; test_checkpoint.py has a stand-in for elsewhere."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    script = f'mount -t tmpfs -o size=4m tmpfs {disk}; "$@"; code=$?; ls {disk}/run/checkpoints; exit $code'
+    mount = f"mount -t tmpfs -o size=4m tmpfs {disk}"
+    script = f'{mount}; "$@"; code=$?; ls {disk}/run/checkpoints; exit $code'
     failed = runs.train(
         [*arguments, "--config.checkpoint.every=5"],
         disk / "run",

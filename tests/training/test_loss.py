@@ -43,8 +43,12 @@ def test_equals_the_plain_form(inputs, soft_cap, z_loss, chunk):
 
     np.testing.assert_allclose(ours(hidden, embedding), theirs(hidden, embedding), rtol=1e-5)
     for scale in (1.0, 0.25):  # the cotangent of the sum reaches both gradients
-        actual = jax.grad(lambda h, e, s=scale: s * ours(h, e)[0], argnums=(0, 1))(hidden, embedding)
-        expected = jax.grad(lambda h, e, s=scale: s * theirs(h, e)[0], argnums=(0, 1))(hidden, embedding)
+        actual = jax.grad(lambda h, e, s=scale: s * ours(h, e)[0], argnums=(0, 1))(
+            hidden, embedding
+        )
+        expected = jax.grad(lambda h, e, s=scale: s * theirs(h, e)[0], argnums=(0, 1))(
+            hidden, embedding
+        )
         for a, e in zip(actual, expected, strict=True):
             np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6)
 
@@ -59,7 +63,9 @@ def test_value_with_and_without_gradient_is_the_same(inputs):
 
 def test_padding_has_no_gradient(inputs):
     hidden, embedding, targets, weights = inputs
-    gradient = jax.grad(lambda h: cross_entropy(h, embedding, targets, weights, 0.0, 0.1, 4)[0])(hidden)
+    gradient = jax.grad(lambda h: cross_entropy(h, embedding, targets, weights, 0.0, 0.1, 4)[0])(
+        hidden
+    )
     assert np.all(np.asarray(gradient)[np.asarray(weights) == 0] == 0)
     assert np.all(np.any(np.asarray(gradient)[np.asarray(weights) == 1] != 0, axis=-1))
 

@@ -1,4 +1,4 @@
-"""The optimizers against their formulas in numpy, and per layer of a stack as if it were not stacked."""
+"""The optimizers against their formulas in numpy; a stack of layers is as if not stacked."""
 
 import dataclasses
 

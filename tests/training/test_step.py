@@ -41,7 +41,9 @@ def make_batch(step, packed=False):
         "weights": np.float32(np.arange(LENGTH) < lengths[:, None]),
     }
     if packed:
-        batch["segment_ids"] = np.int32(1 + (np.arange(LENGTH) > rng.integers(0, LENGTH, (BATCH, 1))))
+        batch["segment_ids"] = np.int32(
+            1 + (np.arange(LENGTH) > rng.integers(0, LENGTH, (BATCH, 1)))
+        )
     return batch
 
 
