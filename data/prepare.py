@@ -7,11 +7,14 @@ one begins. Killed at any moment and started again, it goes on from the last fin
 store comes out the same to the byte.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,11 +144,30 @@ def _flat(record: Record) -> Record:
 
 
 def _task(source: str, text_folder: TextFolder | None) -> "seqio.Task":
-    from data import tasks
+    with _held_back_stderr():  # TensorFlow's libraries print on import whatever the settings are
+        from data import tasks
 
     if text_folder is None:
         return tasks.registered_task(source)
     return tasks.make_task("text_folder", tasks.TextFolderSource(text_folder))
+
+
+@contextlib.contextmanager
+def _held_back_stderr() -> Iterator[None]:
+    """Keeps what is written to the process' stderr, by C++ too, and shows it only on failure."""
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held_back.seek(0)
+            os.write(real, held_back.read())
+            raise
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
 
 
 def _read(task: "seqio.Task", split: str, start: Position) -> Iterator[tuple[str, Position]]:

@@ -2,11 +2,11 @@
 
     python scripts/benchmark_train.py [--peers] [--steps=N] [--json=PATH]
 
-Times the step that train.py runs, for standard and LASER attention; the step's matrix products alone,
-a bound for any implementation; with --peers (requirements-peers.txt) a GPT-2 of the same shape from
-transformers on PyTorch, eager and compiled. All take turns in one process in random order, since
-machines drift. What `laser.training.hardware.tune_cpu` sets holds for a whole process, so there are
-two of them: without it, and with it, as train.py runs.
+Times the step that train.py runs, for standard and LASER attention; the step's matrix products
+alone, which no implementation can leave out; and with --peers (requirements-peers.txt) a GPT-2 of
+the same shape from transformers on PyTorch, eager and compiled. All take turns in one process in
+random order, since machines drift. What `laser.training.hardware.tune_cpu` sets holds for a whole
+process, so there are two of them: without it, and with it, as train.py runs.
 """
 
 import argparse
@@ -192,8 +192,8 @@ def products_case(shape: Shape) -> Case:
     """The products of forward and backward pass, chained as in the step, and nothing between them.
 
     Causal attention has half of the square, as half of the keys; the logits are made for as many
-    tokens at a time as in the step. Other work is left only where a chain cannot do without: sums of
-    gradients that meet, and the copies of transposed operands that XLA makes.
+    tokens at a time as in the step. Of other work there is only what a chain cannot do without:
+    sums of gradients that meet, and the copies of transposed operands that XLA makes.
     """
     import jax
     import jax.numpy as jnp
@@ -255,14 +255,17 @@ def peak_cases(peers: bool) -> Iterator[tuple[str, Case, int]]:
     import jax.numpy as jnp
 
     product = jax.jit(jnp.matmul)
+
+    def run(x):
+        return product(x, x).block_until_ready()
+
     for size in PEAK_SIZES:
-        x = jnp.ones((size, size), jnp.float32)
-        yield "jax", lambda x=x: product(x, x).block_until_ready(), size
+        yield "jax", functools.partial(run, jnp.ones((size, size), jnp.float32)), size
         if peers:
             import torch
 
             y = torch.ones(size, size)
-            yield "torch", lambda y=y: torch.mm(y, y), size
+            yield "torch", functools.partial(torch.mm, y, y), size
 
 
 def gpt2_case(shape: Shape, compiled: bool = False) -> Case:
@@ -311,13 +314,13 @@ def report(shape: Shape, results: dict[str, Result]) -> Iterator[str]:
     for name, result in results.items():
         yield f"{SETTINGS[name]}\n" + "\n".join(table(shape, result, peak))
     yield (
-        "Ratios are medians over the rounds of the ratio within a round; IQR is the distance of the "
-        "quartiles.\nof peak: the step's FLOPs / median / peak, causal attention counted half."
+        "Ratios: median over the rounds of the ratio within a round. IQR: between the quartiles.\n"
+        "Of peak: the step's FLOPs / median / peak, causal attention counted half."
     )
 
 
 def table(shape: Shape, result: Result, peak: float) -> Iterator[str]:
-    """Lines, widest case first column; a dash where there is nothing to compare with."""
+    """The lines of one setting's table."""
     seconds = result.seconds
     yield (
         f"{'':24s}{'median s':>9s}{'min s':>8s}{'IQR s':>8s}{'/ products':>12s}{'/ eager':>9s}"
@@ -335,7 +338,7 @@ def table(shape: Shape, result: Result, peak: float) -> Iterator[str]:
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """The median over the rounds of a round's ratio, which a slow spell of the machine moves little."""
+    """The median of the rounds' own ratios, which a slow spell of the machine moves little."""
     return statistics.median(a / b for a, b in zip(times, others))
 
 

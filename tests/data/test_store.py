@@ -78,7 +78,17 @@ def test_a_changed_byte_is_found_and_named(make_store):
     assert str(path) in message
     assert expected["sha256"] in message
     assert "prepare_data.py" in message
-    TokenStore(store.path, verify=False)  # the size is right
+
+
+def test_a_large_store_is_hashed_on_request_only(make_store, monkeypatch):
+    store = make_store(train=_shards(7, 17))
+    path = store.path / "train-00001.bin"
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    monkeypatch.setattr("data.store.VERIFIED_BYTES", 47)  # it has 48
+    large = TokenStore(store.path)
+    with pytest.raises(ValueError) as error:
+        large.verify()
+    assert "train-00001.bin is corrupt" in str(error.value)
 
 
 def test_a_changed_tokenizer_is_found(make_store):
@@ -90,7 +100,8 @@ def test_a_changed_tokenizer_is_found(make_store):
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "missing"])
-def test_sizes_are_checked_always(make_store, change):
+def test_sizes_are_checked_always(make_store, change, monkeypatch):
+    monkeypatch.setattr("data.store.VERIFIED_BYTES", 0)
     store = make_store(train=_shards(7, 17))
     path = store.path / "train-00000.bin"
     content = path.read_bytes()
@@ -99,7 +110,7 @@ def test_sizes_are_checked_always(make_store, change):
     else:
         path.write_bytes(content[:-2] if change == "shorter" else content + b"\0\0")
     with pytest.raises(ValueError) as error:
-        TokenStore(store.path, verify=False)
+        TokenStore(store.path)
     assert "train-00000.bin" in str(error.value)
 
 
