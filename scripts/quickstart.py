@@ -1,7 +1,8 @@
 """Prepares the embedded corpus, trains configs/quickstart.py on it, and shows what came of it.
 
-    python scripts/quickstart.py [--attention=laser] [--workdir=runs/quickstart-laser]
+    python scripts/quickstart.py [--attention=laser] [--workdir=RUN] [-- OVERRIDES]
 
+OVERRIDES go on to train.py, such as --config.training.steps=100.
 Each part is one of the ordinary commands, printed before it runs. Started again it goes on where it
 was. Held-out chapters are compared with `xz -9e` of the same text, a compressor that anyone can
 run.
@@ -33,18 +34,22 @@ PROMPT = "In the beginning"
 
 
 def main(argv: list[str]) -> None:
-    del argv
     workdir = _WORKDIR.value or f"runs/quickstart-{_ATTENTION.value}"
     config = quickstart.get_config(f"attention={_ATTENTION.value}")
-    train = ["train.py", f"--config=configs/quickstart.py:attention={_ATTENTION.value}"]
+    train = [
+        "train.py",
+        f"--config=configs/quickstart.py:attention={_ATTENTION.value}",
+        f"--workdir={workdir}",
+        *argv[1:],
+    ]
     _run(
         "scripts/prepare_data.py",
         "--source=bible",
         f"--output={config.data.store}",
         f"--vocab_size={config.model.vocab_size}",
     )
-    _run(*train, f"--workdir={workdir}")
-    _summarise(Path(workdir), [*train, f"--workdir={workdir}"])
+    _run(*train)
+    _summarise(Path(workdir), train)
 
 
 def _run(*command: str) -> None:

@@ -1,12 +1,15 @@
-"""Eight CPU devices and the root of the repository on the path, for every test.
+"""Eight CPU devices, the root of the repository on the path, and a small store, for every test.
 
 XLA reads the number of devices when jax starts, so this file must run before anything imports jax;
 if something was faster, it says so in place of letting the sharding tests fail oddly.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 if "jax" in sys.modules:
     raise RuntimeError(
@@ -18,3 +21,42 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import corpus
+from data.prepare import prepare
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """Folder of a small store of real text: 60 chapters, 400 pieces."""
+    folder = tmp_path_factory.mktemp("text")
+    chapters = itertools.islice(corpus.documents("train"), 60)
+    for i, chapter in enumerate(chapters):
+        (folder / f"{i:02}.txt").write_text(chapter)
+    output = tmp_path_factory.mktemp("stores") / "small"
+    prepare(str(folder), output, vocab_size=400, validation_fraction=0.1)
+    return output
+
+
+@pytest.fixture
+def arguments(store):
+    """Command line for a run of 20 steps on it, without --workdir."""
+    fields = {
+        "model.vocab_size": 400,
+        "model.num_layers": 2,
+        "model.model_dim": 32,
+        "model.mlp_dim": 64,
+        "model.num_heads": 2,
+        "model.head_dim": 16,
+        "data.store": store,
+        "data.seq_len": 32,
+        "training.steps": 20,
+        "training.batch_size": 8,
+        "training.log_every": 1,
+        "training.eval_every": 20,
+        "optimizer.warmup_steps": 3,
+        "optimizer.learning_rate": 0.01,
+        "checkpoint.every": 20,
+    }
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["--config=configs/quickstart.py", *overrides]

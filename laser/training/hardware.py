@@ -23,7 +23,9 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
 }
 
-_CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+_CPU_FLAG = (
+    "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+)
 
 
 def tune_cpu() -> None:

@@ -1,0 +1,49 @@
+"""The quickstart from end to end, with a model that is too small to learn much."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OVERRIDES = {
+    "training.steps": 6,
+    "training.eval_every": 6,
+    "training.batch_size": 4,
+    "training.eval_batches": 0,
+    "optimizer.warmup_steps": 2,
+    "model.num_layers": 1,
+    "model.model_dim": 32,
+    "model.mlp_dim": 32,
+    "model.num_heads": 2,
+    "model.head_dim": 16,
+}
+
+
+@pytest.mark.slow
+def test_quickstart_ends_with_a_summary_and_resumes(tmp_path):
+    command = [sys.executable, "scripts/quickstart.py", f"--workdir={tmp_path / 'run'}", "--"]
+    command += [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
+    for expected in ("starting a new run", "nothing left to do after step 6"):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+        summary = done.stdout.partition("Quickstart, step 6")[2]
+        for word in ("validation loss", "bits per byte", "xz -9e", "tokens/s", "metrics.jsonl",
+                     "In the beginning", "--attention=standard", "compare_runs.py"):  # fmt: skip
+            assert word in summary, word
+
+
+def test_a_mistake_in_an_override_ends_it(tmp_path):
+    command = [sys.executable, "scripts/quickstart.py", f"--workdir={tmp_path / 'run'}", "--"]
+    done = subprocess.run(
+        [*command, "--config.training.stepz=6"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "did you mean 'training.steps'" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,103 @@
+"""The report: one step behind, each step once, speeds over training time alone."""
+
+import pytest
+
+from laser.training.report import Report
+
+
+class Recorder:
+    def __init__(self):
+        self.records = []
+
+    def write(self, step, metrics):
+        self.records.append((step, dict(metrics)))
+
+    def close(self):
+        pass
+
+
+class Clock:
+    """Stands in for time.perf_counter."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("laser.training.report.time.perf_counter", clock)
+    return clock
+
+
+def make_report(recorder, skipped, log_every=1, peak_flops=1e6):
+    return Report(
+        recorder,
+        log_every=log_every,
+        tokens_per_step=1000,
+        flops_per_token=50,
+        peak_flops=peak_flops,
+        on_skipped=lambda step, metrics: skipped.append(step),
+    )
+
+
+def metrics(loss=1.0, skipped_in_a_row=0.0):
+    return {"loss": loss, "gradient_norm": 1.0, "skipped_in_a_row": skipped_in_a_row}
+
+
+def test_reads_a_step_when_the_next_one_is_on_its_way(clock):
+    recorder = Recorder()
+    report = make_report(recorder, [])
+    report.push(1, metrics(1.5), 0.0)
+    assert recorder.records == []
+    clock.now += 1
+    report.push(2, metrics(2.5), 0.0)
+    assert [(step, record["loss"]) for step, record in recorder.records] == [(1, 1.5)]
+    clock.now += 1
+    report.flush()
+    report.flush()
+    assert [step for step, _ in recorder.records] == [1, 2]
+
+
+def test_speed_counts_neither_evaluation_nor_saving(clock):
+    recorder = Recorder()
+    report = make_report(recorder, [], log_every=2)
+    for step, waited in ((1, 0.1), (2, 0.3), (3, 0.3), (4, 0.9)):
+        clock.now += 2.0
+        report.push(step, metrics(), waited)
+        report.flush()
+        assert report.off_the_clock(lambda: "result") == "result"
+
+        def pause():
+            clock.now += 100.0
+
+        report.off_the_clock(pause)
+    steps = dict(recorder.records)
+    assert sorted(steps) == [1, 2, 4]
+    assert steps[4]["seconds_per_step"] == pytest.approx(2.0)
+    assert steps[4]["tokens_per_second"] == pytest.approx(500)
+    assert steps[4]["mfu"] == pytest.approx(500 * 50 / 1e6)
+    assert steps[4]["data_wait_seconds"] == pytest.approx(0.3)
+    assert steps[4]["perplexity"] == pytest.approx(2.718281828)
+    assert steps[4]["memory_gib"] > 0
+
+
+def test_no_mfu_where_the_peak_is_unknown(clock):
+    recorder = Recorder()
+    report = make_report(recorder, [], peak_flops=0.0)
+    clock.now += 1
+    report.push(1, metrics(), 0.0)
+    report.flush()
+    assert "mfu" not in recorder.records[0][1]
+
+
+def test_skipped_steps_are_told_whether_or_not_they_are_logged(clock):
+    skipped = []
+    report = make_report(Recorder(), skipped, log_every=10)
+    for step in range(1, 6):
+        clock.now += 1
+        report.push(step, metrics(float("nan"), step in (2, 4)), 0.0)
+    report.flush()
+    assert skipped == [2, 4]
