@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = {
     "training.steps": 6,
     "training.eval_every": 6,
-    "training.batch_size": 4,
+    "training.batch_size": 8,
     "training.eval_batches": 0,
     "optimizer.warmup_steps": 2,
     "model.num_layers": 1,
