@@ -28,11 +28,12 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.store = "stores/bible"
     config.data.seq_len = 256
 
-    config.optimizer.warmup_steps = 100
+    config.optimizer.learning_rate = 3e-3  # a small model bears more
+    config.optimizer.warmup_steps = 50
 
-    config.training.steps = 1500
+    config.training.steps = 500  # 2 M tokens, one epoch
     config.training.batch_size = 16
-    config.training.eval_every = 500
+    config.training.eval_every = 100
 
-    config.checkpoint.every = 500
+    config.checkpoint.every = 100
     return config
