@@ -8,12 +8,12 @@ Exit codes: 0 done, 2 mistake in the command line or the config, 75 saved on pre
 again), 1 anything else.
 """
 
-import logging
 import sys
 from pathlib import Path
 
 from absl import flags
 
+from laser.training.console import start_logging
 from laser.training.flags import exit_with, parse_or_exit
 from laser.training.hardware import tune_cpu
 
@@ -41,10 +41,7 @@ def main(argv: list[str]) -> int:
             argv[0],
             f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py",
         )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    logging.getLogger("jax").setLevel(logging.ERROR)
-    # Orbax logs by absl what it also raises, each error with several pages of tracebacks.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    start_logging()
     tune_cpu()
 
     from laser.training import loop  # imports jax: only after the config was found to be right

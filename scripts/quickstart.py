@@ -22,6 +22,7 @@ from absl import app, flags
 
 from configs import quickstart
 from data import corpus
+from laser.training.console import start_logging
 
 _ATTENTION = flags.DEFINE_string(
     "attention", "laser", "as in configs/c4.py: standard or laser, and modifiers such as +qk_norm"
@@ -34,6 +35,7 @@ PROMPT = "In the beginning"
 
 
 def main(argv: list[str]) -> None:
+    start_logging()
     workdir = _WORKDIR.value or f"runs/quickstart-{_ATTENTION.value}"
     config = quickstart.get_config(f"attention={_ATTENTION.value}")
     train = [
@@ -77,7 +79,7 @@ def _summarise(workdir: Path, train: list[str]) -> None:
     print("  files")
     for path in sorted((ROOT / workdir).iterdir()):
         print(f"    {workdir / path.name}{'/' if path.is_dir() else ''}")
-    print(f"  sample             {PROMPT}{_sample(ROOT / workdir)}")
+    print(f"  sample             {PROMPT}{_sample(ROOT / workdir).rstrip()}")
     other = "laser" if _ATTENTION.value == "standard" else "standard"
     print("\nResume it, or go on after an interruption:")
     print(f"  {_shown(*train)}")
