@@ -29,6 +29,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "data",
         "laser.training.checkpoint",
         "laser.training.config",
+        "laser.training.run_folder",
+        "laser.training.sharding",
     ),
     "configs": (),
 }

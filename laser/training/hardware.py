@@ -29,11 +29,12 @@ _CPU_FLAG = (
 
 
 def tune_cpu() -> None:
-    """Call before jax is imported. No effect on the result of a run, nor on accelerators.
+    """Call before jax is imported. Last bits of results differ by it; accelerators are not touched.
 
     XLA's CPU backend allocates and frees every temporary of a step; by default glibc hands that
     memory back to the kernel and faults it in again, 100,000 pages a step and more. The flag lets
-    XLA give matrix products to a faster library. Measured together: see scripts/benchmark_train.py.
+    XLA give matrix products and reductions to a faster library. Its maximum passes over NaN; its
+    sums do not, so a NaN still reaches the loss. Measured: see scripts/benchmark_train.py.
     """
     os.environ["XLA_FLAGS"] = f"{_CPU_FLAG} {os.environ.get('XLA_FLAGS', '')}".strip()
     if sys.platform == "linux":
