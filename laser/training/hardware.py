@@ -5,6 +5,7 @@ measured.
 """
 
 import ctypes
+import importlib.util
 import os
 import resource
 import sys
@@ -36,7 +37,8 @@ def tune_cpu() -> None:
     XLA give matrix products and reductions to a faster library. Its maximum passes over NaN; its
     sums do not, so a NaN still reaches the loss. Measured: see scripts/benchmark_train.py.
     """
-    os.environ["XLA_FLAGS"] = f"{_CPU_FLAG} {os.environ.get('XLA_FLAGS', '')}".strip()
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("libtpu") is None:
+        os.environ["XLA_FLAGS"] = f"{_CPU_FLAG} {os.environ.get('XLA_FLAGS', '')}".strip()
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # glibc

@@ -5,13 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from configs import base
 from laser.training import sharding
 from laser.training.config import load_config
 from laser.training.step import init_state, make_eval_step, make_train_step
+from models.decoder import structure
 
 BATCH, LENGTH, VOCAB = 16, 24, 64
 
@@ -60,6 +63,23 @@ def run(config, steps=3, packed=False, devices=None):
         state, metrics = train_step(state, batch)
         history.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     return np.array(history), state
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_loss_and_gradient_are_means_over_target_tokens(accumulation):
+    config = make_config(**{"training.accumulation": accumulation})
+    state, batch = init_state(config), make_batch(0)
+
+    def mean_loss(params):
+        model = nnx.merge(structure(config.model), params)
+        log_probs = jax.nn.log_softmax(model.logits(model(batch["inputs"])[0]))
+        nll = -jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
+        return jnp.sum(nll * batch["weights"]) / batch["weights"].sum()
+
+    loss, gradient = jax.value_and_grad(mean_loss)(state.params)
+    _, metrics = jax.jit(make_train_step(config))(state, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
 
 
 @functools.cache
