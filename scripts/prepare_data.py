@@ -2,35 +2,56 @@
 
     python scripts/prepare_data.py --source=bible --output=stores/bible --vocab_size=4096
     python scripts/prepare_data.py --source=my_texts/ --output=stores/mine --vocab_size=32000
-    python scripts/prepare_data.py --source=c4/en/ --output=stores/c4 --tokenizer=c4.model
+    python scripts/prepare_data.py --source=c4/en --output=stores/c4 --tokenizer=c4.model --estimate
+    python scripts/prepare_data.py --source=tfds:c4/en:3.1.0 --output=gs://bucket/c4 \\
+        --tokenizer=c4.model --beam="--runner=DataflowRunner --project=mine --region=us-central1"
 
-A source is `bible` (comes with the requirements), `c4` (TensorFlow Datasets), or a folder of .txt,
-.jsonl, .jsonl.gz or .json.gz files. Stopped at any moment, the same command goes on where it was.
+A source is `bible` (comes with the requirements), `tfds:NAME/CONFIG:VERSION`, `hf:NAME`, or a
+folder of .txt, .jsonl, .parquet, .jsonl.gz, .json.gz, .jsonl.zst or .json.zst files; the details
+are in data/sources.py. Stopped at any moment, the same command goes on where it was; with --beam,
+which needs an environment of its own (requirements-beam.txt), it begins anew.
 Exit codes: 0 done, 2 mistake in the command line or the input, 1 anything else.
 """
 
 import logging
+import os
+import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from absl import flags
 
+from data.estimate import estimate
 from data.prepare import prepare
 
 VALUES = flags.FlagValues()
-flags.DEFINE_string("source", None, "bible, c4, or a folder", flag_values=VALUES, required=True)
+flags.DEFINE_string("source", None, "see above", flag_values=VALUES, required=True)
 flags.DEFINE_string("output", None, "folder to write", flag_values=VALUES, required=True)
 flags.DEFINE_integer("vocab_size", None, "train a tokenizer of this size", flag_values=VALUES)
 flags.DEFINE_string("tokenizer", None, "use this SentencePiece model", flag_values=VALUES)
-flags.DEFINE_string("text_field", None, "of JSON lines; default: text", flag_values=VALUES)
+flags.DEFINE_string(
+    "text_field", None, "of JSON lines, Parquet or hf:; default: text", flag_values=VALUES
+)
 flags.DEFINE_float(
     "validation_fraction",
     None,
     "held-out part of a folder that has no files named validation; default: 0.05",
     flag_values=VALUES,
 )
+flags.DEFINE_bool(
+    "drop_duplicates", False, "keep the first of equal documents alone", flag_values=VALUES
+)
+flags.DEFINE_integer(
+    "max_broken", 0, "records to skip that are not UTF-8, JSON or text", flag_values=VALUES
+)
+flags.DEFINE_integer("workers", None, "processes; default: one a core", flag_values=VALUES)
+flags.DEFINE_bool(
+    "estimate", False, "only say how long it takes and how large it gets", flag_values=VALUES
+)
+flags.DEFINE_string("beam", None, "options of Apache Beam: prepare by it", flag_values=VALUES)
 
 
 def main(argv: list[str]) -> int:
@@ -43,23 +64,60 @@ def main(argv: list[str]) -> int:
         positional = VALUES(argv)[1:]
         if positional:
             raise ValueError(f"unexpected argument {positional[0]!r}: write --flag=value")
-        manifest = prepare(
-            VALUES.source,
-            VALUES.output,
-            vocab_size=VALUES.vocab_size,
-            tokenizer=VALUES.tokenizer,
-            text_field=VALUES.text_field,
-            validation_fraction=VALUES.validation_fraction,
-        )
+        _run()
     except (ValueError, flags.Error) as error:
         print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, OSError) as error:  # a worker died; the disk is full
+        print(f"{Path(argv[0]).name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run() -> None:
+    where = {
+        "source": VALUES.source,
+        "output": VALUES.output,
+        "vocab_size": VALUES.vocab_size,
+        "tokenizer": VALUES.tokenizer,
+        "text_field": VALUES.text_field,
+        "validation_fraction": VALUES.validation_fraction,
+    }
+    how = {"drop_duplicates": VALUES.drop_duplicates, "max_broken": VALUES.max_broken}
+    if VALUES.estimate:
+        print(estimate(**where, workers=VALUES.workers))
+    elif VALUES.beam is not None:
+        _run_beam(where | how)
+    else:
+        _print_counts(prepare(**where, **how, workers=VALUES.workers))
+
+
+def _run_beam(arguments: dict) -> None:
+    try:
+        from data.beam_pipeline import prepare_with_beam
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--beam needs the package {error.name}: install requirements-beam.txt into an "
+            "environment of its own"
+        ) from error
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for workers on this machine
+    prepare_with_beam(**arguments, options=shlex.split(VALUES.beam))
+
+
+def _print_counts(manifest: dict) -> None:
     for name, split in manifest["splits"].items():
         print(
             f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
             f"{split['bytes']:,} bytes, {split['bytes'] / split['tokens']:.2f} bytes per token"
         )
-    return 0
+        if split["duplicates_dropped"]:
+            print(f"{name}: {split['duplicates_dropped']:,} duplicates dropped")
+    for kind, count in manifest["broken"].items():
+        print(f"skipped: {count:,} records, {kind}")
 
 
 if __name__ == "__main__":

@@ -49,13 +49,27 @@ def _split(folder: Path, name: str, dtype: str, shards: list[list[int]]) -> dict
         {
             "file": f"{name}-{i:05d}.bin",
             "tokens": len(shard),
+            "documents": len(starts),
             "sha256": _write(folder / f"{name}-{i:05d}.bin", np.array(shard, dtype).tobytes()),
+            "offsets_sha256": _write(
+                folder / f"{name}-{i:05d}.offsets", np.array(starts, "<u8").tobytes()
+            ),
         }
-        for i, shard in enumerate(shards)
+        for i, (shard, starts) in enumerate(zip(shards, _starts(shards)))
     ]
     tokens = sum(len(shard) for shard in shards)
     documents = sum(shard.count(EOS) for shard in shards) - 1
     return {"tokens": tokens, "documents": documents, "bytes": 3 * tokens, "shards": records}
+
+
+def _starts(shards: list[list[int]]) -> list[list[int]]:
+    """Places in each shard where a document begins: all that come after an EOS."""
+    starts, previous = [], None
+    for shard in shards:
+        before = [previous, *shard[:-1]]
+        starts.append([i for i, token in enumerate(before) if token == EOS])
+        previous = shard[-1]
+    return starts
 
 
 def _write(path: Path, content: bytes) -> str:

@@ -1,23 +1,22 @@
 """A store holds every document once, is the same after any crash, and is never mixed up."""
 
+import gzip
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import prepare as prepare_module
+from data import shards as shards_module
+from data import text_files
+from data.parts import texts
 from data.prepare import prepare
 from data.store import TokenStore
 from data.text_files import TextFolder
 from data.tokenizer import SPACE_MARK, Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = 60
+CONTROL = "".join(map(chr, range(32))) + "\x7f\x80\u2028\ufeff"
 
 
 @pytest.fixture
@@ -25,76 +24,128 @@ def source(tmp_path):
     """Files of several kinds; documents of many lengths, whitespace and other alphabets."""
     folder = tmp_path / "source"
     folder.mkdir()
-    texts = [
-        f"{i} {SPACE_MARK} In\n\n the  beginning ü 日 " * (i % 7) + "." for i in range(DOCUMENTS)
+    originals = [
+        f"{i} {SPACE_MARK} In\n\n the  beginning ü 日 " * (i % 7) + CONTROL * (i % 3)
+        for i in range(DOCUMENTS)
     ]
+    assert "" in originals
     for i in range(20):
-        (folder / f"{i:02d}.txt").write_text(texts[i])
+        (folder / f"{i:02d}.txt").write_bytes(originals[i].encode())
     for start in (20, 40):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[start : start + 20])
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in originals[start : start + 20])
         (folder / f"{start}.jsonl").write_text(lines)
     return folder
 
 
 @pytest.fixture
 def run(source, tmp_path, tokenizer_path):
-    """Prepares the source with small shards and batches."""
+    """Prepares the source in small batches and parts."""
 
     def run_into(name="store", **changes):
-        arguments = {"tokenizer": tokenizer_path, "validation_fraction": 0.2, "shard_tokens": 400}
+        arguments = {"tokenizer": tokenizer_path, "validation_fraction": 0.2, "workers": 1}
         return prepare(str(source), tmp_path / name, **(arguments | changes))
 
     return run_into
 
 
 @pytest.fixture(autouse=True)
-def _small_batches(monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 7)
-    monkeypatch.setattr(prepare_module, "SOURCE_SHARDS", 5)
+def _small(monkeypatch):
+    monkeypatch.setattr(shards_module, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(text_files, "MIN_PART", 1000)
 
 
 def _contents(folder):
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def _stream(folder, name):
+    split = TokenStore(folder).split(name)
+    return split.rows([0], split.num_tokens - 1)[0].tolist()
+
+
+def _expected(source, tokenizer, split):
+    """EOS, and then every document with an EOS after it."""
+    documents = list(texts(TextFolder(source, validation_fraction=0.2), split))
+    ids = [tokenizer.encode(text) + [tokenizer.eos_id] for text in documents]
+    return documents, [tokenizer.eos_id] + [token for document in ids for token in document]
 
 
 def test_the_store_is_eos_and_then_every_document_with_eos(run, source, tmp_path):
     manifest = run()
     store = TokenStore(tmp_path / "store")
     tokenizer = Tokenizer(store.tokenizer_path)
-    found = {}
+    total = 0
     for name in ("train", "validation"):
         split = store.split(name)
-        tokens = split.rows([0], split.num_tokens - 1)[0].tolist()
-        assert tokens[0] == tokens[-1] == tokenizer.eos_id
-        documents, current = [], []
-        for token in tokens[1:]:
-            if token == tokenizer.eos_id:
-                documents.append(tokenizer.decode(current))
-                current = []
-            else:
-                current.append(token)
-        found[name] = documents
+        documents, tokens = _expected(source, tokenizer, name)
+        assert _stream(tmp_path / "store", name) == tokens
         assert split.num_documents == len(documents)
         assert split.num_bytes == sum(len(text.encode()) for text in documents)
-        shards = manifest["splits"][name]["shards"]
-        assert len(shards) > 1
-        assert all(shard["tokens"] <= 400 for shard in shards)
-    folder = TextFolder(source, validation_fraction=0.2)
-    for name, documents in found.items():
-        assert sorted(documents) == sorted(folder.documents(name))
-    assert sum(map(len, found.values())) == DOCUMENTS
+        found = [tokenizer.decode(split.document(i)) for i in range(len(documents))]
+        assert found == documents
+        assert len(manifest["splits"][name]["shards"]) > 3
+        total += len(documents)
+    assert total == DOCUMENTS
+    assert manifest["broken"] == {}
+
+
+def test_documents_longer_than_a_row_and_rows_of_many_documents(run, source, tmp_path):
+    long = "".join(f"{i} " for i in range(20_000))
+    (source / "99.txt").write_text(long)
+    run()
+    split = TokenStore(tmp_path / "store").split("train")
+    tokenizer = Tokenizer(tmp_path / "store" / "tokenizer.model")
+    _, tokens = _expected(source, tokenizer, "train")
+    for seq_len in (3, 1024):
+        rows, valid = split.padded_rows(range(split.num_rows(seq_len, partial=True)), seq_len, 0)
+        targets = [token for row, n in zip(rows, valid) for token in row[1 : n + 1].tolist()]
+        assert targets == tokens[1:]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_changes_nothing(run, tmp_path, workers):
+    run("reference")
+    run(workers=workers)
+    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_order_of_the_parts_changes_nothing(run, tmp_path, monkeypatch, seed):
+    run("reference")
+    original = prepare_module.run_parts
+
+    def shuffled(job, todo, *arguments):
+        order = np.random.default_rng(seed).permutation(len(todo))
+        assert len(order) > 5
+        return original(job, [todo[i] for i in order], *arguments)
+
+    monkeypatch.setattr(prepare_module, "run_parts", shuffled)
+    run()
+    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
 
 
 def test_a_tokenizer_is_trained_on_the_train_split_alone(run, source, tmp_path):
     (source / "validation.jsonl").write_text(json.dumps({"text": "ЖЖЖ " * 2000}) + "\n")
     arguments = {"tokenizer": None, "validation_fraction": None}
-    manifest = run(vocab_size=290, **arguments)
-    assert manifest["vocab_size"] == TokenStore(tmp_path / "store").vocab_size == 290
+    manifest = run(vocab_size=318, **arguments)
+    assert manifest["vocab_size"] == TokenStore(tmp_path / "store").vocab_size == 318
     tokenizer = Tokenizer(tmp_path / "store" / "tokenizer.model")
     assert len(tokenizer.encode("日")) == 1
     assert len(tokenizer.encode("Ж")) == 2  # its bytes: never seen in training
-    run("again", vocab_size=290, **arguments)
+    run("again", vocab_size=318, **arguments)
     assert _contents(tmp_path / "store") == _contents(tmp_path / "again")
+
+
+def test_a_tokenizer_that_loses_newlines_is_used_with_a_warning(run, tmp_path, caplog, monkeypatch):
+    run("reference")
+    assert "loses" not in caplog.text
+    monkeypatch.setattr(Tokenizer, "lost", lambda self: ["newlines"])
+    run()
+    assert "loses newlines in decode(encode(text))" in caplog.text
 
 
 class Crash(BaseException):
@@ -102,118 +153,80 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("drop_duplicates", [False, True])
 def test_a_crash_at_any_write_leaves_what_can_be_continued(
-    run, source, tmp_path, monkeypatch, when
+    run, tmp_path, monkeypatch, when, drop_duplicates
 ):
-    folder = TextFolder(source, validation_fraction=0.2)
+    def publish_or_crash(temporary, path):
+        number = next(calls)
+        assert not path.exists()
+        if number == count and when == "before":
+            raise Crash
+        publish(temporary, path)
+        if number == count:
+            raise Crash
 
-    def read_without_tensorflow(task, split, start):
-        texts = list(folder.documents(split))
-        yield from ((texts[i], (0, i + 1)) for i in range(start[1], len(texts)))
-
-    monkeypatch.setattr(prepare_module, "_read", read_without_tensorflow)
-    run("reference")
+    monkeypatch.setattr(text_files, "MIN_PART", 4000)
+    run("reference", drop_duplicates=drop_duplicates)
     reference = _contents(tmp_path / "reference")
-    publish = prepare_module._publish
+    publish = shards_module.publish
     crashes = 0
-    for count in range(1, 100):
+    for count in range(1, 200):
         calls = iter(range(1, 1000))
-
-        def crashing(temporary, path, calls=calls, count=count):
-            number = next(calls)
-            if number == count and when == "before":
-                raise Crash
-            publish(temporary, path)
-            if number == count:
-                raise Crash
-
-        monkeypatch.setattr(prepare_module, "_publish", crashing)
+        for module in (shards_module, prepare_module):
+            monkeypatch.setattr(module, "publish", publish_or_crash)
         name = f"store{count}"
         try:
-            run(name)
+            run(name, drop_duplicates=drop_duplicates)
         except Crash:
             crashes += 1
         else:
             break
-        monkeypatch.setattr(prepare_module, "_publish", publish)
-        if "manifest.json" not in _contents(tmp_path / name):
+        for module in (shards_module, prepare_module):
+            monkeypatch.setattr(module, "publish", publish)
+        left = _contents(tmp_path / name)
+        if "manifest.json" not in left:
             with pytest.raises(ValueError):
                 TokenStore(tmp_path / name)
-        run(name)
+            if "progress/request.json" in left:
+                (tmp_path / name / "train-00000.bin.1.tmp").write_bytes(b"what a kill leaves")
+        run(name, drop_duplicates=drop_duplicates)
         assert _contents(tmp_path / name) == reference
     assert crashes > 10
 
 
-def test_reading_goes_on_from_any_position(source):
-    task = prepare_module._task(str(source), TextFolder(source, validation_fraction=0.2))
-    everything = list(prepare_module._read(task, "train", (0, 0)))
-    assert len({position for _, position in everything}) == len(everything) > 40
-    for done in range(1, len(everything), 9):
-        start = everything[done - 1][1]
-        assert list(prepare_module._read(task, "train", start)) == everything[done:]
-
-
-def test_finished_shards_are_not_written_again(run, tmp_path, monkeypatch):
-    write_json = prepare_module._write_json
+def test_finished_parts_are_not_written_again(run, tmp_path, monkeypatch):
+    write_json = prepare_module.write_json
 
     def crash_at_the_manifest(path, content):
         if path.name == "manifest.json":
             raise Crash
         write_json(path, content)
 
-    monkeypatch.setattr(prepare_module, "_write_json", crash_at_the_manifest)
+    monkeypatch.setattr(prepare_module, "write_json", crash_at_the_manifest)
     with pytest.raises(Crash):
         run()
-    monkeypatch.setattr(prepare_module, "_write_json", write_json)
-    monkeypatch.setattr(prepare_module, "Shard", None)  # any new one would fail
+    monkeypatch.setattr(prepare_module, "write_json", write_json)
+    monkeypatch.setattr(prepare_module, "write_part", None)  # any new one would fail
     run()
     TokenStore(tmp_path / "store")
-
-
-KILLED = """
-import sys
-from data.prepare import prepare
-prepare("bible", sys.argv[1], tokenizer=sys.argv[2], shard_tokens=20_000)
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_and_again_gives_the_same_bytes(tmp_path, tokenizer_path):
-    prepare("bible", tmp_path / "reference", tokenizer=tokenizer_path, shard_tokens=20_000)
-    store = tmp_path / "store"
-    command = [sys.executable, "-c", KILLED, str(store), str(tokenizer_path)]
-    shards_at_kill = []
-    for shards in (1, 60):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        while len(list(store.glob("*.bin"))) < shards:
-            assert process.poll() is None
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        shards_at_kill.append(len(list(store.glob("*.bin"))))
-        assert not (store / "manifest.json").exists()
-    assert shards_at_kill[0] < shards_at_kill[1]
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-    assert _contents(store) == _contents(tmp_path / "reference")
 
 
 def test_a_finished_store_is_left_alone(run, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     first = run()
-    monkeypatch.setattr(prepare_module, "_task", None)  # reading the source would fail
+    monkeypatch.setattr(TextFolder, "read", None)  # reading the source would fail
     assert run() == first
     assert f"{tmp_path / 'store'} is complete already" in caplog.text
 
 
-def test_other_arguments_or_other_files_are_refused(run, source, tmp_path, tokenizer_path):
+def test_other_arguments_or_other_files_are_refused(run, source, tmp_path):
     run()
     before = _contents(tmp_path / "store")
-    other_model = tmp_path / "other.model"
-    other_model.write_bytes(tokenizer_path.read_bytes() + b"\x0a\x00")
     cases = [
         ({"tokenizer": None, "vocab_size": 300}, "vocab_size: None there, 300 asked for"),
         ({"validation_fraction": 0.3}, "source.validation: 0.2 there, 0.3 asked for"),
-        ({"shard_tokens": 500}, "shard_tokens: 400 there, 500 asked for"),
+        ({"drop_duplicates": True}, "drop_duplicates: False there, True asked for"),
     ]
     for changes, difference in cases:
         with pytest.raises(ValueError) as error:
@@ -226,6 +239,15 @@ def test_other_arguments_or_other_files_are_refused(run, source, tmp_path, token
     assert _contents(tmp_path / "store") == before
 
 
+def test_a_store_of_another_format_is_refused(run, tmp_path):
+    run()
+    path = tmp_path / "store" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(ValueError) as error:
+        run()
+    assert "format=1, this code writes 2; delete it" in str(error.value)
+
+
 def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "thesis.tex").write_text("years of work")
@@ -235,18 +257,91 @@ def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
     assert _contents(tmp_path / "store") == {"thesis.tex": b"years of work"}
 
 
-def test_a_mistake_before_the_first_shard_can_be_mended(run, source, tmp_path):
+def test_a_mistake_before_the_first_shard_can_be_mended(run, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MIN_PART", 10**6)
     bad = source / "15.txt"
-    good = bad.read_text()
+    good = bad.read_bytes()
     bad.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError) as error:
-        run(shard_tokens=10**6)
+        run()
     assert f"{bad}: not UTF-8 at byte 0" in str(error.value)
     with pytest.raises(ValueError) as error:
-        run(tokenizer=None, vocab_size=30_000, shard_tokens=10**6)
-    bad.write_text(good)
-    run(shard_tokens=10**6)
+        run(tokenizer=None, vocab_size=30_000)
+    bad.write_bytes(good)
+    run()
     assert TokenStore(tmp_path / "store").split("train").num_documents > 30
+
+
+BROKEN = [b'{"text": "caf\xe9"}\n', b'{"text": "cut\n', b"[3]\n", b'{"text": "\\ud800"}\n']
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_broken_records_are_skipped_counted_and_shown(run, source, tmp_path, caplog, workers):
+    run("reference")
+    for name in ("20.jsonl", "40.jsonl"):
+        lines = (source / name).read_bytes().splitlines(keepends=True)
+        for i, line in enumerate(BROKEN):
+            lines.insert(3 * i, line)
+        (source / name).write_bytes(b"".join(lines))
+    manifest = run(max_broken=8, workers=workers)
+    assert manifest["broken"] == {"no text": 2, "not JSON": 2, "not UTF-8": 2, "not Unicode": 2}
+    for name in ("train", "validation"):  # shards are cut elsewhere, the stream is the same
+        stream, expected = (_stream(tmp_path / n, name) for n in ("store", "reference"))
+        assert stream == expected
+    assert f"skipped: {source / '20.jsonl'}: not UTF-8 at byte 13 (0xE9)" in caplog.text
+    with pytest.raises(ValueError) as error:
+        run("other", max_broken=7, workers=workers)
+    assert "max_broken=7: more broken records than that (2 no text, 2 not" in str(error.value)
+    assert f"{source / '20.jsonl'}: not UTF-8" in str(error.value)
+    assert not (tmp_path / "other" / "manifest.json").exists()
+    run("other", max_broken=8, workers=workers)  # goes on
+    assert _contents(tmp_path / "other") == _contents(tmp_path / "store")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_equal_documents_the_first_stays(tmp_path, tokenizer_path, monkeypatch, workers):
+    monkeypatch.setattr(text_files, "MIN_PART", 1)
+    files = {
+        "a.json.gz": ["one", "two", "one", "held out", ""],
+        "b.json.gz": ["two", "three", ""],
+        "validation.json.gz": ["held out", "held out", "four"],
+    }
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, documents in files.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        (source / name).write_bytes(gzip.compress(f"[]\n{lines}".encode()))
+    manifest = prepare(
+        str(source),
+        tmp_path / "store",
+        tokenizer=tokenizer_path,
+        drop_duplicates=True,
+        max_broken=3,
+        workers=workers,
+    )
+    store, tokenizer = TokenStore(tmp_path / "store"), Tokenizer(tokenizer_path)
+    found = {
+        name: [tokenizer.decode(split.document(i)) for i in range(split.num_documents)]
+        for name in ("train", "validation")
+        if (split := store.split(name))
+    }
+    assert found == {"train": ["one", "two", "", "three"], "validation": ["held out", "four"]}
+    dropped = {name: split["duplicates_dropped"] for name, split in manifest["splits"].items()}
+    assert dropped == {"train": 4, "validation": 1}
+
+
+def test_a_part_without_a_document_of_a_split_has_no_shard(tmp_path, tokenizer_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MIN_PART", 1)
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(40):
+        (source / f"{i:02d}.txt").write_text(f"{i}")
+    manifest = prepare(
+        str(source), tmp_path / "store", tokenizer=tokenizer_path, validation_fraction=0.5
+    )
+    counts = {name: len(split["shards"]) for name, split in manifest["splits"].items()}
+    assert sum(counts.values()) in (40, 41)  # the first shard has an EOS, whatever else
+    assert TokenStore(tmp_path / "store").split("train").num_documents + 1 >= counts["train"]
 
 
 def test_a_split_without_documents_is_an_error(tmp_path, tokenizer_path):
@@ -263,7 +358,10 @@ def test_a_split_without_documents_is_an_error(tmp_path, tokenizer_path):
         ("bible", {"vocab_size": 300, "tokenizer": "x"}, "give one of the two"),
         ("bible", {}, "give one of the two"),
         ("bible", {"vocab_size": 300, "validation_fraction": 0.1}, "validation_fraction=0.1"),
-        ("bibel", {"vocab_size": 300}, "source=bibel: no such folder, and no task"),
+        ("bible", {"vocab_size": 300, "text_field": "x"}, "text_field=x"),
+        ("bible", {"vocab_size": 300, "workers": 0}, "workers=0: must be at least 1"),
+        ("bible", {"vocab_size": 300, "max_broken": -1}, "max_broken=-1: must be at least 0"),
+        ("bibel", {"vocab_size": 300}, "source=bibel: no such folder, and no other source"),
         ("bible", {"tokenizer": "missing.model"}, "tokenizer=missing.model: no such file"),
     ],
 )
@@ -280,54 +378,10 @@ def test_ids_above_65535_need_four_bytes(run, tmp_path, monkeypatch):
             super().__init__(path)
             self.vocab_size = 2**16 + 1
 
-        def encode_batch(self, texts):
-            return [[2**16] * len(text) for text in texts]
+        def encode_arrays(self, texts, num_threads=1):
+            return [np.full(len(text), 2**16, np.int32) for text in texts]
 
     monkeypatch.setattr(prepare_module, "Tokenizer", Large)
-    assert run(shard_tokens=10**6)["dtype"] == "<u4"
+    monkeypatch.setattr(text_files, "MIN_PART", 10**6)
+    assert run()["dtype"] == "<u4"
     assert TokenStore(tmp_path / "store").split("train").rows([0], 5)[0].max() == 2**16
-
-
-def _script(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments]
-    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
-
-
-def test_the_script_prepares_from_anywhere_and_sums_up(source, tmp_path, tokenizer_path):
-    result = _script(
-        f"--source={source}",
-        f"--output={tmp_path / 'store'}",
-        f"--tokenizer={tokenizer_path}",
-        "--validation_fraction=0.2",
-    )
-    assert result.returncode == 0, result.stderr
-    split = TokenStore(tmp_path / "store").split("train")
-    ratio = split.num_bytes / split.num_tokens
-    assert result.stdout.splitlines()[0] == (
-        f"train: {split.num_documents:,} documents, {split.num_tokens:,} tokens, "
-        f"{split.num_bytes:,} bytes, {ratio:.2f} bytes per token"
-    )
-
-
-@pytest.mark.parametrize(
-    "arguments, reason",
-    [
-        (["--source=/nowhere", "--output=/tmp/x", "--vocab_size=300"], "source=/nowhere"),
-        (["--source=bible", "--output=/tmp/x", "--vocabsize=300"], "vocabsize"),
-        (["--source=bible"], "output"),
-        (["--source=bible", "--output=/tmp/x", "--vocab_size=many"], "many"),
-        (["--source=bible", "--output=/tmp/x", "300"], "'300'"),
-    ],
-)
-def test_mistakes_end_in_one_line_and_exit_code_2(arguments, reason):
-    result = _script(*arguments)
-    assert result.returncode == 2
-    assert result.stderr.startswith("prepare_data.py: error: ")
-    assert reason in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_the_script_explains_itself():
-    result = _script("--help")
-    assert result.returncode == 0
-    assert "--validation_fraction" in result.stdout

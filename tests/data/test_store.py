@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,3 +129,68 @@ def test_what_is_no_store_is_an_error(tmp_path, make_store):
     with pytest.raises(ValueError) as error:
         TokenStore(store.path)
     assert "format=99" in str(error.value)
+
+
+DOCUMENTS = [[5, 6], [], [7], [8, 9, 10], []]
+
+
+@pytest.fixture
+def documents(make_store):
+    shards = [[1, 5, 6, 1, 1], [7, 1], [8, 9, 10, 1, 1]]
+    return make_store(train=shards).split("train")
+
+
+def test_documents_are_found_by_their_numbers(documents):
+    assert [documents.document(i).tolist() for i in range(5)] == DOCUMENTS
+    assert documents.document(0).dtype == np.int32
+    lengths = [array.tolist() for array in documents.document_lengths()]
+    assert lengths == [[2, 0], [1], [3, 0]]
+    for number in (-1, 5):
+        with pytest.raises(ValueError) as error:
+            documents.document(number)
+        assert f"document {number}: the split has 5" in str(error.value)
+
+
+def test_every_token_knows_its_document(documents):
+    found = [documents.document_at(i) for i in range(documents.num_tokens)]
+    assert found == [-1, 0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4]
+    with pytest.raises(ValueError) as error:
+        documents.document_at(12)
+    assert "position 12: the split has 12 tokens" in str(error.value)
+
+
+MANY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+from data.store import TokenStore
+split = TokenStore(sys.argv[1]).split("train")
+print(split.rows(range(split.num_rows(1)), 1)[:, 1].sum())
+print(sum(int(lengths.sum()) for lengths in split.document_lengths()))
+"""
+
+
+@pytest.mark.parametrize("hard", [4096, 400])
+def test_more_shards_than_files_may_be_open(make_store, hard):
+    store = make_store(train=[[1], *[[2 + i, 1] for i in range(300)]])
+    done = subprocess.run(
+        [sys.executable, "-c", MANY, str(store.path), "64", str(hard)],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if hard == 400:
+        assert (
+            "ValueError: the store needs 858 open files and this system allows 400" in done.stderr
+        )
+    else:
+        assert done.stdout.split() == [str(sum(2 + i for i in range(300)) + 300), "300"]
+
+
+def test_a_changed_offsets_file_is_found(make_store):
+    store = make_store(train=_shards(24))
+    path = store.path / "train-00000.offsets"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ValueError) as error:
+        TokenStore(store.path)
+    assert "train-00000.offsets is corrupt" in str(error.value)

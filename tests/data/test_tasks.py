@@ -1,13 +1,19 @@
 """SeqIO tasks: text without a tokenizer, its tokens with one, and errors that stay readable."""
 
+import gzip
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import seqio
 import tensorflow_datasets as tfds
 
-from data import corpus, tasks
+from data import corpus, tasks, text_files
+from data.parts import texts
+from data.prepare import prepare
+from data.sources import open_source
+from data.store import TokenStore
 from data.tokenizer import Tokenizer
 
 
@@ -32,53 +38,130 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_embedded_corpus_is_registered():
-    task = seqio.TaskRegistry.get("bible")
-    texts = [target.decode() for target in _targets(task, "validation")]
-    assert texts == list(corpus.documents("validation"))
-    assert set(task.splits) == {"train", "validation"}
-    assert "c4" in seqio.TaskRegistry.names()
+C4_DOCUMENTS = {
+    "train": [f"{i}\n\nü {chr(i)}\0" * (i % 5) for i in range(80)],  # some empty, some control
+    "validation": ["held out", "\u2028 too"],
+}
+
+
+def _write_tfds(folder, name="c4/en:3.1.0", file_format="tfrecord", documents=C4_DOCUMENTS):
+    """A small C4 by TFDS's own builder and writer; the train split in several files."""
+    builder = tfds.builder(name, data_dir=str(folder), file_format=file_format)
+    Path(builder.data_dir).mkdir(parents=True)
+    writer = tfds.core.SequentialWriter(builder.info, 30, file_format=file_format)
+    writer.initialize_splits(list(documents))
+    fields = {key: "" for key in builder.info.features if key != "text"}
+    for split, docs in documents.items():
+        writer.add_examples({split: [{"text": text} | fields for text in docs]})
+    writer.close_all()
+
+
+def _write_json_gz(folder):
+    """The same as files of the kind that is published, with the same documents in each."""
+    folder.mkdir()
+    for split, docs in C4_DOCUMENTS.items():
+        files = [docs[i : i + 30] for i in range(0, len(docs), 30)]
+        for i, part in enumerate(files):
+            lines = [{"text": t, "timestamp": "2019-04-25T12:57:54Z", "url": "x"} for t in part]
+            content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            name = f"c4-{split}.{i:05d}-of-{len(files):05d}.json.gz"
+            (folder / name).write_bytes(gzip.compress(content))
 
 
 @pytest.fixture
-def tfds_folder(tmp_path):
-    seqio.set_tfds_data_dir_override(str(tmp_path))
-    yield tmp_path
-    seqio.set_tfds_data_dir_override(None)
+def tfds_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "tfds"
+    folder.mkdir()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    tasks._tfds_source.cache_clear()
+    yield folder
+    tasks._tfds_source.cache_clear()
 
 
-def _c4_task():
-    """C4 anew: SeqIO remembers the folder that a source was read from."""
-    return tasks.make_task("c4_test", seqio.TfdsDataSource(tasks.C4, splits=tasks.SPLITS))
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_tfds_and_json_gz_give_the_same_documents_and_the_same_store(
+    tmp_path, tfds_folder, tokenizer_path, file_format, monkeypatch
+):
+    monkeypatch.setattr(text_files, "MIN_PART", 1)
+    _write_tfds(tfds_folder, file_format=file_format)
+    _write_json_gz(tmp_path / "json")
+    for source in ("c4", "tfds:c4/en:3.1.0", str(tmp_path / "json")):
+        opened = open_source(source)
+        assert {s: list(texts(opened, s)) for s in C4_DOCUMENTS} == C4_DOCUMENTS
+        assert [part.size for part in open_source("c4").parts] == [30, 30, 20, 2]
+    stores = []
+    for name, source, workers in (("a", "c4", 1), ("b", str(tmp_path / "json"), 2)):
+        prepare(source, tmp_path / name, tokenizer=tokenizer_path, workers=workers)
+        stores.append(TokenStore(tmp_path / name))
+    assert len({store.fingerprint for store in stores}) == 1
+    files = [sorted(path.name for path in store.path.iterdir()) for store in stores]
+    assert files[0] == files[1]
+    assert "train-00002.offsets" in files[0]
+    for name in files[0]:
+        if name != "manifest.json":  # which says what the source was
+            assert (stores[0].path / name).read_bytes() == (stores[1].path / name).read_bytes()
 
 
-def test_c4_is_read_from_tfds_in_parts(tfds_folder):
-    builder = tfds.builder(tasks.C4, data_dir=str(tfds_folder))
-    Path(builder.data_dir).mkdir(parents=True)
-    writer = tfds.core.SequentialWriter(builder.info, max_examples_per_shard=3)
-    writer.initialize_splits(["train", "validation"])
-    other = dict.fromkeys(("url", "content-type", "content-length", "timestamp"), "")
-    writer.add_examples({"train": [{"text": f"{i}\n\nü"} | other for i in range(8)]})
-    writer.add_examples({"validation": [{"text": "held out"} | other]})
-    writer.close_all()
-    task = _c4_task()
-    shards = task.source.list_shards("train")
-    assert len(shards) == 3
-    parts = [_targets(task, "train", shard_info=seqio.ShardInfo(i, 3)) for i in range(3)]
-    assert [len(part) for part in parts] == [3, 3, 2]
-    assert sorted(itertools.chain.from_iterable(parts)) == [f"{i}\n\nü".encode() for i in range(8)]
-    assert _targets(task, "validation") == [b"held out"]
+@pytest.mark.slow
+def test_workers_read_tfds_as_one_process_does(tmp_path, tfds_folder, tokenizer_path):
+    _write_tfds(tfds_folder)
+    for name, workers in (("one", 1), ("two", 2)):
+        prepare("c4", tmp_path / name, tokenizer=tokenizer_path, workers=workers)
+    files = sorted((tmp_path / "one").iterdir())
+    assert len(files) == 10
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
-def test_c4_that_is_not_there_is_an_error_with_the_ways_to_get_it(tfds_folder):
-    seqio.TaskRegistry.add_provider("c4_test", _c4_task())
+def test_other_sets_of_tfds_are_found_by_name(tfds_folder):
+    _write_tfds(tfds_folder, "c4/realnewslike:3.1.0")
+    languages = {"af": ["een", "twee"], "af-validation": ["drie"], "am": ["x"]}
+    _write_tfds(tfds_folder, "c4/multilingual:3.1.0", documents=languages)
+    _write_tfds(tfds_folder, "c4/en:2.3.1")
+    for name in ("c4/realnewslike:3.1.0", "c4/en:2.3.1"):
+        source = open_source(f"tfds:{name}")
+        assert list(texts(source, "train")) == C4_DOCUMENTS["train"]
+        assert source.description()["name"] == name.replace(":", "/")
+    source = open_source("tfds:c4/multilingual:3.1.0@af")
+    assert list(texts(source, "train")) == languages["af"]
+    assert list(texts(source, "validation")) == languages["af-validation"]
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("c4/en:3.1.0", "build it with `tfds build c4/en:3.1.0`"),
+        ("no_such_set/en:3.1.0", "TensorFlow Datasets has no such set"),
+        ("c4/en", "write it as NAME/CONFIG:VERSION"),
+    ],
+)
+def test_sets_that_are_not_there_are_errors_with_the_ways_to_get_them(tfds_folder, name, reason):
     with pytest.raises(ValueError) as error:
-        tasks.registered_task("c4_test")
-    assert "tfds build c4/en:3.1.0" in str(error.value)
+        open_source(f"tfds:{name}")
+    assert f"source=tfds:{name}" in str(error.value)
+    assert reason in str(error.value)
+
+
+def test_the_embedded_corpus_is_a_task():
+    task = tasks.register("bible", "bible")
+    found = [target.decode() for target in _targets(task, "validation")]
+    assert found == list(corpus.documents("validation"))
+    assert set(task.splits) == {"train", "validation"}
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_tfds_is_a_task_with_tokens(tfds_folder, tokenizer_path, file_format):
+    _write_tfds(tfds_folder, file_format=file_format)
+    task = tasks.register("mine", "c4", str(tokenizer_path))
+    found = _targets(task, "validation")
+    tokenizer = Tokenizer(tokenizer_path)
+    assert [ids.tolist() for ids in found] == [
+        tokenizer.encode(text) + [1] for text in C4_DOCUMENTS["validation"]
+    ]
 
 
 def test_a_folder_with_a_tokenizer_gives_the_same_tokens_as_the_tokenizer(folder, tokenizer_path):
-    task = tasks.register_text_folder("mine", str(folder), str(tokenizer_path))
+    task = tasks.register("mine", str(folder), str(tokenizer_path))
     assert seqio.TaskRegistry.get("mine") is task
     tokenizer = Tokenizer(tokenizer_path)
     expected = [tokenizer.encode(f"In the beginning {i}\n\n  end") + [1] for i in range(7)]
@@ -86,15 +169,17 @@ def test_a_folder_with_a_tokenizer_gives_the_same_tokens_as_the_tokenizer(folder
     assert task.output_features["targets"].vocabulary.vocab_size == tokenizer.vocab_size
 
 
-def test_shards_are_files_and_together_the_whole(folder):
-    task = tasks.register_text_folder("mine", str(folder))
+def test_shards_are_parts_and_together_the_whole(folder, monkeypatch):
+    monkeypatch.setattr(text_files, "MIN_PART", 1)
+    task = tasks.register("mine", str(folder))
     parts = [_targets(task, "train", shard_info=seqio.ShardInfo(i, 3)) for i in range(3)]
     assert [len(part) for part in parts] == [3, 2, 2]
     assert sorted(itertools.chain.from_iterable(parts)) == _targets(task, "train")
 
 
-def test_shuffling_keeps_every_document(folder):
-    task = tasks.register_text_folder("mine", str(folder))
+def test_shuffling_keeps_every_document(folder, monkeypatch):
+    monkeypatch.setattr(text_files, "MIN_PART", 1)
+    task = tasks.register("mine", str(folder))
     orders = [
         [e["targets"] for e in task.get_dataset(split="train", seed=s).as_numpy_iterator()]
         for s in (0, 1)
@@ -105,7 +190,7 @@ def test_shuffling_keeps_every_document(folder):
 
 def test_the_reason_for_an_early_end_is_kept(folder):
     (folder / "3.txt").write_bytes(b"\xff")
-    task = tasks.register_text_folder("mine", str(folder))
+    task = tasks.register("mine", str(folder))
     with pytest.raises(Exception):  # noqa: B017 TensorFlow's own class
         _targets(task, "train")
     assert "3.txt: not UTF-8 at byte 0" in str(task.source.error)
@@ -113,5 +198,5 @@ def test_the_reason_for_an_early_end_is_kept(folder):
 
 def test_a_bad_tokenizer_is_found_at_once(folder):
     with pytest.raises(ValueError) as error:
-        tasks.register_text_folder("mine", str(folder), str(folder / "0.txt"))
+        tasks.register("mine", str(folder), str(folder / "0.txt"))
     assert "not a SentencePiece model" in str(error.value)

@@ -1,8 +1,10 @@
 """Text survives encoding to the character, and training gives the same model every time."""
 
+import pickle
 import random
 
 import pytest
+import sentencepiece
 
 from data.tokenizer import SPACE_MARK, Tokenizer, train_tokenizer
 
@@ -55,9 +57,18 @@ def test_padding_and_eos_decode_to_nothing(tokenizer):
     assert tokenizer.decode([tokenizer.eos_id, *ids, tokenizer.eos_id, 0, 0]) == "And God said"
 
 
-def test_a_batch_is_encoded_as_its_members(tokenizer):
+def test_a_batch_is_encoded_as_its_members(tokenizer_path):
+    tokenizer = Tokenizer(tokenizer_path)
     texts = ["one", "", f"two {SPACE_MARK}", "\n"]
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    for threads in (1, 3):
+        batch = tokenizer.encode_arrays(texts, threads)
+        assert [ids.dtype.name for ids in batch] == ["int32"] * 4
+        assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch(texts) == [ids.tolist() for ids in batch]
+    tokenizer._arrays = False  # as with older SentencePiece
+    older = tokenizer.encode_arrays(texts)
+    assert [ids.dtype.name for ids in older] == ["int32"] * 4
+    assert [ids.tolist() for ids in older] == [ids.tolist() for ids in batch]
 
 
 def _documents(count):
@@ -96,6 +107,56 @@ def test_a_vocabulary_that_does_not_fit_the_text_is_an_error(tmp_path, vocab_siz
     assert f"vocab_size={vocab_size}" in str(error.value)
     assert f"{documents} documents" in str(error.value)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.fixture
+def train_like(tmp_path):
+    """Trains a model with the settings of another project."""
+
+    def train(**settings):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_documents(50)),
+            model_prefix=str(tmp_path / "other"),
+            vocab_size=300,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **settings,
+        )
+        return Tokenizer(tmp_path / "other.model")
+
+    return train
+
+
+def test_models_as_t5s_are_accepted_and_what_they_lose_is_known(train_like):
+    tokenizer = train_like(model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+    assert "newlines" in tokenizer.lost()
+    assert "runs of spaces" in tokenizer.lost()
+    text = f"12 {SPACE_MARK} 34"
+    assert tokenizer.encode_arrays([text])[0].tolist() == tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == "12 34"  # not ⁇ for the mark
+
+
+def test_models_as_llamas_are_accepted_and_lose_nothing(train_like):
+    tokenizer = train_like(
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+    )
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (2, 2)
+    assert tokenizer.lost() == []
+
+
+def test_our_models_lose_nothing(tokenizer):
+    assert tokenizer.lost() == []
+
+
+def test_a_tokenizer_can_be_sent_to_other_processes(tokenizer):
+    other = pickle.loads(pickle.dumps(tokenizer))
+    assert other.encode(f"And God\n{SPACE_MARK}") == tokenizer.encode(f"And God\n{SPACE_MARK}")
+    assert other.sha256 == tokenizer.sha256
 
 
 def test_what_is_no_model_is_an_error(tmp_path):

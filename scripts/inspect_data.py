@@ -1,0 +1,140 @@
+"""Shows what a token store holds, and what the model reads at a step.
+
+    python scripts/inspect_data.py stores/c4 --step=1000 --rows=2
+
+Prints counts of each split, a histogram of document lengths as a PNG, and rows of the step's global
+batch as text. A mark in the text says where a document begins and which one it is, so that packing
+and shuffling can be seen. The order is that of training with the same seed, batch size and length.
+Exit codes: 0 done, 2 mistake in the command line or the store, 1 anything else.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from data.order import row_ids
+from data.store import MANIFEST, Split, TokenStore
+from data.tokenizer import Tokenizer
+
+BINS_PER_OCTAVE = 4
+OCTAVES = 32  # documents of up to 4 billion tokens
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("store", help="folder of a token store")
+    parser.add_argument("--step", type=int, default=0, help="counted from 0")
+    parser.add_argument("--rows", type=int, default=2, help="of the batch to show (2)")
+    parser.add_argument("--seq_len", type=int, default=1024, help="tokens of a row (1024)")
+    parser.add_argument("--batch_size", type=int, default=1024, help="rows of a step (1024)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order (0)")
+    parser.add_argument("--png", help="histogram of lengths (default: STORE-lengths.png beside it)")
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.store)
+    png = Path(arguments.png or f"{folder.resolve()}-lengths.png")
+    try:
+        store = TokenStore(folder)
+        rows = step_rows(
+            store, arguments.step, arguments.rows, arguments.seq_len, arguments.batch_size,
+            arguments.seed,
+        )  # fmt: skip
+        splits = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["splits"]
+        counts = {name: length_counts(store.split(name)) for name in splits}
+        print("\n".join(summary(store, name, counts[name]) for name in splits))
+        draw(counts, png)
+        print(f"lengths of documents: {png}")
+        for row in rows:
+            print(f"\n{row}")
+    except ValueError as error:
+        print(f"inspect_data.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def step_rows(
+    store: TokenStore, step: int, count: int, seq_len: int, batch_size: int, seed: int
+) -> list[str]:
+    """The first rows of a step's global batch, as text.
+
+    Raises:
+      ValueError: a number is out of range, or the store is shorter than a row.
+    """
+    split, tokenizer = store.split("train"), Tokenizer(store.tokenizer_path)
+    ids = row_ids(seed, step, batch_size, split.num_rows(seq_len))[:count].tolist()
+    return [
+        f"--- step {step}, row {i} of {batch_size}: row {row} of the split\n"
+        + "".join(row_pieces(split, tokenizer, row, seq_len))
+        for i, row in enumerate(ids)
+    ]
+
+
+def row_pieces(split: Split, tokenizer: Tokenizer, row: int, seq_len: int) -> Iterator[str]:
+    """Text of a row, and before each document's piece a mark with its number and the token.
+
+    A row begins with the last token of the row before it, which is often inside of a document.
+    """
+    (tokens,) = split.rows([row], seq_len)
+    start = row * seq_len
+    edges = np.flatnonzero(tokens == tokenizer.eos_id) + 1
+    for begin, end in zip([0, *edges], [*edges, len(tokens)]):
+        if begin < end:
+            document = split.document_at(start + int(begin))
+            place = "leading EOS" if document < 0 else f"document {document}"
+            ends = ", to its end" if tokens[end - 1] == tokenizer.eos_id else ""
+            yield f"[[{place}, {end - begin} tokens{ends}]]{tokenizer.decode(tokens[begin:end])}"
+
+
+def length_counts(split: Split) -> np.ndarray:
+    """Documents by length: bin b counts those of 2**(b/4) to 2**((b+1)/4) tokens with their EOS."""
+    counts = np.zeros(BINS_PER_OCTAVE * OCTAVES, np.int64)
+    for lengths in split.document_lengths():
+        bins = np.floor(BINS_PER_OCTAVE * np.log2(lengths + 1)).astype(np.int64)
+        counts += np.bincount(bins, minlength=len(counts))
+    return counts
+
+
+def summary(store: TokenStore, name: str, counts: np.ndarray) -> str:
+    """One line on a split."""
+    split = store.split(name)
+    middle = int(np.searchsorted(np.cumsum(counts), split.num_documents / 2))
+    mean = (split.num_tokens - 1) / split.num_documents
+    return (
+        f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, "
+        f"{split.num_bytes:,} bytes, {split.num_bytes / split.num_tokens:.2f} bytes per token; "
+        f"a document has {mean:,.0f} tokens on average, half of them have fewer than "
+        f"{2 ** ((middle + 1) / BINS_PER_OCTAVE):,.0f}"
+    )
+
+
+def draw(counts: dict[str, np.ndarray], png: Path) -> None:
+    """Shares of documents by their length, a curve for each split."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    edges = 2 ** (np.arange(BINS_PER_OCTAVE * OCTAVES + 1) / BINS_PER_OCTAVE)
+    for name, count in counts.items():
+        axes.stairs(count / count.sum(), edges, label=name, fill=name == "train", alpha=0.7)
+    used = np.flatnonzero(sum(counts.values()))
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(edges[used[0]], edges[used[-1] + 1])
+    axes.set_xlabel("tokens of a document, its EOS included")
+    axes.set_ylabel("share of documents")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(png, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

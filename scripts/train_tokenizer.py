@@ -1,0 +1,69 @@
+"""Trains the tokenizer of a corpus, on a random sample of its documents.
+
+    python scripts/train_tokenizer.py --source=c4/en --output=c4.model
+
+SentencePiece unigram, 32,000 pieces: nothing is normalised, whitespace is kept, a newline has a
+piece of its own, and characters outside of the vocabulary fall back to bytes, so that decoding
+gives back the text. PAD is 0, EOS is 1. Up to a million documents are read, from parts all over the
+train split; the sample of them is bounded, and the same source gives the same model. Sources are
+those of scripts/prepare_data.py, which also takes existing models, such as T5's or LLaMA's.
+Exit codes: 0 done, 2 mistake in the command line or the input, 1 anything else.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from data.prepare import write_tokenizer
+from data.sources import open_source
+from data.tokenizer import SAMPLE_BYTES, Tokenizer
+
+VALUES = flags.FlagValues()
+flags.DEFINE_string("source", None, "as in prepare_data.py", flag_values=VALUES, required=True)
+flags.DEFINE_string("output", None, "model file to write", flag_values=VALUES, required=True)
+flags.DEFINE_integer("vocab_size", 32_000, "pieces", flag_values=VALUES)
+flags.DEFINE_integer(
+    "sample_bytes",
+    SAMPLE_BYTES,
+    "of text to train on; needs about 20 times as much memory",
+    lower_bound=1,
+    flag_values=VALUES,
+)
+flags.DEFINE_string(
+    "text_field", None, "of JSON lines, Parquet or hf:; default: text", flag_values=VALUES
+)
+flags.DEFINE_float(
+    "validation_fraction", None, "as in prepare_data.py: never trained on", flag_values=VALUES
+)
+
+
+def main(argv: list[str]) -> int:
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(__doc__.strip(), VALUES.main_module_help(), sep="\n\n")
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        positional = VALUES(argv)[1:]
+        if positional:
+            raise ValueError(f"unexpected argument {positional[0]!r}: write --flag=value")
+        path = Path(VALUES.output)
+        if path.exists():
+            raise ValueError(f"output={path}: is there already; choose another name, or delete it")
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"output={path}: no folder {path.absolute().parent}; make it first")
+        source = open_source(VALUES.source, VALUES.text_field, VALUES.validation_fraction)
+        write_tokenizer(path, source, VALUES.vocab_size, None, VALUES.sample_bytes)
+    except (ValueError, flags.Error) as error:
+        print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    tokenizer = Tokenizer(path)
+    print(f"{path}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,61 @@
+"""Worker processes: what fails or dies in one ends the run, and files need no TensorFlow."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WITHOUT = """
+import sys
+from data.prepare import prepare
+prepare(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], validation_fraction=0.2)
+print(*sys.modules)
+"""
+
+
+def test_files_are_prepared_without_tensorflow(tmp_path, tokenizer_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    lines = "".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(50))
+    (source / "a.jsonl").write_text(lines)
+    command = [sys.executable, "-c", WITHOUT, source, tmp_path / "store", tokenizer_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "data.prepare" in loaded
+    assert not loaded & {"tensorflow", "seqio", "tensorflow_datasets", "datasets", "jax"}
+
+
+DYING = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from data.parts import Part
+from data.workers import run_parts
+
+def job(part, threads, progress):
+    progress(1, 1)
+    if part.index == 3:
+        os._exit(9) if sys.argv[2] == "die" else 1 / 0
+    return part.index
+
+if __name__ == "__main__":
+    parts = [Part(i, 1, {}, None) for i in range(6)]
+    print([result for _, result in run_parts(job, parts, 2, "test", 6)])
+"""
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [("die", "RuntimeError: a worker process died"), ("raise", "ZeroDivisionError")],
+)
+def test_a_worker_that_fails_or_dies_ends_it_all(tmp_path, how, message):
+    script = tmp_path / "script.py"
+    script.write_text(DYING)
+    done = subprocess.run(
+        [sys.executable, script, ROOT, how], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert message in done.stderr

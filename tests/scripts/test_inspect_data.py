@@ -1,0 +1,96 @@
+"""Rows of a step as text: every token shown once, documents told apart, in training's order."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import corpus
+from data.loader import train_batches
+from data.store import TokenStore
+from data.tokenizer import Tokenizer
+from scripts.inspect_data import draw, length_counts, row_pieces, step_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = re.compile(r"\[\[(leading EOS|document \d+), (\d+) tokens(, to its end)?\]\]")
+
+
+def test_the_rows_shown_are_those_that_training_reads(store):
+    opened = TokenStore(store)
+    tokenizer = Tokenizer(opened.tokenizer_path)
+    texts = step_rows(opened, step=7, count=3, seq_len=64, batch_size=8, seed=5)
+    with train_batches(
+        opened.split("train"), seq_len=64, batch_size=8, seed=5, start_step=7, stop_step=8,
+        segment_ids=False, eos_id=opened.eos_id,
+    ) as batches:  # fmt: skip
+        _, batch = next(batches)
+    assert len(texts) == 3
+    for i, text in enumerate(texts):
+        heading, _, shown = text.partition("\n")
+        assert heading.startswith(f"--- step 7, row {i} of 8: row ")
+        row = [*np.array(batch["inputs"])[i], np.array(batch["targets"])[i, -1]]
+        assert MARK.sub("", shown) == tokenizer.decode(row)
+
+
+def test_every_document_is_marked_where_it_begins(store):
+    opened = TokenStore(store)
+    split, tokenizer = opened.split("train"), Tokenizer(opened.tokenizer_path)
+    shown, names = "", []
+    for row in range(split.num_rows(1000)):
+        pieces = "".join(row_pieces(split, tokenizer, row, 1000))
+        marks = MARK.findall(pieces)
+        assert sum(int(count) for _, count, _ in marks) == 1001
+        names += [name for name, _, _ in marks if not names or name != names[-1]]
+        shown += MARK.sub("", pieces)
+    count = split.document_at(split.num_rows(1000) * 1000) + 1
+    assert names == ["leading EOS", *(f"document {i}" for i in range(count))]
+    first = tokenizer.decode(split.document(0))
+    assert first in set(corpus.documents("train"))
+    assert shown.startswith(first[:500])
+
+
+def test_lengths_are_counted_in_the_right_bins(store, tmp_path):
+    split = TokenStore(store).split("train")
+    counts = length_counts(split)
+    lengths = np.concatenate(list(split.document_lengths())) + 1
+    assert counts.sum() == split.num_documents
+    for b in np.flatnonzero(counts):
+        low, high = 2 ** (b / 4), 2 ** ((b + 1) / 4)
+        assert counts[b] == ((lengths >= low) & (lengths < high)).sum()
+    assert lengths.sum() == split.num_tokens - 1
+    draw({"train": counts}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _script(*arguments):
+    command = [sys.executable, str(ROOT / "scripts" / "inspect_data.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+
+
+def test_the_script_shows_counts_rows_and_a_picture(store, tmp_path):
+    png = tmp_path / "lengths.png"
+    result = _script(store, "--step=2", "--rows=1", "--seq_len=128", f"--png={png}")
+    assert result.returncode == 0, result.stderr
+    split = TokenStore(store).split("train")
+    assert f"train: {split.num_tokens:,} tokens, {split.num_documents:,} docu" in result.stdout
+    assert "validation: " in result.stdout
+    assert len(MARK.findall(result.stdout)) >= 1
+    assert png.is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["/nowhere"], "no finished token store"),
+        (["STORE", "--step=-1"], "step=-1"),
+        (["STORE", "--seq_len=100000000"], "num_rows=0"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(store, arguments, reason):
+    result = _script(*(store if a == "STORE" else a for a in arguments))
+    assert result.returncode == 2
+    assert result.stderr.startswith("inspect_data.py: error: ")
+    assert reason in result.stderr

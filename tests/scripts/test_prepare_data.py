@@ -1,0 +1,114 @@
+"""The command line of preparation: what it prints, and how mistakes end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import corpus
+from data.store import TokenStore
+from data.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
+    train_tokenizer(corpus.documents("validation"), path, 512)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    texts = list(corpus.documents("validation"))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts + texts[:3])
+    (folder / "a.jsonl").write_text(lines + "[]\n{\n")
+    return folder
+
+
+def _script(*arguments):
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments]
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+
+
+def test_the_script_prepares_from_anywhere_and_sums_up(source, tmp_path, tokenizer_path):
+    result = _script(
+        f"--source={source}",
+        f"--output={tmp_path / 'store'}",
+        f"--tokenizer={tokenizer_path}",
+        "--validation_fraction=0.2",
+        "--drop_duplicates",
+        "--max_broken=2",
+        "--workers=2",
+    )
+    assert result.returncode == 0, result.stderr
+    split = TokenStore(tmp_path / "store").split("train")
+    ratio = split.num_bytes / split.num_tokens
+    lines = result.stdout.splitlines()
+    assert lines[0] == (
+        f"train: {split.num_documents:,} documents, {split.num_tokens:,} tokens, "
+        f"{split.num_bytes:,} bytes, {ratio:.2f} bytes per token"
+    )
+    assert sum(int(line.split()[1]) for line in lines if "duplicates dropped" in line) == 3
+    assert lines[-2:] == ["skipped: 1 records, no text", "skipped: 1 records, not JSON"]
+    assert "MB/s" in result.stderr
+    assert "left" in result.stderr
+
+
+def test_the_estimate_is_near_what_comes_and_writes_nothing(source, tmp_path, tokenizer_path):
+    for i in range(7):
+        (source / f"b{i}.jsonl").write_bytes((source / "a.jsonl").read_bytes())
+    arguments = [f"--source={source}", f"--output={tmp_path / 'store'}"]
+    arguments += [f"--tokenizer={tokenizer_path}", "--max_broken=16"]
+    result = _script(*arguments, "--estimate", "--workers=4")
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "store").exists()
+    assert "with 4 workers" in result.stdout
+    estimated = int(result.stdout.splitlines()[1].split()[1].replace(",", ""))
+    assert _script(*arguments).returncode == 0
+    store = TokenStore(tmp_path / "store")
+    actual = sum(store.split(name).num_tokens for name in ("train", "validation"))
+    assert 0.95 < estimated / actual < 1.05
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--source=/nowhere", "--output=/tmp/x", "--vocab_size=300"], "source=/nowhere"),
+        (["--source=bible", "--output=/tmp/x", "--vocabsize=300"], "vocabsize"),
+        (["--source=bible"], "output"),
+        (["--source=bible", "--output=/tmp/x", "--vocab_size=many"], "many"),
+        (["--source=bible", "--output=/tmp/x", "300"], "'300'"),
+        (["--source=hf:x", "--output=/tmp/x", "--vocab_size=300"], "pip install datasets"),
+        (["--source=bible", "--output=/tmp/x", "--beam="], "requirements-beam.txt"),
+        (["--source=bible", "--output=/tmp/x", "--estimate"], "give one of the two"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(arguments, reason):
+    if "hf:x" in arguments[0]:
+        skip_if_installed("datasets")
+    if "--beam=" in arguments:
+        skip_if_installed("apache_beam")
+    result = _script(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("prepare_data.py: error: ")
+    assert reason in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def skip_if_installed(package):
+    import importlib.util
+
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+
+
+def test_the_script_explains_itself():
+    result = _script("--help")
+    assert result.returncode == 0
+    assert "--validation_fraction" in result.stdout
