@@ -79,6 +79,8 @@ def _summarise(workdir: Path, train: list[str]) -> None:
     print("  files")
     for path in sorted((ROOT / workdir).iterdir()):
         print(f"    {workdir / path.name}{'/' if path.is_dir() else ''}")
+    accuracy, passages = _offline_score(ROOT / workdir)
+    print(f"  continuations      {accuracy:.1%} of {passages} held-out passages, by chance 25 %")
     print(f"  sample             {PROMPT}{_sample(ROOT / workdir).rstrip()}")
     other = "laser" if _ATTENTION.value == "standard" else "standard"
     print("\nResume it, or go on after an interruption:")
@@ -88,8 +90,14 @@ def _summarise(workdir: Path, train: list[str]) -> None:
     print(f"  {_shown('scripts/compare_runs.py', str(workdir), f'runs/quickstart-{other}')}")
 
 
+def _offline_score(workdir: Path) -> tuple[float, int]:
+    from eval.run import offline_score  # imports jax: after training has ended
+
+    return offline_score(workdir)
+
+
 def _sample(workdir: Path) -> str:
-    from eval.generation import load_model, sample  # imports jax: after training has ended
+    from eval.generation import load_model, sample
 
     return sample(*load_model(workdir), PROMPT, new_tokens=60, temperature=0.7, seed=0)
 

@@ -1,0 +1,131 @@
+"""Results on disk and as a table.
+
+    RUN/eval/STEP/PROTOCOL-Nshot/TASK.json          one finished task, written at once
+                                 TASK.records.jsonl each example: prompt, scores, choice; on request
+                                 results.json       all finished tasks, and why others are missing
+
+A task whose file was written with the same settings is not evaluated again.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.oneshot import Settings, spread
+from eval.paper import Figures
+from eval.tasks import TASKS
+from laser.training.run_folder import write_atomically
+
+Result = dict[str, Any]
+Record = dict[str, Any]
+
+
+class ResultsFolder:
+    """The results of one checkpoint under one protocol and number of shots; made if not there."""
+
+    def __init__(self, output: Path, step: int, settings: Settings):
+        self.path = output / str(step) / f"{settings.protocol}-{settings.shots}shot"
+        self._settings = settings
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def finished(self, task: str, records: bool) -> Result | None:
+        """An earlier result with these settings, and with records if they are wanted."""
+        path = self.path / f"{task}.json"
+        if not path.is_file() or (records and not self._records(task).is_file()):
+            return None
+        result = json.loads(path.read_text())
+        wanted = dataclasses.asdict(self._settings)
+        return result if all(result.get(key) == wanted[key] for key in wanted) else None
+
+    def save(self, result: Result) -> None:
+        write_atomically(self.path / f"{result['task']}.json", _text(result))
+
+    def save_all(self, results: Sequence[Result], missing: Mapping[str, str]) -> Path:
+        """Writes results.json and returns its path."""
+        path = self.path / "results.json"
+        tasks = {result["task"]: result for result in results}
+        write_atomically(path, _text({"tasks": tasks, "missing": dict(missing)}))
+        return path
+
+    @contextlib.contextmanager
+    def record_writer(self, task: str) -> Iterator[Callable[[Record], None]]:
+        """A function that appends a record; the file is there once the context has ended well."""
+        temporary = self._records(task).with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            yield lambda record: print(json.dumps(record, ensure_ascii=False), file=file)
+        temporary.replace(self._records(task))
+
+    def _records(self, task: str) -> Path:
+        return self.path / f"{task}.records.jsonl"
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def over_checkpoints(results: Sequence[Result]) -> Result:
+    """One task's results at several checkpoints as one: mean and deviation over checkpoints."""
+    metrics = {
+        name: spread([result["metrics"][name]["mean"] for result in results])
+        for name in results[0]["metrics"]
+    }
+    return {**results[0], "metrics": metrics}
+
+
+def table(results: Sequence[Result], paper: Figures) -> str:
+    """The table that is printed, in percent: the metric, ± deviation, chance, the paper's figure.
+
+    The paper's column is there only if it has figures for such a model.
+    """
+    header = ["task", "n", "metric", "score", "±", "chance"] + (["paper"] if paper else [])
+    rows = [header]
+    for result in results:
+        for name, values in result["metrics"].items():
+            first = name == result["metric"]
+            row = [result["task"] if first else "", str(result["n"]) if first else "", name]
+            deviation = values["std"]
+            row += [_percent(values["mean"]), "" if deviation is None else _percent(deviation)]
+            row += [_percent(result["chance"]) if name in ("accuracy", "em") else ""]
+            task = TASKS.get(result["task"])
+            figure = paper.get(task.paper) if task and first else None
+            row += ["" if figure is None else f"{figure:.2f}"] if paper else []
+            rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    left = (0, 2)  # columns of words
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def remarks(results: Sequence[Result]) -> list[str]:
+    """What a reader of the table has to know: splits, prompts that were cut, rows left out."""
+    lines = []
+    for result in results:
+        task = TASKS.get(result["task"])
+        wanted = task.protocols[result["protocol"]].split if task else result["split"]
+        passes = result["n"] * len(next(iter(result["metrics"].values()))["values"])
+        notes = []
+        if result["split"] != wanted:
+            notes.append(f"the {result['split']} split, as there is no {wanted} split here")
+        if result["unusable_rows"]:
+            notes.append(f"{result['unusable_rows']} rows without a usable label left out")
+        for key, words in (
+            ("shots_dropped", "lost demonstrations"),
+            ("truncated", "lost the left of the context"),
+        ):
+            if result[key]:
+                notes.append(f"{result[key]} of {passes} prompts {words}")
+        if notes:
+            lines.append(f"{result['task']}: {'; '.join(notes)}")
+    return lines
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"

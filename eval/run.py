@@ -1,0 +1,95 @@
+"""A run's model for evaluation, from its folder alone, on the devices that are here.
+
+The mesh is the run's own where it fits the devices, or else all of them hold copies. Requires no
+token store: config, tokenizer and parameters are in the folder.
+"""
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+
+import jax
+
+from data.tokenizer import Tokenizer
+from eval import oneshot
+from eval.scoring import Scorer
+from eval.tasks import OFFLINE
+from laser.training import sharding
+from laser.training.checkpoint import CheckpointError, restore_parameters
+from laser.training.config import MeshConfig, RunConfig
+from laser.training.run_folder import load_run_config
+from models.decoder import Parameters, init_parameters
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """What scores: `scorer.score(params, ...)` with prompts by `tokenizer`."""
+
+    config: RunConfig
+    step: int
+    params: Parameters
+    tokenizer: Tokenizer
+    scorer: Scorer
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints, in order. Raises ValueError where there is no run, and
+    CheckpointError where it has none."""
+    load_run_config(str(workdir))
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = sorted(int(name) for name in names if name.isdigit())
+    if not steps:
+        raise CheckpointError(f"{workdir}: the run has no checkpoint yet")
+    return steps
+
+
+def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
+    """The model of a run's checkpoint, the newest if `step` is None.
+
+    Raises:
+      ValueError: there is no run in the folder.
+      CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    steps = saved_steps(workdir)
+    step = steps[-1] if step is None else step
+    config = load_run_config(str(workdir))
+    mesh = _mesh(config)
+    abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
+    shardings = sharding.state_shardings(mesh, abstract)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    params = restore_parameters(workdir, abstract, step)
+    tokenizer = Tokenizer(str(workdir / "tokenizer.model"))
+    scorer = Scorer(config.model, config.data.seq_len, mesh)
+    return TrainedModel(config, step, params, tokenizer, scorer)
+
+
+def offline_score(workdir: Path, step: int | None = None) -> tuple[float, int]:
+    """Accuracy on the offline task (eval/offline.py) without demonstrations, between 0 and 1, and
+    of how many passages. Chance is 0.25. Raises as `open_model`."""
+    model = open_model(workdir, step)
+    settings = oneshot.Settings(shots=0)
+    data = oneshot.load_task(OFFLINE, settings, None)
+    result = oneshot.evaluate_task(data, settings, model.scorer, model.params, model.tokenizer)
+    return result["metrics"]["accuracy"]["mean"], result["n"]
+
+
+def _mesh(config: RunConfig) -> jax.sharding.Mesh:
+    try:
+        return sharding.make_mesh(config)
+    except ValueError as error:
+        log.info("the run's mesh does not fit these devices (%s): each holds a copy", error)
+    copies = dataclasses.replace(
+        config,
+        mesh=MeshConfig(data=-1, fsdp=1, tensor=1),
+        # The batch of training does not matter here; one that divides by any number of devices.
+        training=dataclasses.replace(
+            config.training, batch_size=jax.device_count(), accumulation=1
+        ),
+    )
+    return sharding.make_mesh(copies)

@@ -1,0 +1,254 @@
+"""Log-likelihoods of continuations under a model, in batches.
+
+Context and continuation are tokenised as one string. Requests are sorted by length into buckets,
+so that a row is padded to the next bucket and not to the longest of all; rows are never packed. A
+request whose input is the beginning of another one's rides along in that row: the model is causal,
+so one forward pass has the answers to both, and candidates of one token (yes, no) share all of it.
+Logits are formed only where something is read.
+
+Shapes: B rows, T positions, M model dim, E scored tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from data.tokenizer import Tokenizer
+from laser.training import sharding
+from models.config import ModelConfig
+from models.decoder import Parameters, output_logits, structure
+
+BUCKET = 32  # lengths of rows are multiples of it: at most 31 tokens of padding in a row
+ROW_TOKENS = 4096  # of a batch, over all devices that split it; sets how many rows it has
+READ_CHUNK = 256  # scored tokens whose logits exist at a time: 256 x 32,000 float32 are 33 MB
+Progress = Callable[[int, int], None]  # requests done, requests in all
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to score: the tokens of `continuation` after those of `context`, which is not empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens to feed: all but the last one."""
+        return len(self.context) + len(self.continuation) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Sum of log-probabilities in nats, the tokens it is over, and whether each was the likeliest.
+
+    `truncated` says that the left of the context did not fit into the model's length.
+    """
+
+    logprob: float
+    tokens: int
+    greedy: bool
+    truncated: bool
+
+
+def encode_pairs(
+    tokenizer: Tokenizer, contexts: Sequence[str], continuations: Sequence[str]
+) -> list[Request]:
+    """Tokenises context + continuation as one string and cuts it where the context's tokens end.
+
+    Whitespace at the context's end goes to the continuation, as the space before a word does in
+    training. Where a token spans the join, at least the last one belongs to the continuation. A
+    context begins a document, so EOS comes first.
+
+    Raises:
+      ValueError: a continuation has no text.
+    """
+    starts = [context.rstrip() for context in contexts]
+    wholes = [context + ending for context, ending in zip(contexts, continuations)]
+    for whole, ending in zip(wholes, continuations):
+        if not ending:
+            raise ValueError(f"nothing to score after {whole[-60:]!r}: the continuation is empty")
+    distinct = list(dict.fromkeys(starts))
+    lengths = dict(zip(distinct, map(len, tokenizer.encode_batch(distinct))))
+    requests = []
+    for start, ids in zip(starts, tokenizer.encode_batch(wholes)):
+        cut = min(lengths[start], len(ids) - 1)
+        requests.append(Request((tokenizer.eos_id, *ids[:cut]), tuple(ids[cut:])))
+    return requests
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """Tokens to feed, and what is read from them: (request, its scored tokens' last position)."""
+
+    tokens: tuple[int, ...]
+    riders: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """A forward pass under way; `owners` has for each request in it (its index, where its tokens
+    begin among the E, where they end)."""
+
+    logprobs_E: jax.Array
+    greedy_E: jax.Array
+    owners: list[tuple[int, int, int]]
+
+
+class Scorer:
+    """Scores requests under one model.
+
+    Args:
+      config: the model's.
+      max_length: tokens that are fed at most; the left of longer contexts is cut off.
+      mesh: devices, as in training: parameters and batches are split over it. None: the first one.
+      row_tokens: of a batch; it has max(1, row_tokens / length) rows, a multiple of the shards.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_length: int,
+        mesh: jax.sharding.Mesh | None = None,
+        row_tokens: int = ROW_TOKENS,
+    ):
+        self.max_length = max_length
+        self._row_tokens = row_tokens
+        if mesh is None:
+            axes = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
+            mesh = jax.make_mesh(
+                (1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1]
+            )
+        self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._rows_sharding = NamedSharding(mesh, sharding.BATCH)
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        graph = structure(config)
+        self._hidden = jax.jit(
+            lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT)[0],
+            out_shardings=self._rows_sharding,
+        )
+        self._read = jax.jit(
+            functools.partial(_read_scores, soft_cap=config.logits_soft_cap),
+            out_shardings=self._replicated,
+        )
+
+    def score(
+        self, params: Parameters, requests: Sequence[Request], progress: Progress | None = None
+    ) -> list[Score]:
+        """The requests' scores, in their order.
+
+        Raises:
+          ValueError: a request with nothing to score or to condition on, a continuation longer
+            than the model's length, or a score that is not finite.
+        """
+        rows = _share_rows([self._input(request) for request in requests])
+        results: dict[int, Score] = {}
+        pending: list[_Pass] = []
+        for batch, length in self._batches(rows):
+            pending.append(self._run(params, requests, batch, length))
+            if len(pending) > 1:  # read a pass while the next one runs
+                self._collect(pending.pop(0), requests, results)
+            if progress:
+                progress(len(results), len(requests))
+        for last in pending:
+            self._collect(last, requests, results)
+        return [results[i] for i in range(len(requests))]
+
+    def _collect(
+        self, finished: "_Pass", requests: Sequence[Request], results: dict[int, Score]
+    ) -> None:
+        logprobs, greedy = np.asarray(finished.logprobs_E), np.asarray(finished.greedy_E)
+        for index, start, stop in finished.owners:
+            total = float(logprobs[start:stop].sum(dtype=np.float64))
+            if not np.isfinite(total):
+                raise ValueError("a score is not finite: the checkpoint's parameters are broken")
+            truncated = requests[index].length > self.max_length
+            results[index] = Score(total, stop - start, bool(greedy[start:stop].all()), truncated)
+
+    def _input(self, request: Request) -> tuple[int, ...]:
+        """The tokens to feed: all but the last one, the newest `max_length` of them."""
+        scored = len(request.continuation)
+        if not request.context or not 0 < scored <= self.max_length:
+            raise ValueError(
+                f"a context of {len(request.context)} tokens and a continuation of {scored}: both "
+                f"need at least 1, and the continuation at most the model's {self.max_length}"
+            )
+        return (request.context + request.continuation)[:-1][-self.max_length :]
+
+    def _batches(self, rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], int]]:
+        """Rows of one bucket, the longest first, and the length they are padded to."""
+        buckets: dict[int, list[_Row]] = {}
+        for row in rows:
+            buckets.setdefault(self._padded(len(row.tokens)), []).append(row)
+        for length in sorted(buckets, reverse=True):
+            size = self._batch_size(length)
+            for start in range(0, len(buckets[length]), size):
+                yield buckets[length][start : start + size], length
+
+    def _padded(self, length: int) -> int:
+        return -(-length // BUCKET) * BUCKET
+
+    def _batch_size(self, length: int) -> int:
+        return max(1, self._row_tokens // length // self._shards) * self._shards
+
+    def _run(
+        self, params: Parameters, requests: Sequence[Request], batch: list[_Row], length: int
+    ) -> "_Pass":
+        """Starts one forward pass."""
+        tokens_BT = np.zeros((self._batch_size(length), length), np.int32)
+        places: list[tuple[int, int, int]] = []  # row, position, target
+        owners: list[tuple[int, int, int]] = []
+        for i, row in enumerate(batch):
+            tokens_BT[i, : len(row.tokens)] = row.tokens
+            for request, end in row.riders:
+                targets = requests[request].continuation
+                owners.append((request, len(places), len(places) + len(targets)))
+                positions = range(end - len(targets), end)
+                places += [(i, at, target) for at, target in zip(positions, targets)]
+        places += [(0, 0, 0)] * (-len(places) % READ_CHUNK)
+        hidden_BTM = self._hidden(params, self._placed(tokens_BT, self._rows_sharding))
+        places_E3 = self._placed(np.array(places, np.int32), self._replicated)
+        logprobs_E, greedy_E = self._read(hidden_BTM, params["embedding"], places_E3)
+        return _Pass(logprobs_E, greedy_E, owners)
+
+    def _placed(self, array: np.ndarray, where: NamedSharding) -> jax.Array:
+        """A global array of which every host makes its own part."""
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def _share_rows(inputs: Sequence[tuple[int, ...]]) -> list[_Row]:
+    """One row for each input that is not the beginning of another one, with all that are.
+
+    In sorted order an input comes right before those that it begins.
+    """
+    order = sorted(range(len(inputs)), key=lambda i: inputs[i], reverse=True)
+    rows: list[tuple[tuple[int, ...], list[tuple[int, int]]]] = []
+    for i in order:
+        tokens = inputs[i]
+        if not rows or rows[-1][0][: len(tokens)] != tokens:
+            rows.append((tokens, []))
+        rows[-1][1].append((i, len(tokens)))
+    return [_Row(tokens, tuple(riders)) for tokens, riders in rows]
+
+
+def _read_scores(hidden_BTM, embedding_VM, places_E3, soft_cap: float) -> tuple[Any, Any]:
+    """log softmax(logits)[target] at each (row, position, target), and whether it is the largest.
+
+    (B, T, M), (V, M), (E, 3) int32 -> (E,) float32, (E,) bool. E is a multiple of READ_CHUNK.
+    """
+
+    def chunk(places_C3):
+        rows, positions, targets = places_C3.T
+        logits_CV = output_logits(hidden_BTM[rows, positions], embedding_VM, soft_cap)
+        target_C = jnp.take_along_axis(logits_CV, targets[:, None], axis=-1)[:, 0]
+        logprobs_C = target_C - jax.nn.logsumexp(logits_CV, axis=-1)
+        return logprobs_C, jnp.argmax(logits_CV, axis=-1) == targets
+
+    logprobs, greedy = jax.lax.map(chunk, places_E3.reshape(-1, READ_CHUNK, 3))
+    return logprobs.reshape(-1), greedy.reshape(-1)

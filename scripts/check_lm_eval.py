@@ -1,0 +1,287 @@
+"""Shows that our scores are lm-evaluation-harness's, document by document.
+
+    python scripts/check_lm_eval.py --workdir=RUN --data_dir=DATA [--shots=1] [--tasks=cb,copa]
+
+The harness (0.4.13, requirements-eval.txt) makes its own prompts from the same rows, cuts them into
+tokens by its own code, and has them scored by the oracle attention and a float64 softmax. Compared
+are prompts and candidates to the byte, log-likelihoods, and metrics. Exit code 0 if all agree.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+
+from laser.training.hardware import tune_cpu
+
+if __name__ == "__main__":
+    tune_cpu()  # before anything imports jax
+
+import datasets
+import jax
+import lm_eval
+import numpy as np
+from flax import nnx
+from lm_eval.api.model import TemplateLM
+
+from eval import oneshot
+from eval.run import TrainedModel, open_model
+from eval.tasks import TASKS
+from models.decoder import structure
+
+HARNESS_NAMES = {"rte": "sglue_rte"}
+REAL = ("arc_easy", "cb", "copa", "multirc", "record", "rte", "winogrande")
+# Ours → theirs, where CB's and ReCoRD's F1 have one name.
+METRICS = {
+    "accuracy": "acc",
+    "accuracy_character": "acc_norm",
+    "macro_f1": "f1",
+    "em": "em",
+    "f1": "f1",
+}
+TOLERANCE = 1e-4  # nats, of a document's log-likelihood
+ROWS, ROW_STEP = 8, 64  # rows of the oracle's batches, whose lengths are multiples of the step
+
+
+class OracleLM(TemplateLM):
+    """The harness's own way from text to tokens, and the plainest way from those to a score."""
+
+    def __init__(self, model: TrainedModel):
+        super().__init__()
+        self._model = model
+        attention = dataclasses.replace(model.config.model.attention, implementation="reference")
+        graph = structure(dataclasses.replace(model.config.model, attention=attention))
+
+        @jax.jit
+        def logits(params, tokens_BT):
+            network = nnx.merge(graph, params)
+            return network.logits(network(tokens_BT)[0])
+
+        self._logits = logits
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._model.tokenizer.eos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        start = [] if add_special_tokens is False else [self.eot_token_id]
+        return start + self._model.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        longest = self._model.scorer.max_length
+        kept = [(context + text)[-(longest + 1) :][:-1] for _, context, text in requests]
+        order = sorted(range(len(requests)), key=lambda i: len(kept[i]))
+        results: dict[int, tuple[float, bool]] = {}
+        for start in range(0, len(order), ROWS):
+            part = order[start : start + ROWS]
+            tokens_BT = np.zeros((ROWS, -(-len(kept[part[-1]]) // ROW_STEP) * ROW_STEP), np.int32)
+            for row, i in zip(tokens_BT, part):
+                row[: len(kept[i])] = kept[i]
+            logits_BTV = np.asarray(self._logits(self._model.params, tokens_BT))
+            for logits_TV, i in zip(logits_BTV, part):
+                results[i] = _score(logits_TV[: len(kept[i])], requests[i][2])
+        return [results[i] for i in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+        raise NotImplementedError
+
+    def generate_until(self, requests, disable_tqdm: bool = False):
+        raise NotImplementedError
+
+
+def _score(logits_TV: np.ndarray, continuation: Sequence[int]) -> tuple[float, bool]:
+    logits_CV = logits_TV[-len(continuation) :].astype(np.float64)
+    largest_C1 = logits_CV.max(axis=-1, keepdims=True)
+    normaliser_C = np.log(np.exp(logits_CV - largest_C1).sum(axis=-1)) + largest_C1[:, 0]
+    targets_C = logits_CV[np.arange(len(continuation)), list(continuation)]
+    greedy = bool((logits_CV.argmax(axis=-1) == np.array(continuation)).all())
+    return float((targets_C - normaliser_C).sum()), greedy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--data_dir", type=Path, required=True, help="as for evaluate.py")
+    parser.add_argument("--tasks", default=",".join(REAL))
+    parser.add_argument("--shots", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="documents of each task")
+    arguments = parser.parse_args(argv)
+    model = open_model(arguments.workdir)
+    settings = oneshot.Settings("lm_eval", arguments.shots, limit=arguments.limit)
+    agree = [
+        compare(name, settings, arguments.data_dir, model) for name in arguments.tasks.split(",")
+    ]
+    print(f"{sum(agree)} of {len(agree)} tasks agree")
+    return 0 if all(agree) else 1
+
+
+def compare(name: str, settings: oneshot.Settings, data_dir: Path, model: TrainedModel) -> bool:
+    """Prints one line on a task, and returns whether everything agrees."""
+    ours: list[dict[str, Any]] = []
+    data = oneshot.load_task(TASKS[name], settings, data_dir)
+    result = oneshot.evaluate_task(
+        data, settings, model.scorer, model.params, model.tokenizer, on_record=ours.append
+    )
+    theirs, their_metrics = harness(name, settings, data_dir, OracleLM(model))
+    bytes_differ = sum(rendered(a) != b["pairs"] for a, b in zip(ours, theirs, strict=True))
+    gaps = [
+        abs(candidate["logprob"] - logprob)
+        for a, b in zip(ours, theirs)
+        for candidate, logprob in zip(a["candidates"], b["logprobs"], strict=True)
+    ]
+    shown, equal = compare_metrics(name, result["metrics"], their_metrics)
+    agree = not bytes_differ and max(gaps) <= TOLERANCE and equal
+    counts = f"{len(ours):>5} documents, {len(gaps):>5} candidates"
+    found = f"{bytes_differ} prompts differ, largest gap {max(gaps):.1e} nats, {shown}"
+    print(f"{name:<10} {counts}: {found}: {'ok' if agree else 'DIFFERS'}", flush=True)
+    return agree
+
+
+def rendered(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """(context, continuation) of each candidate of a record."""
+    endings, contexts = record["continuations"], record["context"]
+    return list(zip([contexts] * len(endings) if isinstance(contexts, str) else contexts, endings))
+
+
+def compare_metrics(name: str, ours: dict[str, Any], theirs: dict[str, float]) -> tuple[str, bool]:
+    """Each metric that the harness reports, as words, and whether all are equal."""
+    shown, equal = [], True
+    for ours_name, their_name in METRICS.items():
+        if ours_name in ours and their_name in theirs:
+            value, other = ours[ours_name]["mean"], theirs[their_name]
+            other = 1 - other if name == "multirc" else other  # its gold is inverted
+            equal &= abs(value - other) < 1e-12
+            shown.append(f"{their_name} {100 * value:.2f}/{100 * other:.2f}")
+    return " ".join(shown), equal and bool(shown)
+
+
+def harness(
+    name: str, settings: oneshot.Settings, data_dir: Path, lm: TemplateLM
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The harness's documents in order, with pairs and log-probabilities, and its metrics."""
+    task = HARNESS_NAMES.get(name, name)
+    with offline_datasets(name, data_dir):
+        report = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[task],
+            num_fewshot=settings.shots,
+            limit=settings.limit,
+            fewshot_random_seed=oneshot.FIRST_SEED,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    samples = [
+        {
+            "pairs": [tuple(pair) for pair in _arguments(sample["arguments"])],
+            "logprobs": [response[0] for response in sample["filtered_resps"]],
+        }
+        for sample in sorted(report["samples"][task], key=lambda sample: sample["doc_id"])
+    ]
+    metrics = report["results"][task]
+    return samples, {
+        key.removesuffix(",none"): value for key, value in metrics.items() if ",none" in key
+    }
+
+
+def _arguments(arguments: Any) -> list[Any]:
+    """Of the two forms in which the harness logs them."""
+    if isinstance(arguments, dict):
+        return [tuple(pair.values()) for pair in arguments.values()]
+    return list(arguments)
+
+
+@contextlib.contextmanager
+def offline_datasets(name: str, data_dir: Path) -> Iterator[None]:
+    """Gives the harness our files, in the fields of the data sets on the hub."""
+    splits = {}
+    source, asking = TASKS[name].source, TASKS[name].protocols["lm_eval"]
+    for split in ("train", "validation", "test"):
+        files = list(data_dir.glob(source.files.get(split, ["-"])[-1]))
+        if files:
+            lines = [json.loads(line) for line in files[0].open(encoding="utf-8")]
+            splits[split] = datasets.Dataset.from_list(HUB_ROWS[name](lines))
+    # Where the split that is asked for is not there, the nearest one stands in, as for ours.
+    fallback = next(s for s in (asking.split, "validation", "train") if s in splits)
+    splits.setdefault(asking.split, splits[fallback])
+    with mock.patch("datasets.load_dataset", return_value=datasets.DatasetDict(splits)):
+        yield
+
+
+def _arc(lines: list[dict]) -> list[dict]:
+    rows = []
+    for line in lines:
+        if "query" in line:
+            letters = list("ABCDE"[: len(line["choices"])])
+            line = {
+                "id": line["id"],
+                "question": line["query"][len("Question: ") : -len("\nAnswer:")],
+                "choices": {"text": line["choices"], "label": letters},
+                "answerKey": letters[line["gold"]],
+            }
+        rows.append(line)
+    return rows
+
+
+def _labelled(*names: str) -> Callable[[list[dict]], list[dict]]:
+    return lambda lines: [{**line, "label": names.index(line["label"])} for line in lines]
+
+
+def _multirc(lines: list[dict]) -> list[dict]:
+    return [
+        {
+            "paragraph": line["passage"]["text"],
+            "question": question["question"],
+            "answer": answer["text"],
+            "label": answer["label"],
+        }
+        for line in lines
+        for question in line["passage"]["questions"]
+        for answer in question["answers"]
+    ]
+
+
+def _record(lines: list[dict]) -> list[dict]:
+    return [
+        {
+            "passage": line["passage"]["text"],
+            "query": question["query"],
+            "entities": [
+                line["passage"]["text"][span["start"] : span["end"] + 1]
+                for span in line["passage"]["entities"]
+            ],
+            "answers": [answer["text"] for answer in question["answers"]],
+        }
+        for line in lines
+        for question in line["qas"]
+    ]
+
+
+HUB_ROWS: dict[str, Callable[[list[dict]], list[dict]]] = {
+    "arc_easy": _arc,
+    "cb": _labelled("entailment", "contradiction", "neutral"),
+    "copa": list,
+    "multirc": _multirc,
+    "record": _record,
+    "rte": _labelled("entailment", "not_entailment"),
+    "winogrande": lambda lines: [
+        {key: line[key] for key in ("sentence", "option1", "option2", "answer")} for line in lines
+    ],
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""scripts/evaluate.py from a run's folder to table, JSON and records, and its error messages."""
+
+import json
+import shutil
+
+import pytest
+
+from eval import paper, results
+from eval.oneshot import Settings
+from eval.run import offline_score, open_model, saved_steps
+from laser.training.checkpoint import CheckpointError
+from laser.training.config import load_config
+from scripts import evaluate
+from tests.eval.test_prompts import RAW
+
+FOLDER = "eval/4/gpt3-1shot"
+
+
+@pytest.fixture
+def workdir(trained_run, tmp_path):
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    """COPA and CB, three rows each; no TFDS."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    folder = tmp_path / "data"
+    for name, archive in (("copa", "COPA"), ("cb", "CB")):
+        (folder / archive).mkdir(parents=True)
+        for split in ("train", "val"):
+            rows = [{**RAW[name], "premise": f"{split} {i}."} for i in range(3)]
+            lines = [json.dumps(row) + "\n" for row in rows]
+            (folder / archive / f"{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def run(capsys, workdir, data_dir, *flags):
+    """Exit code, stdout, stderr."""
+    code = evaluate.main([f"--workdir={workdir}", f"--data_dir={data_dir}", *flags])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_tasks_are_evaluated_and_missing_ones_reported(workdir, data_dir, capsys):
+    flags = ("--tasks=copa,cb,piqa,held_out", "--seeds=2", "--limit=2", "--records")
+    code, out, _ = run(capsys, workdir, data_dir, *flags)
+    assert code == 0
+    assert "piqa: no data of piqa" in out
+    assert "physicaliqa-train-dev.zip" in out
+    written = json.loads((workdir / FOLDER / "results.json").read_text())
+    assert written["tasks"].keys() == {"copa", "cb", "held_out"}
+    assert written["missing"].keys() == {"piqa"}
+    copa = written["tasks"]["copa"]
+    assert copa == json.loads((workdir / FOLDER / "copa.json").read_text())
+    assert (copa["n"], len(copa["metrics"]["accuracy"]["values"])) == (2, 2)
+    row = next(line.split() for line in out.splitlines() if line.startswith("copa "))
+    mean, deviation = copa["metrics"]["accuracy"]["mean"], copa["metrics"]["accuracy"]["std"]
+    assert row == ["copa", "2", "accuracy", f"{100 * mean:.2f}", f"{100 * deviation:.2f}", "50.00"]
+    lines = (workdir / FOLDER / "copa.records.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(record["index"], record["seed"]) for record in records] == [
+        (0, 1234), (1, 1234), (0, 1235), (1, 1235),
+    ]  # fmt: skip
+    scores = [candidate["logprob"] for candidate in records[0]["candidates"]]
+    assert records[0]["choice"] == scores.index(max(scores))
+    assert records[0]["context"].endswith("\n\nval 0 therefore")
+
+
+def test_finished_tasks_are_not_repeated(workdir, data_dir, capsys, monkeypatch):
+    evaluated = []
+    original = evaluate.oneshot.evaluate_task
+
+    def interrupted_after_one(data, *rest):
+        if evaluated:
+            raise KeyboardInterrupt
+        evaluated.append(data.task.name)
+        return original(data, *rest)
+
+    def counted(data, *rest):
+        evaluated.append(data.task.name)
+        return original(data, *rest)
+
+    flags = ("--tasks=copa,cb", "--seeds=1")
+    monkeypatch.setattr(evaluate.oneshot, "evaluate_task", interrupted_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, workdir, data_dir, *flags)
+    monkeypatch.setattr(evaluate.oneshot, "evaluate_task", counted)
+    assert run(capsys, workdir, data_dir, *flags)[0] == 0
+    assert evaluated == ["copa", "cb"]
+    run(capsys, workdir, data_dir, *flags, "--records")  # finished, but without records
+    assert evaluated == ["copa", "cb"] * 2
+    run(capsys, workdir, data_dir, *flags, "--limit=2")  # other settings
+    assert evaluated == ["copa", "cb"] * 3
+    monkeypatch.setattr(evaluate, "open_model", None)  # nothing left to do, so no model is loaded
+    assert run(capsys, workdir, data_dir, *flags, "--limit=2")[0] == 0
+
+
+def test_several_checkpoints_give_mean_and_deviation(workdir, data_dir, capsys):
+    code, out, _ = run(capsys, workdir, data_dir, "--tasks=copa", "--step=all", "--shots=0")
+    assert code == 0
+    both = [
+        json.loads((workdir / f"eval/{step}/gpt3-0shot/copa.json").read_text()) for step in (2, 4)
+    ]
+    values = [result["metrics"]["accuracy"]["mean"] for result in both]
+    merged = results.over_checkpoints(both)["metrics"]["accuracy"]
+    assert merged["values"] == values
+    assert "over the checkpoints 2, 4: mean and deviation" in out
+    one = {"metrics": {"accuracy": {"mean": 0.2}}}
+    other = {"metrics": {"accuracy": {"mean": 0.6}}}
+    spread = results.over_checkpoints([one, other])["metrics"]["accuracy"]
+    assert spread["mean"] == pytest.approx(0.4)
+    assert spread["std"] == pytest.approx(0.08**0.5)
+
+
+def test_show_prints_prompts_and_needs_no_model(workdir, data_dir, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_model", None)
+    code, out, _ = run(capsys, workdir, data_dir, "--tasks=copa", "--show=1", "--shots=0")
+    assert code == 0
+    assert "val 0 therefore\n    ' the Grass dried.'\n  * ' the road was wet.'" in out
+    assert not (workdir / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--tasks=hellaswg"], "tasks=hellaswg: unknown task 'hellaswg'; did you mean 'hellaswag'"),
+        (["--tasks=copa", "--step=3"], "there is no checkpoint 3, only [2, 4]"),
+        (["--tasks=copa", "--step=new"], "step=new: must be a number"),
+        (["--tasks=copa", "--shots=-1"], "shots=-1: must be at least 0"),
+        (["--tasks=copa", "--shots=3"], "copa: shots=3: copa has only 3 to draw from"),
+        (["--data_dir=/nowhere"], "data_dir=/nowhere: no such folder"),
+        (["--workdir=/nowhere"], "/nowhere: no run here"),
+    ],
+)
+def test_mistakes_are_explained(flags, message, workdir, data_dir, capsys):
+    code, _, err = run(capsys, workdir, data_dir, *flags)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_run_without_a_checkpoint_is_explained(workdir, data_dir, capsys):
+    shutil.rmtree(workdir / "checkpoints")
+    code, _, err = run(capsys, workdir, data_dir)
+    assert code == 2
+    assert "the run has no checkpoint yet" in err
+    with pytest.raises(CheckpointError):
+        saved_steps(workdir)
+
+
+def test_a_model_too_short_for_a_task_is_explained(workdir, data_dir, capsys):
+    config = json.loads((workdir / "config.json").read_text())
+    config["config"]["data"]["seq_len"] = 4
+    (workdir / "config.json").write_text(json.dumps(config))
+    code, _, err = run(capsys, workdir, data_dir, "--tasks=held_out", "--limit=1")
+    assert code == 2
+    assert "held_out: a context of" in err
+    assert "at most the model's 4" in err
+
+
+def test_a_broken_file_stops_its_task_alone(workdir, data_dir, capsys):
+    path = data_dir / "CB/val.jsonl"
+    path.write_text(path.read_text() + "{\n")
+    code, out, err = run(capsys, workdir, data_dir, "--tasks=copa,cb", "--shots=0")
+    assert code == 2
+    assert f"cb: {path}:4: not valid JSON" in err
+    assert "copa: accuracy" in out
+
+
+def test_the_offline_score_is_that_of_the_task(workdir):
+    accuracy, count = offline_score(workdir)
+    assert count == 300
+    assert abs(accuracy - 0.25) < 0.15
+    assert open_model(workdir).step == 4
+    assert open_model(workdir, 2).step == 2
+
+
+def test_the_paper_stands_beside_models_of_its_size_and_attention_alone(trained_run):
+    saved = json.loads((trained_run / "config.json").read_text())["config"]
+    saved["model"] |= {
+        "num_layers": 32,
+        "model_dim": 2048,
+        "mlp_dim": 8192,
+        "num_heads": 8,
+        "head_dim": 512,
+    }
+    figures = paper.figures(load_config(saved).model)
+    assert (figures["COPA"], figures["BoolQ"], len(figures)) == (87, 64.43, 16)
+    assert sum(figures.values()) / 16 == pytest.approx(63.51, abs=0.005)
+    saved["attention"]["per_dim_temp"] = True
+    assert paper.figures(load_config(saved).model)["COPA"] == 82
+    saved["attention"]["qk_norm"] = True
+    assert paper.figures(load_config(saved).model) == {}
+    saved["attention"] |= {"qk_norm": False, "per_dim_temp": False, "diff": "official"}
+    assert paper.figures(load_config(saved).model)["CB"] == 42.85
+    saved["model"] |= {"model_dim": 1024}
+    assert paper.figures(load_config(saved).model) == {}
+
+
+def test_the_table_has_the_papers_column_and_remarks(trained_run):
+    result = {
+        "task": "copa", "protocol": "gpt3", "n": 4, "metric": "accuracy", "chance": 0.5,
+        "split": "train", "unusable_rows": 2, "shots_dropped": 3, "truncated": 0,
+        "metrics": {"accuracy": {"mean": 0.5, "std": None, "values": [0.5]}},
+    }  # fmt: skip
+    lines = results.table([result], {"COPA": 87.0}).splitlines()
+    assert lines[0].split() == ["task", "n", "metric", "score", "±", "chance", "paper"]
+    assert lines[1].split() == ["copa", "4", "accuracy", "50.00", "50.00", "87.00"]
+    assert "paper" not in results.table([result], {})
+    assert results.remarks([result]) == [
+        "copa: the train split, as there is no validation split here; 2 rows without a usable "
+        "label left out; 3 of 4 prompts lost demonstrations"
+    ]
+    assert Settings().protocol == "gpt3"
