@@ -19,6 +19,17 @@ OVERRIDES = {
     "model.num_heads": 2,
     "model.head_dim": 16,
 }
+WORDS = (
+    "validation loss",
+    "bits per byte",
+    "xz -9e",
+    "tokens/s",
+    "by chance 25 %",
+    "metrics.jsonl",
+    "In the beginning",
+    "--attention=standard",
+    "compare_runs.py",
+)
 
 
 @pytest.mark.slow
@@ -30,8 +41,7 @@ def test_quickstart_ends_with_a_summary_and_resumes(tmp_path):
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
         summary = done.stdout.partition("Quickstart, step 6")[2]
-        for word in ("validation loss", "bits per byte", "xz -9e", "tokens/s", "by chance 25 %", "metrics.jsonl",
-                     "In the beginning", "--attention=standard", "compare_runs.py"):  # fmt: skip
+        for word in WORDS:
             assert word in summary, word
 
 
