@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
     attention.qk_norm = False  # LayerNorm on queries and keys, per head
     attention.diff = "none"  # none | official (norm, factor, lambda vectors) | scalar (lambda only)
     attention.soft_cap = 0.0  # c * tanh(logits / c) on the attention logits; 0 = off (PAX: 50)
-    attention.implementation = "auto"  # auto | chunked | reference | paper (attention/interface.py)
+    # auto | pallas | chunked | reference | paper (see laser/attention/interface.py)
+    attention.implementation = "auto"
 
     config.data = ConfigDict()
     data = config.data

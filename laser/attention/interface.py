@@ -1,22 +1,24 @@
 """The one function to call, and the choice of implementation behind it.
 
-`auto` takes the fastest implementation that is exact for the backend. The others are there by name:
-`chunked` (XLA, every backend), `reference` (the formulas) and `paper` (the paper's
-log-weighted-sum-exp wrapper to the letter, with its global maximum, for fidelity studies).
+`auto` takes `chunked` (XLA), which is exact on every backend. The others are there by name:
+`pallas` (fused kernels for TPUs; they compile for them and are tested in interpret mode, but have
+not run on one yet, so `auto` leaves them alone), `reference` (the formulas) and `paper` (the
+paper's log-weighted-sum-exp wrapper to the letter, with its global maximum, for fidelity studies).
 """
 
 import functools
 import logging
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from laser.attention import chunked, reference
+from laser.attention.kernels import fused
 
 Array = jax.Array
-Implementation = Literal["auto", "chunked", "reference", "paper"]
+Implementation = Literal["auto", "pallas", "chunked", "reference", "paper"]
 
 
 def attention(
@@ -56,7 +58,8 @@ def attention(
       (B, T, H, D_v) in the dtype of `value`; with `return_range`, a pair of it and the range.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown or impossible `kind` or `implementation`.
+      ValueError: shapes that do not fit, or an unknown or impossible `kind` or `implementation`;
+        where `pallas` cannot serve, the message names the limit.
     """
     _check(query, key, value, kind, segment_ids, implementation)
     options: dict[str, Any] = {
@@ -68,8 +71,9 @@ def attention(
     if implementation == "auto":
         implementation = "chunked"
         _log_choice(kind, implementation, jax.default_backend())
-    if implementation == "chunked":
-        out, range_nats = chunked.attention(query, key, value, kind=kind, **options)
+    if implementation in ("pallas", "chunked"):
+        module = fused if implementation == "pallas" else chunked
+        out, range_nats = module.attention(query, key, value, kind=kind, **options)
     else:
         paper = implementation == "paper"
         out = reference.attention(query, key, value, kind=kind, paper=paper, **options)
@@ -81,10 +85,9 @@ def attention(
 def _check(query, key, value, kind, segment_ids, implementation) -> None:
     if kind not in ("standard", "laser"):
         raise ValueError(f"kind={kind!r}: must be 'standard' or 'laser'")
-    if implementation not in ("auto", "chunked", "reference", "paper"):
-        raise ValueError(
-            f"implementation={implementation!r}: must be auto, chunked, reference or paper"
-        )
+    names = get_args(Implementation)
+    if implementation not in names:
+        raise ValueError(f"implementation={implementation!r}: must be one of {', '.join(names)}")
     if implementation == "paper" and kind == "standard":
         raise ValueError("implementation='paper' is a form of LASER; use kind='laser'")
     if query.ndim != 4 or key.shape != query.shape or value.shape[:3] != key.shape[:3]:

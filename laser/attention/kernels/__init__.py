@@ -1,0 +1,1 @@
+"""Fused attention kernels for TPUs, standard and LASER: `fused.attention`."""

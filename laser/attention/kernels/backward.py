@@ -1,0 +1,256 @@
+"""The backward kernel: one pass over the blocks, five matrix products a tile, no second exp(V).
+
+With w = P · exp(V - out), LASER's gradients are dV = Σ dO · w and dlogits = Σ_d dO · w - P Σ_d dO.
+No reference appears in them, so here one power of two per feature and head serves all blocks: the
+largest of the whole sequence. G = dO · 2^c · exp(-out) stands for dO, and E = exp(V) / 2^c for V;
+all else is as in standard attention. As in the forward pass, E - μ is what is rounded to bfloat16:
+Σ_d G·E - Σ_d dO = Σ_d G·(E - μ) - Σ_d (dO - G·μ), with the last sum in float32.
+
+A tile of logits is held transposed, keys along the rows, so that what belongs to a query is a row.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from laser.attention.chunked import LOG2_E
+from laser.attention.kernels import common
+from laser.attention.kernels.common import Options
+
+Array = jax.Array
+
+
+class _Blocks:
+    """The refs of a grid step under their names."""
+
+    def __init__(self, refs, options: Options, segments: bool):
+        refs = iter(refs)
+        self.q, self.k, self.v, self.out = next(refs), next(refs), next(refs), next(refs)
+        self.d_out, self.log_sum = next(refs), next(refs)
+        self.query_segments: Any = next(refs) if segments else None
+        self.key_segments: Any = next(refs) if segments else None
+        self.reference: Any = next(refs) if options.laser else None
+        self.dq, self.dk, self.dv = next(refs), next(refs), next(refs)
+        self.dq_sum, self.dk_sum, self.dv_sum = next(refs), next(refs), next(refs)
+
+
+def _standard_queries(blocks: _Blocks, rows: slice) -> tuple[Array, Array]:
+    """dO (R, D) and Σ_d dO · out as a row (1, R)."""
+    d_out = blocks.d_out[rows, :]
+    product = d_out.astype(jnp.float32) * blocks.out[rows, :].astype(jnp.float32)
+    return d_out, common.to_row(product.sum(axis=1, keepdims=True))
+
+
+def _laser_queries(blocks: _Blocks, rows: slice, raw: bool) -> tuple[Array, Array]:
+    """G (R, D) and Σ_d (dO - G·μ) as a row (1, R). Elements without a certificate are left out."""
+    dtype = blocks.d_out.dtype
+    d_out = blocks.d_out[rows, :].astype(jnp.float32)
+    power, mu = blocks.reference[0:1, :], blocks.reference[1:2, :]
+    if raw:
+        y = blocks.out[rows, :]
+        certified = y >= common.SMALLEST_CERTIFIED
+        d_out = jnp.where(certified, d_out, 0.0)
+        g = d_out / jnp.where(certified, y, 1.0)
+    else:
+        g = d_out * jnp.exp2(power - blocks.out[rows, :].astype(jnp.float32) * LOG2_E)
+    delta = (d_out - g * mu).sum(axis=1, keepdims=True)
+    return g.astype(dtype), common.to_row(delta)
+
+
+def _exponentials(blocks: _Blocks, rows: slice, raw: bool) -> Array:
+    """exp(V) / 2^c of one tile of keys, float32."""
+    # Where values are huge, the rounding of log2 exp(V) is a factor; it must be the one that is in
+    # y.
+    log2 = common.log2_exponential(blocks.v[rows, :], exact=raw)
+    return jnp.exp2(log2 - blocks.reference[0:1, :])
+
+
+def _values(blocks: _Blocks, options: Options, rows: slice, raw: bool) -> Array:
+    """What stands for the values: V, or E - μ."""
+    v = blocks.v[rows, :]
+    if not options.laser:
+        return v
+    return (_exponentials(blocks, rows, raw) - blocks.reference[1:2, :]).astype(v.dtype)
+
+
+def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: bool):
+    """Transposed probabilities of a pair of tiles, float32, and the slope of the soft cap."""
+    rows, columns = options.rows(key), options.rows(query)
+    products = common.dot(blocks.k[rows, :], blocks.q[columns, :], (1, 1))
+    logits, slope = common.capped(products, options)
+    segments: tuple[Any, Any] = (None, None)
+    if blocks.key_segments is not None:
+        segments = (
+            common.to_column(blocks.key_segments[:, rows]),
+            blocks.query_segments[:, columns],
+        )
+    logits = common.masked(logits, *segments, diagonal and query == key, query_axis=1)
+    return jnp.exp2(logits - blocks.log_sum[:, columns]), slope
+
+
+def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many: bool, raw: bool):
+    """Adds all tiles of one block of keys and one of queries to the sums.
+
+    Args:
+      first_row: of the block of queries in the sequence; of `dq_sum`.
+      diagonal: the blocks are the same, of a causal mask.
+      many: there are more blocks, and so sums to add to.
+      raw: the residual is y in place of the output.
+    """
+    prepare = functools.partial(_laser_queries, raw=raw) if options.laser else _standard_queries
+    queries = [prepare(blocks, options.rows(number)) for number in range(options.tiles)]
+    for key in range(options.tiles):
+        rows = options.rows(key)
+        values, keys = _values(blocks, options, rows, raw), blocks.k[rows, :]
+        dk, dv = [], []
+        for query in options.pairs(key, diagonal, queries_of_key=True):
+            g, delta = queries[query]
+            weights, slope = _weights(blocks, options, key, query, diagonal)
+            d_logits = weights * (common.dot(values, g, (1, 1)) - delta)
+            if slope is not None:
+                d_logits *= slope
+            rounded = d_logits.astype(keys.dtype)
+            dv.append(common.dot(weights.astype(g.dtype), g))
+            dk.append(common.dot(rounded, blocks.q[options.rows(query), :]))
+            at = pl.ds(first_row + query * options.tile, options.tile)
+            _add(blocks.dq_sum, at, common.dot(d_logits.T.astype(keys.dtype), keys), many or key)
+        _add(blocks.dk_sum, rows, functools.reduce(jnp.add, dk), many)
+        _add(blocks.dv_sum, rows, functools.reduce(jnp.add, dv), many)
+
+
+def _add(ref, rows, more: Array, to_what_is_there):
+    ref[rows, :] = ref[rows, :] + more if to_what_is_there else more
+
+
+def _kernel(*refs, options: Options, segments: bool, blocks: int, raw: bool):
+    named = _Blocks(refs, options, segments)
+    if blocks == 1:
+        _step(named, options, 0, diagonal=options.causal, many=False, raw=raw)
+        _finish_queries(named, options, 0)
+        _finish_keys(named, options, raw)
+        return
+    key, query = pl.program_id(2), pl.program_id(3)
+    first_row = pl.multiple_of(query * options.block, options.block)
+
+    @pl.when((key == 0) & (query == 0))
+    def _start_queries():
+        named.dq_sum[...] = jnp.zeros(named.dq_sum.shape, jnp.float32)
+
+    @pl.when(query == 0)
+    def _start_keys():
+        named.dk_sum[...] = jnp.zeros(named.dk_sum.shape, jnp.float32)
+        named.dv_sum[...] = jnp.zeros(named.dv_sum.shape, jnp.float32)
+
+    step = functools.partial(_step, named, options, first_row, many=True, raw=raw)
+    if options.causal:
+        pl.when(query > key)(functools.partial(step, diagonal=False))
+        pl.when(query == key)(functools.partial(step, diagonal=True))
+    else:
+        step(diagonal=False)
+    # Key blocks are visited in order: a causal query block has met all its keys on the diagonal.
+    last = query == key if options.causal else key == blocks - 1
+    pl.when(last)(functools.partial(_finish_queries, named, options, first_row))
+    pl.when(query == blocks - 1)(functools.partial(_finish_keys, named, options, raw))
+
+
+def _finish_queries(blocks: _Blocks, options: Options, first_row):
+    sums = blocks.dq_sum[pl.ds(first_row, options.block), :]
+    blocks.dq[...] = (sums * options.scale).astype(blocks.dq.dtype)
+
+
+def _finish_keys(blocks: _Blocks, options: Options, raw: bool):
+    blocks.dk[...] = (blocks.dk_sum[...] * options.scale).astype(blocks.dk.dtype)
+    for number in range(options.tiles):
+        rows = options.rows(number)
+        dv = blocks.dv_sum[rows, :]
+        if options.laser:
+            dv *= _exponentials(blocks, rows, raw)
+        blocks.dv[rows, :] = dv.astype(blocks.dv.dtype)
+
+
+def backward(
+    q, k, v, out, d_out, log_sum, segment_ids, reference, options: Options, *, raw: bool = False
+):
+    """Gradients of attention.
+
+    Args:
+      q, k, v, segment_ids, options: as of `forward.forward`.
+      out: (B, H, N, D_v), the output; with `raw` y, float32, relative to `reference`.
+      d_out: (B, H, N, D_v) cotangent, in the dtype of `v`.
+      log_sum: (B, H, 1, N) float32, of the forward kernel.
+      reference: (B, H, 2, D_v) float32 for LASER: a power of two above all values, and the anchor
+        μ of exp(V) / 2^power; else None.
+      raw: see `out`; elements whose y is not certified then have no part in the gradients.
+
+    Returns:
+      Gradients of q, k and v, in their dtypes.
+    """
+    batch, heads, length, d_qk = q.shape
+    d_v, block = v.shape[-1], options.block
+    blocks = length // block
+
+    def key_map(b, h, j, i):
+        return b, h, j, 0
+
+    def query_map(b, h, j, i):  # blocks above the diagonal are not fetched
+        return b, h, jnp.maximum(i, j) if options.causal else i, 0
+
+    def dq_map(b, h, j, i):  # the block that is finished while this key block is visited
+        return b, h, j if options.causal else jnp.where(j == blocks - 1, i, 0), 0
+
+    def spec(size, index_map):
+        return pl.BlockSpec((None, None, block, size), index_map)
+
+    in_specs = [
+        spec(d_qk, query_map), spec(d_qk, key_map), spec(d_v, key_map), spec(d_v, query_map),
+        spec(d_v, query_map),
+        pl.BlockSpec((None, None, 1, block), lambda *ids: (*ids[:2], 0, query_map(*ids)[2])),
+    ]  # fmt: skip
+    operands = [q, k, v, out, d_out, log_sum]
+    if segment_ids is not None:
+        in_specs += [
+            pl.BlockSpec((None, 1, block), lambda *ids: (ids[0], 0, query_map(*ids)[2])),
+            pl.BlockSpec((None, 1, block), lambda b, h, j, i: (b, 0, j)),
+        ]
+        operands += [segment_ids, segment_ids]
+    if options.laser:
+        in_specs.append(pl.BlockSpec((None, None, 2, d_v), lambda b, h, j, i: (b, h, 0, 0)))
+        operands.append(reference)
+    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    return pl.pallas_call(
+        functools.partial(
+            _kernel, options=options, segments=segment_ids is not None, blocks=blocks, raw=raw
+        ),
+        grid=(batch, heads, blocks, blocks),
+        in_specs=in_specs,
+        out_specs=[spec(d_qk, dq_map), spec(d_qk, key_map), spec(d_v, key_map)],
+        out_shape=out_shape,
+        scratch_shapes=[
+            pltpu.VMEM((length, d_qk), jnp.float32),
+            pltpu.VMEM((block, d_qk), jnp.float32),
+            pltpu.VMEM((block, d_v), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=options.vmem_bytes,
+        ),
+        cost_estimate=cost(q.shape, d_v, options, operands, out_shape),
+        interpret=options.interpret,
+        name=common.kernel_name("backward", options, raw),
+    )(*operands)
+
+
+def cost(q_shape, d_v: int, options: Options, operands, results) -> pl.CostEstimate:
+    """Work of the backward kernel for XLA's scheduler; causal attention is half of the square."""
+    batch, heads, length, d_qk = q_shape
+    pairs = batch * heads * length * length // (2 if options.causal else 1)
+    values = batch * heads * length * d_v
+    return pl.CostEstimate(
+        flops=2 * pairs * (3 * d_qk + 2 * d_v),
+        transcendentals=pairs + (3 * values if options.laser else 0),
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*operands, *results]),
+    )

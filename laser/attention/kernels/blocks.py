@@ -1,0 +1,63 @@
+"""Block sizes of the fused kernels, and the estimate of on-chip memory that they rest on.
+
+One rule serves every chip and head size that was tried. Instruction bundles of forward and backward
+of a head at N = 1024, head size 128, for v5e (scripts/benchmark_attention.py search; about cycles):
+
+| block x tile | standard | LASER |
+|---|---|---|
+| 1024 x 128 | 11,801 | 12,887 |
+| 1024 x 256 | 9,933 | 11,082 |
+| 1024 x 512 | 10,857 | 12,081 |
+
+Blocks of 512 take three steps for what one block of 1024 does, and were more in all.
+"""
+
+import dataclasses
+
+MEBI = 2**20
+VMEM_BYTES = {"v5e": 128 * MEBI, "v5p": 64 * MEBI, "v6e": 128 * MEBI}
+SMALLEST_VMEM_BYTES = min(VMEM_BYTES.values())
+LANES = 128  # sizes are padded to it on the chip
+LARGEST_SIZE = 768
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Rows of a block (a grid step) and of a tile (a matrix product) of it."""
+
+    block: int
+    tile: int
+
+
+def padded_length(length: int, sizes: BlockSizes) -> int:
+    """`length` rounded up to whole blocks."""
+    return -(-length // sizes.block) * sizes.block
+
+
+def block_sizes(length: int, d_qk: int, d_v: int) -> BlockSizes:
+    """The sizes for a sequence: the largest block of the table that pads the length least."""
+    tile = 256 if length > 128 else 128
+    if length <= 1024:
+        return BlockSizes(-(-length // tile) * tile, tile)
+    candidates = [BlockSizes(block, tile) for block in (1024, 768, 512)]
+    return min(candidates, key=lambda sizes: (padded_length(length, sizes), -sizes.block))
+
+
+def _lanes(size: int) -> int:
+    return -(-size // LANES) * LANES
+
+
+def vmem_estimate(length: int, d_qk: int, d_v: int, sizes: BlockSizes, itemsize: int) -> int:
+    """Bytes of on-chip memory that the backward kernel, the larger of the two, needs.
+
+    Inputs and outputs of a grid step are held twice, so that one step's transfers overlap the work
+    of another; sums are float32, those of dQ for the whole sequence; five tiles of logits live.
+    """
+    rows, d_qk, d_v = sizes.block, _lanes(d_qk), _lanes(d_v)
+    transfers = 2 * rows * (4 * d_qk + 5 * d_v) * itemsize
+    # The float32 residual of the exact path is wider than the usual one.
+    transfers += 2 * rows * d_v * (4 - itemsize)
+    sums = 4 * (padded_length(length, sizes) * d_qk + rows * (d_qk + d_v))
+    prepared = rows * d_v * (itemsize + 4) + 4 * sizes.tile * (2 * d_v + d_qk)
+    logits = 5 * 4 * sizes.tile * sizes.block
+    return transfers + sums + prepared + logits

@@ -1,0 +1,141 @@
+"""What the forward and the backward kernel share: options, tiles of logits, powers of two.
+
+Logits are kept in units of log 2 inside the kernels, so that every exponential is an exp2: the
+factor log2 e rides on the multiplication by the scale, which is needed anyway.
+
+Shapes: B batch, H heads, N padded length, D size, M rows of a block, R rows of a tile.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from laser.attention.chunked import LOG2_E, MASKED, SMALLEST_CERTIFIED_EXPONENT
+
+Array = jax.Array
+
+SMALLEST_CERTIFIED = 2.0**SMALLEST_CERTIFIED_EXPONENT
+# References are powers of 2^64: as long as the largest value lies within 22 nats of 0 the reference
+# is 1, and a later token cannot even change how a sum is rounded.
+POWER_STEP = 64.0
+LOWEST_VALUE = -1e30  # where a running maximum starts
+
+STATISTICS = ("smallest_y", "smallest_out", "largest_out", "smallest_value", "largest_value")
+STATISTICS_ROWS = 8  # the smallest tile of rows that a TPU stores; rows beyond the names are zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a kernel is specialised on.
+
+    Attributes:
+      laser: LASER's readout instead of the standard one.
+      causal: a query sees no later key.
+      scale: factor of the logits.
+      soft_cap: c in c · tanh(logits / c), 0 for none.
+      block: rows of queries and of keys that a grid step holds; divides the padded length.
+      tile: rows of one matrix product within a block; divides `block`.
+      vmem_bytes: what the compiler may use, None for its default.
+      interpret: run on the CPU, for tests.
+    """
+
+    laser: bool
+    causal: bool
+    scale: float
+    soft_cap: float
+    block: int
+    tile: int
+    vmem_bytes: int | None = None
+    interpret: bool = False
+
+    @property
+    def tiles(self) -> int:
+        return self.block // self.tile
+
+    def rows(self, tile: int) -> slice:
+        """Rows of a block that belong to one of its tiles."""
+        return slice(tile * self.tile, (tile + 1) * self.tile)
+
+    def pairs(self, tile: int, diagonal: bool, queries_of_key: bool = False) -> range:
+        """Tiles that a query tile attends to (or a key tile is seen by) in a pair of blocks."""
+        if not diagonal:
+            return range(self.tiles)
+        return range(tile, self.tiles) if queries_of_key else range(tile + 1)
+
+
+def kernel_name(what: str, options: Options, raw: bool) -> str:
+    """Such as laser_forward; `_raw` is of the exact path's branch."""
+    return f"{'laser' if options.laser else 'standard'}_{what}{'_raw' if raw else ''}"
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Matrix product in float32; float32 operands are not rounded to bfloat16 on the way."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def to_row(column: Array) -> Array:
+    """(R, 1) -> (1, R), through a transposition of whole registers."""
+    return jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
+
+
+def to_column(row: Array) -> Array:
+    """(1, R) -> (R, 1), through a transposition of whole registers."""
+    return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
+
+
+def capped(products: Array, options: Options) -> tuple[Array, Array | None]:
+    """Products of queries and keys as logits in units of log 2, and the slope of the soft cap."""
+    if not options.soft_cap:
+        return products * (options.scale * LOG2_E), None
+    t = jnp.tanh(products * (options.scale / options.soft_cap))
+    return t * (options.soft_cap * LOG2_E), 1 - t * t
+
+
+def masked(
+    logits: Array, query_segments: Array | None, key_segments: Array | None, crosses: bool,
+    query_axis: int,
+) -> Array:  # fmt: skip
+    """Logits with what a query may not see at MASKED.
+
+    Args:
+      logits: (R, R), queries along `query_axis`.
+      query_segments, key_segments: (R, 1) and (1, R) int32, the column along the axis 0; or None.
+      crosses: the tile lies on the diagonal of a causal mask.
+    """
+    if crosses:
+        query = lax.broadcasted_iota(jnp.int32, logits.shape, query_axis)
+        key = lax.broadcasted_iota(jnp.int32, logits.shape, 1 - query_axis)
+        logits = jnp.where(query >= key, logits, MASKED)
+    if query_segments is not None:
+        logits = jnp.where(query_segments == key_segments, logits, MASKED)
+    return logits
+
+
+def log2_exponential(v: Array, exact: bool) -> Array:
+    """log2 exp(v), float32; with `exact` a compiler cannot join the product to what follows."""
+    log2 = v.astype(jnp.float32) * LOG2_E
+    return jnp.clip(log2, -3e38, 3e38) if exact else log2
+
+
+def reference_power(largest: Array) -> Array:
+    """log2 of the power of two that exp(V) is taken relative to, for the largest value; float32."""
+    return POWER_STEP * jnp.round(largest * (LOG2_E / POWER_STEP))
+
+
+def power_of_two(n: Array) -> Array:
+    """2^n for float32 whole n <= 0, exactly; 0 below the normal numbers."""
+    biased = jnp.maximum(n, -127.0).astype(jnp.int32) + 127
+    return lax.bitcast_convert_type(lax.shift_left(biased, jnp.full_like(biased, 23)), jnp.float32)
+
+
+def anchor(smallest: Array, largest: Array) -> Array:
+    """A number to subtract from all exponentials of a feature before they are rounded.
+
+    Σ P·E = μ·Σ P + Σ P·(E - μ), and E - μ is small where E is nearly constant. With μ <= 2·min E,
+    |E - μ| <= E, so that the rounding of E - μ is never worse than the rounding of E.
+    """
+    return jnp.minimum(0.5 * (smallest + largest), 2 * smallest)

@@ -1,0 +1,123 @@
+"""The exact path of the fused kernels, for the blocks of queries that hold an uncertified output.
+
+A while loop visits those blocks alone, and none in the usual case: it then costs one test of the
+flags, and, unlike a conditional, no copy of the arrays that it may change. The formula is
+logsumexp_s(log softmax(logits)_ts + v_sd), which exponentiates nothing that could overflow.
+
+Shapes: B batch, H heads, N padded length, D size, M rows of a block.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from laser.attention.chunked import MASKED
+from laser.attention.kernels.common import SMALLEST_CERTIFIED, Options
+
+Array = jax.Array
+
+
+def _rows(q_MD, k_ND, v_ND, block: Array, segments_1N: Array | None, options: Options) -> Array:
+    """The exact output of one block of queries, (M, D_v) float32."""
+    precision = lax.Precision.HIGHEST if q_MD.dtype == jnp.float32 else None
+    logits = jnp.einsum(
+        "md,nd->mn", q_MD, k_ND, precision=precision, preferred_element_type=jnp.float32
+    )
+    logits *= options.scale
+    if options.soft_cap:
+        logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
+    position = jnp.arange(k_ND.shape[0])
+    query = block * options.block + jnp.arange(options.block)
+    if options.causal:
+        logits = jnp.where(query[:, None] >= position, logits, MASKED)
+    if segments_1N is not None:
+        ids = lax.dynamic_slice_in_dim(segments_1N[0], block * options.block, options.block)
+        logits = jnp.where(ids[:, None] == segments_1N, logits, MASKED)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    v_ND = v_ND.astype(jnp.float32)
+
+    @jax.checkpoint
+    def one_query(log_probs_N):
+        return jax.nn.logsumexp(log_probs_N[:, None] + v_ND, axis=0)
+
+    return lax.map(one_query, log_probs)
+
+
+def _next(flags: Array) -> tuple[tuple[Array, ...], Array]:
+    """Batch, head and block of a flag that is set, and the flags without it."""
+    at = jnp.unravel_index(jnp.argmax(flags), flags.shape)
+    return at, flags.at[at].set(False)
+
+
+def _block(x_BHND: Array, at, options: Options) -> Array:
+    b, h, i = at
+    start = (b, h, i * options.block, 0)
+    return lax.dynamic_slice(x_BHND, start, (1, 1, options.block, x_BHND.shape[-1]))[0, 0]
+
+
+def _put(x_BHND: Array, rows: Array, at, options: Options) -> Array:
+    b, h, i = at
+    rows = rows[None, None].astype(x_BHND.dtype)
+    return lax.dynamic_update_slice(x_BHND, rows, (b, h, i * options.block, 0))
+
+
+def _head_segments(segment_ids: Array | None, at) -> Array | None:
+    return None if segment_ids is None else segment_ids[at[0]]
+
+
+def repair(out, q, k, v, segment_ids, failed, options: Options) -> Array:
+    """The output with every -inf replaced by the exact value; certified elements keep their bits.
+
+    Args:
+      out: (B, H, N, D_v), of the forward kernel.
+      q, k, v, segment_ids: its operands.
+      failed: (B, H, blocks) bool, where a block of `out` holds -inf.
+    """
+
+    def body(state):
+        out, flags = state
+        at, flags = _next(flags)
+        head = at[:2]
+        exact = _rows(
+            _block(q, at, options), k[head], v[head], at[2], _head_segments(segment_ids, at),
+            options,
+        )  # fmt: skip
+        rows = _block(out, at, options)
+        rows = jnp.where(rows == -jnp.inf, exact.astype(out.dtype), rows)
+        return _put(out, rows, at, options), flags
+
+    return lax.while_loop(lambda state: state[1].any(), body, (out, failed))[0]
+
+
+def add_gradients(gradients, y, d_out, q, k, v, segment_ids, options: Options):
+    """Adds what the backward kernel left out: the gradients through outputs without a certificate.
+
+    Args:
+      gradients: of q, k and v, in their dtypes.
+      y: (B, H, N, D_v) float32, the kernel's residual; an output was left out where it is small.
+      d_out: (B, H, N, D_v).
+      q, k, v, segment_ids: operands of the forward kernel.
+    """
+    batch, heads, length, size = y.shape
+    small = ~(y >= SMALLEST_CERTIFIED)
+    blocks = length // options.block
+    failed = small.reshape(batch, heads, blocks, options.block * size).any(-1)
+
+    def body(state):
+        (dq, dk, dv), flags = state
+        at, flags = _next(flags)
+        head = at[:2]
+        uncertified = ~(_block(y, at, options) >= SMALLEST_CERTIFIED)
+        d_rows = jnp.where(uncertified, _block(d_out, at, options).astype(jnp.float32), 0.0)
+
+        def rows(q_MD, k_ND, v_ND):
+            return _rows(q_MD, k_ND, v_ND, at[2], _head_segments(segment_ids, at), options)
+
+        q_MD = _block(q, at, options).astype(jnp.float32)
+        wide = (q_MD, k[head].astype(jnp.float32), v[head].astype(jnp.float32))
+        dq_MD, dk_ND, dv_ND = jax.vjp(rows, *wide)[1](d_rows)
+        dq = _put(dq, _block(dq, at, options) + dq_MD, at, options)
+        dk = dk.at[head].set((dk[head] + dk_ND).astype(dk.dtype))
+        return (dq, dk, dv.at[head].set((dv[head] + dv_ND).astype(dv.dtype))), flags
+
+    return lax.while_loop(lambda state: state[1].any(), body, (tuple(gradients), failed))[0]

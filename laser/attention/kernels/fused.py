@@ -1,0 +1,226 @@
+"""Standard and LASER attention by Pallas kernels for TPUs, with exact gradients.
+
+The forward kernel certifies its outputs by the size of the sum under the logarithm; the few blocks
+that hold an uncertified one are repaired by the exact path. The backward pass reads the output in
+place of a second residual, which is as good as long as the output is neither far below the largest
+value nor too large for its dtype to say the logarithm precisely; else it runs the forward kernel
+again for the float32 sums, in a branch that costs nothing when it is not taken.
+
+Shapes: B batch, T length, N padded length, H heads, D size.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from laser.attention.chunked import LN_2, LOG2_E, SMALLEST_CERTIFIED_EXPONENT
+from laser.attention.kernels import blocks, common, exact
+from laser.attention.kernels.backward import backward
+from laser.attention.kernels.blocks import BlockSizes
+from laser.attention.kernels.common import STATISTICS, Options
+from laser.attention.kernels.forward import forward
+
+Array = jax.Array
+
+OUTPUT_NAME = "attention_output"  # for policies of jax.checkpoint: saves the forward kernel
+HEAD_AXES = ("tensor",)  # mesh axes that split heads; all others split the batch
+NO_SEGMENT = np.iinfo(np.int32).min  # of the padding
+
+# The output serves as the residual up to this size: 2^-9 (bfloat16) or 2^-24 (float32) of it is the
+# relative error of exp(-out), at most 1.6 % and 4e-6.
+LARGEST_RESIDUAL = {jnp.dtype(jnp.bfloat16): 8.0, jnp.dtype(jnp.float32): 64.0}
+
+
+def check(query: Array, value: Array) -> None:
+    """Raises ValueError, naming the limit, where the kernels cannot serve such arrays."""
+    found = {x.dtype for x in (query, value)}
+    if len(found) > 1 or not found <= set(LARGEST_RESIDUAL):
+        wrong = ", ".join(sorted(str(dtype) for dtype in found))
+        raise ValueError(
+            "implementation='pallas' takes float32 or bfloat16, the same for queries and values; "
+            f"got {wrong}; use 'chunked'"
+        )
+    length, d_qk, d_v = query.shape[1], query.shape[-1], value.shape[-1]
+    if max(d_qk, d_v) > blocks.LARGEST_SIZE:
+        raise ValueError(
+            f"implementation='pallas' serves head sizes up to {blocks.LARGEST_SIZE}; got {d_qk} "
+            f"and {d_v}; use 'chunked'"
+        )
+    sizes = blocks.block_sizes(length, d_qk, d_v)
+    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, query.dtype.itemsize)
+    if needed > blocks.SMALLEST_VMEM_BYTES:
+        raise ValueError(
+            f"implementation='pallas' needs {needed / blocks.MEBI:.0f} MiB of on-chip memory at "
+            f"length {length} and head sizes {d_qk} and {d_v}; the limit is "
+            f"{blocks.SMALLEST_VMEM_BYTES // blocks.MEBI}; use 'chunked'"
+        )
+    for what, size, names in zip(("batch", "heads"), query.shape[::2], _mesh_axes(), strict=True):
+        devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+        if size % devices:
+            raise ValueError(
+                f"implementation='pallas': mesh axes {names} split {size} {what} over {devices} "
+                "devices, which do not divide it; use 'chunked'"
+            )
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    kind: str,
+    logits_scale: float,
+    causal: bool,
+    segment_ids: Array | None,
+    logits_soft_cap: float | None,
+    sizes: BlockSizes | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """The interface's contract; see `laser.attention.attention`.
+
+    Under a mesh (jax.set_mesh) each device computes its own heads of its own rows of the batch.
+
+    Args:
+      sizes: block sizes in place of those of the table, for tests and searches.
+      interpret: run on the CPU, slowly, for tests.
+
+    Returns:
+      (B, T, H, D_v) in the dtype of `value`, and the float32 scalar range as of
+      `chunked.attention`; a range too large for a float32 exponent is given as 87 nats.
+
+    Raises:
+      ValueError: see `check`.
+    """
+    length, d_qk, d_v = query.shape[1], query.shape[-1], value.shape[-1]
+    if sizes is None:
+        check(query, value)
+        sizes = blocks.block_sizes(length, d_qk, d_v)
+    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, query.dtype.itemsize)
+    options = Options(
+        laser=kind == "laser",
+        causal=causal,
+        scale=float(logits_scale),
+        soft_cap=float(logits_soft_cap or 0),
+        block=sizes.block,
+        tile=sizes.tile,
+        vmem_bytes=needed,
+        interpret=interpret,
+    )
+    if segment_ids is None and not causal and length % sizes.block:
+        segment_ids = jnp.zeros(query.shape[:2], jnp.int32)  # tells keys from padding
+    run = _sharded(functools.partial(_padded, options=options), segment_ids is None)
+    out, range_BH = run(query, key, value, segment_ids)
+    return out, range_BH.max()
+
+
+def _mesh_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Axes of the mesh in context that split the batch, and those that split heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    split = [name for name in split if name not in mesh.manual_axes]
+    heads = tuple(name for name in split if name in HEAD_AXES)
+    return tuple(name for name in split if name not in HEAD_AXES), heads
+
+
+def _sharded(run, without_segments: bool):
+    """`run` on every device of the mesh in context, if there is one of more than one device."""
+    batch, heads = (names or None for names in _mesh_axes())
+    if batch is None and heads is None:
+        return run
+    arrays = PartitionSpec(batch, None, heads, None)
+    return jax.shard_map(
+        run,
+        in_specs=(arrays,) * 3 + (None if without_segments else PartitionSpec(batch, None),),
+        out_specs=(arrays, PartitionSpec(batch, heads)),
+        check_vma=False,  # kernels do not say over which axes their results vary
+    )
+
+
+def _padded(query, key, value, segment_ids, *, options: Options):
+    """Heads before positions, whole blocks; (B, T, H, D) and the range (B, H)."""
+    length = query.shape[1]
+    padding = -length % options.block
+
+    def prepare(x):
+        # Repeating the last token keeps padding within the range of what is there already.
+        x = x.transpose(0, 2, 1, 3)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)), mode="edge") if padding else x
+
+    if segment_ids is not None:
+        segment_ids = segment_ids.astype(jnp.int32)[:, None]
+        segment_ids = jnp.pad(
+            segment_ids, ((0, 0), (0, 0), (0, padding)), constant_values=NO_SEGMENT
+        )
+    out, range_BH = _attend(prepare(query), prepare(key), prepare(value), segment_ids, options)
+    return out[:, :, :length].transpose(0, 2, 1, 3), range_BH
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, segment_ids, options: Options):
+    """Attention of (B, H, N, D), and the range (B, H)."""
+    return _attend_fwd(q, k, v, segment_ids, options)[0]
+
+
+def _attend_fwd(q, k, v, segment_ids, options: Options):
+    out, log_sum, statistics = forward(q, k, v, segment_ids, options)
+    range_BH = jnp.zeros(q.shape[:2], jnp.float32)
+    if options.laser:
+        failed = (_row(statistics, "smallest_out") == -jnp.inf).any(-1)
+        out = exact.repair(out, q, k, v, segment_ids, failed, options)
+        y = jnp.maximum(_row(statistics, "smallest_y"), float(jnp.finfo(jnp.float32).tiny))
+        power = common.reference_power(_row(statistics, "largest_value"))
+        range_BH = jnp.maximum(power * LN_2 - jnp.log(y), 0).max((2, 3))
+    named = (checkpoint_name(x, OUTPUT_NAME) for x in (out, log_sum))
+    out, log_sum = named
+    if options.laser:
+        statistics = checkpoint_name(statistics, OUTPUT_NAME)
+    return (out, range_BH), (q, k, v, segment_ids, out, log_sum, statistics)
+
+
+def _attend_bwd(options: Options, residuals, cotangents):
+    q, k, v, segment_ids, out, log_sum, statistics = residuals
+    d_out = cotangents[0]  # the range is a report; nothing is trained on it
+    if not options.laser:
+        gradients = backward(q, k, v, out, d_out, log_sum, segment_ids, None, options)
+        return *gradients, None
+    largest_value, reference = _reference(statistics)
+    limit = LARGEST_RESIDUAL[v.dtype]
+    lowest = (reference[:, :, :1] + SMALLEST_CERTIFIED_EXPONENT) * LN_2
+    smallest, largest = _row(statistics, "smallest_out"), _row(statistics, "largest_out")
+    precise = ((smallest >= jnp.maximum(lowest, -limit)) & (largest <= limit)).all()
+
+    def usual(operands):
+        q, k, v, d_out = operands
+        return tuple(backward(q, k, v, out, d_out, log_sum, segment_ids, reference, options))
+
+    def wide(operands):
+        q, k, v, d_out = operands
+        y = forward(q, k, v, segment_ids, options, reference=largest_value, raw=True)[0]
+        gradients = backward(q, k, v, y, d_out, log_sum, segment_ids, reference, options, raw=True)
+        return exact.add_gradients(gradients, y, d_out, q, k, v, segment_ids, options)
+
+    return *lax.cond(precise, usual, wide, (q, k, v, d_out)), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _row(statistics: Array, name: str) -> Array:
+    """(B, H, blocks, D_v) of the forward kernel's statistics."""
+    return statistics[:, :, :, STATISTICS.index(name)]
+
+
+def _reference(statistics: Array) -> tuple[Array, Array]:
+    """The largest value, (B, H, 1, D_v), and the backward kernel's reference."""
+    # The last block of queries has met every key.
+    smallest = _row(statistics, "smallest_value")[:, :, -1:]
+    largest = _row(statistics, "largest_value")[:, :, -1:]
+    power = common.reference_power(largest)
+    mu = common.anchor(*(jnp.exp2(x * LOG2_E - power) for x in (smallest, largest)))
+    return largest, jnp.concatenate([power, mu], axis=2)

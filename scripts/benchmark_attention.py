@@ -1,0 +1,341 @@
+"""Attention kernels compared: compiled for TPUs without one, or timed on a CPU or a GPU.
+
+    python -m scripts.benchmark_attention static [--json=PATH]
+    python -m scripts.benchmark_attention search CHIP SIZE LENGTH
+    python -m scripts.benchmark_attention compile CHIP HEADS SIZE LENGTH KIND [--sizes=1024x256]
+    python -m scripts.benchmark_attention times [--json=PATH]
+
+`static` needs libtpu, not a TPU: instruction bundles (about cycles, if no transfer is waited for),
+HBM bytes and VMEM of our kernels and of jax's splash attention, forward and backward, at the
+paper's shapes. `search` counts bundles for a set of block sizes. `compile` does one program and
+prints JSON. `times` measures on the backend at hand, in turns: ours, jax.nn and PyTorch's SDPA.
+
+Splash runs several grid steps where ours has one: its bundles are those of one step's whole code
+times the steps that a causal mask leaves, which is an upper estimate.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SHAPES = ((8, 128), (8, 256), (8, 512), (16, 720))  # heads and head size of the paper's models
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
+KINDS = ("standard", "laser", "splash")
+BATCH, LENGTH = 4, 1024
+SPLASH_BLOCK = 512
+SPLASH_VMEM_KIB = "49152"  # its blocks of 512 do not fit the default at size 720
+ITEM_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _prepare_libtpu(dump: str) -> None:
+    """Settings that libtpu reads when it is loaded: no device, and a dump of its schedules."""
+    os.environ.update(
+        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        JAX_PLATFORMS="cpu",
+    )
+
+
+def _attention(kind: str, size: int, sizes: str | None) -> Callable:
+    """A function of q, k, v (B, H, N, D)."""
+    if kind == "splash":
+        return _splash()
+    from laser.attention.kernels import fused
+    from laser.attention.kernels.blocks import BlockSizes
+
+    chosen = BlockSizes(*map(int, sizes.split("x"))) if sizes else None
+
+    def ours(q, k, v):
+        rows = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # undone within: no copies
+        out, _ = fused.attention(
+            *rows, kind=kind, logits_scale=size**-0.5, causal=True, segment_ids=None,
+            logits_soft_cap=None, sizes=chosen,
+        )  # fmt: skip
+        return out.transpose(0, 2, 1, 3)
+
+    return ours
+
+
+def _splash() -> Callable:
+    import jax
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def call(q, k, v):
+        block = min(SPLASH_BLOCK, q.shape[2])
+        names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+        mask = splash.MultiHeadMask([splash.CausalMask(q.shape[2:3] * 2)] * q.shape[1])
+        kernel = splash.make_splash_mha_single_device(
+            mask, block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names})
+        )
+        return jax.vmap(kernel)(q, k, v)
+
+    return call
+
+
+def compile_program(chip: str, heads: int, size: int, length: int, kind: str, sizes) -> dict:
+    """Bundles, HBM and VMEM of forward and backward, compiled for one device of a chip."""
+    with tempfile.TemporaryDirectory() as dump:
+        _prepare_libtpu(dump)
+        import jax
+        import jax.numpy as jnp
+        from jax.experimental import topologies
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+        mesh = Mesh([topology.devices[0]], ("device",))
+        x = jax.ShapeDtypeStruct(
+            (BATCH, heads, length, size), jnp.bfloat16,
+            sharding=NamedSharding(mesh, PartitionSpec()),
+        )  # fmt: skip
+        run = _attention(kind, size, sizes)
+
+        def forward_and_backward(q, k, v, d_out):
+            out, vjp = jax.vjp(run, q, k, v)
+            return out, *vjp(d_out)
+
+        # Everything in HBM, so that bytes are those of a full model and not of this small program.
+        options: dict[str, str | bool] = {"xla_msa_enable": "false"}
+        if kind == "splash":
+            options["xla_tpu_scoped_vmem_limit_kib"] = SPLASH_VMEM_KIB
+        lowered = jax.jit(forward_and_backward).lower(x, x, x, x)
+        compiled = lowered.compile(compiler_options=options)
+        program: str = compiled.as_text() or ""
+        memory: Any = compiled.memory_analysis()
+        return {
+            "bundles": _bundles(dump),
+            "hbm_bytes": hbm_bytes(program),
+            "vmem_bytes": _vmem_bytes(program),
+            "temporary_bytes": memory.temp_size_in_bytes,
+        }
+
+
+def _bundles(dump: str) -> dict[str, int]:
+    """Scheduled bundles of every kernel in a dump, by name."""
+    found = {}
+    for path in Path(dump).glob("*schedule-analysis_final_bundles.txt"):
+        match = re.search(r"((?:laser|standard|splash)\w*)", path.name)
+        if match:
+            count = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
+            found[match[1].rstrip("_")] = int(count[1]) if count else 0
+    return found
+
+
+def _vmem_bytes(program: str) -> int:
+    """The largest on-chip memory that a kernel of the program was given."""
+    sizes = re.findall(r'"scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', program)
+    return max(map(int, sizes), default=0)
+
+
+def hbm_bytes(program: str) -> int:
+    """Operands and results of all kernels and fusions of a compiled program, on its usual path.
+
+    Of a conditional the cheaper branch counts, of a loop nothing: ours are the exact path's.
+    """
+    computations: dict[str, list[tuple[str, str, str, str]]] = {}
+    entry, name = "", ""
+    for line in program.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = header[2]
+            entry = name if header[1] else entry
+            computations[name] = []
+        elif op := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", line):
+            computations[name].append((op[1], op[2], op[3], op[4]))
+    return _computation_bytes(entry, computations)
+
+
+FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "while", "iota",
+    "copy-done", "partition-id",
+}  # fmt: skip
+
+
+def _computation_bytes(name: str, computations) -> int:
+    types = {op[0]: op[1] for op in computations[name]}
+    total = 0
+    for _, result, kind, rest in computations[name]:
+        if kind == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
+            either = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
+            names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else either
+            total += min(_computation_bytes(branch, computations) for branch in names)
+        elif kind not in FREE:
+            operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+            total += _type_bytes(result) + sum(_type_bytes(types.get(x, "")) for x in operands)
+    return total
+
+
+def _type_bytes(type_: str) -> int:
+    total = 0
+    for dtype, dims in re.findall(r"(bf16|f32|s32|u32|pred)\[([\d,]*)\]", type_):
+        size = ITEM_BYTES[dtype]
+        for dim in filter(None, dims.split(",")):
+            size *= int(dim)
+        total += size
+    return total
+
+
+def _compile_apart(*arguments: Any) -> dict | None:
+    """`compile_program` in a process of its own, as libtpu reads its settings once."""
+    command = [sys.executable, "-m", "scripts.benchmark_attention", "compile"]
+    result = subprocess.run(
+        [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        print(f"{arguments}: {result.stderr[-300:]}", file=sys.stderr)
+        return None
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def total_bundles(kind: str, found: dict) -> int:
+    """Bundles a head, forward and backward, without the exact path's kernels."""
+    usual = sum(count for name, count in found["bundles"].items() if "raw" not in name)
+    blocks = LENGTH // SPLASH_BLOCK
+    return usual * (blocks * (blocks + 1) // 2 if kind == "splash" else 1)
+
+
+def static(chips=tuple(CHIPS), shapes=SHAPES) -> list[dict]:
+    """One row for every chip, shape and kernel; prints a table as it goes."""
+    rows = []
+    print("chip   heads x size  kernel    bundles  ratio  HBM MB  ratio  VMEM MiB  temp MB")
+    for chip in chips:
+        for heads, size in shapes:
+            base = None
+            for kind in KINDS:
+                found = _compile_apart(chip, heads, size, LENGTH, kind)
+                if found is None:
+                    continue
+                bundles = total_bundles(kind, found)
+                base = base or (bundles, found["hbm_bytes"])
+                rows.append({"chip": chip, "heads": heads, "size": size, "kind": kind, **found})
+                print(
+                    f"{chip:6} {heads:3} x {size:<8} {kind:9} {bundles:7}  "
+                    f"{bundles / base[0]:5.3f} {found['hbm_bytes'] / 1e6:7.1f}  "
+                    f"{found['hbm_bytes'] / base[1]:5.3f} {found['vmem_bytes'] / 2**20:9.1f} "
+                    f"{found['temporary_bytes'] / 1e6:8.1f}",
+                    flush=True,
+                )
+    return rows
+
+
+def search(chip: str, size: int, length: int) -> None:
+    """Bundles for a set of blocks and tiles, for both kinds."""
+    heads = next(heads for heads, known in SHAPES if known == size)
+    for sizes in ("1024x128", "1024x256", "1024x512", "512x128", "512x256"):
+        for kind in ("standard", "laser"):
+            found = _compile_apart(chip, heads, size, length, kind, f"--sizes={sizes}")
+            print(chip, size, length, sizes, kind, found and found["bundles"], flush=True)
+
+
+def times(batch=1, length=1024, heads=4, size=64, rounds=7) -> dict[str, float]:
+    """Median milliseconds of forward and backward, measured in turns."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from laser.attention import attention
+
+    on_gpu = jax.default_backend() == "gpu"
+    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(batch, length, heads, size)).astype(np.float32) for _ in range(4)]
+    cases: dict[str, Callable[[], Any]] = {}
+
+    def add(name, run):
+        def step(q, k, v, d_out):
+            out, vjp = jax.vjp(run, q, k, v)
+            return out, *vjp(d_out.astype(out.dtype))
+
+        jitted, given = jax.jit(step), [jnp.asarray(x, dtype) for x in arrays]
+        cases[name] = lambda: jax.block_until_ready(jitted(*given))
+
+    def library(implementation):
+        return lambda q, k, v: jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation=implementation
+        )
+
+    add("ours, standard", lambda q, k, v: attention(q, k, v))
+    add("ours, LASER", lambda q, k, v: attention(q, k, v, kind="laser"))
+    add("jax.nn, XLA", library("xla"))
+    if on_gpu:
+        add("jax.nn, cuDNN", library("cudnn"))
+    if torch_case := _torch(arrays, on_gpu):
+        cases["PyTorch SDPA"] = torch_case
+    for run in cases.values():
+        run()
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name in rng.permutation(list(cases)):
+            start = time.perf_counter()
+            cases[name]()
+            found[name].append(1e3 * (time.perf_counter() - start))
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    for name, value in medians.items():
+        print(f"{name:16} {value:9.2f} ms  {value / medians['ours, standard']:6.3f}")
+    return medians
+
+
+def _torch(arrays, on_gpu: bool) -> Callable[[], Any] | None:
+    """Forward and backward of PyTorch's attention, or None where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    if on_gpu and not torch.cuda.is_available():
+        return None
+    q, k, v, d_out = (
+        torch.tensor(x.transpose(0, 2, 1, 3), dtype=dtype, device=device) for x in arrays
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def run():
+        out = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+        gradients = torch.autograd.grad(out, inputs, d_out)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return gradients
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("static", "times"):
+        commands.add_parser(name).add_argument("--json", type=Path)
+    one = commands.add_parser("compile")
+    for name, type_ in (("chip", str), ("heads", int), ("size", int), ("length", int)):
+        one.add_argument(name, type=type_)
+    one.add_argument("kind", choices=KINDS)
+    one.add_argument("--sizes", help="rows of a block and of a tile, such as 1024x256")
+    several = commands.add_parser("search")
+    for name, type_ in (("chip", str), ("size", int), ("length", int)):
+        several.add_argument(name, type=type_)
+    given = vars(parser.parse_args())
+    command, path = given.pop("command"), given.pop("json", None)
+    run: dict[str, Callable[..., Any]] = {
+        "static": static, "times": times, "compile": compile_program, "search": search,
+    }  # fmt: skip
+    result = run[command](**given)
+    if command == "compile":
+        print(json.dumps(result))
+    if path:
+        path.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

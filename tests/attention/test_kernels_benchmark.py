@@ -1,0 +1,54 @@
+"""What scripts/benchmark_attention.py reads out of a compiled program."""
+
+import pytest
+
+from scripts import benchmark_attention as benchmark
+
+PROGRAM = """
+%cheap (p: (f32[8,128])) -> f32[8,128] {
+  %p = (f32[8,128]{1,0}) parameter(0)
+  %x = f32[8,128]{1,0} get-tuple-element(%p), index=0
+  ROOT %copy.1 = f32[8,128]{1,0} copy(%x)
+}
+
+%dear (p: (f32[8,128])) -> f32[8,128] {
+  %p = (f32[8,128]{1,0}) parameter(0)
+  %x = f32[8,128]{1,0} get-tuple-element(%p), index=0
+  %copy.2 = f32[8,128]{1,0} copy(%x)
+  ROOT %copy.3 = f32[8,128]{1,0} copy(%copy.2)
+}
+
+ENTRY %main (a: bf16[16,128]) -> f32[8,128] {
+  %a = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %kernel = (f32[8,128]{1,0:T(8,128)}, f32[1,16]{1,0}) custom-call(%a, %a), custom_call_target="k"
+  %y = f32[8,128]{1,0} get-tuple-element(%kernel), index=0
+  %flag = pred[] fusion(%y), kind=kLoop, calls=%any
+  ROOT %out = f32[8,128]{1,0} conditional(%flag, %t, %t), branch_computations={%dear, %cheap}
+}
+"""
+
+
+def test_hbm_bytes_are_those_of_the_usual_path():
+    a, y = 16 * 128 * 2, 8 * 128 * 4
+    kernel, flag, branch = 2 * a + y + 16 * 4, y + 1, 2 * y
+    assert benchmark.hbm_bytes(PROGRAM) == kernel + flag + branch
+
+
+def test_bundles_leave_the_exact_path_out_and_count_the_steps_of_splash():
+    ours = {"bundles": {"laser_forward": 3, "laser_backward": 5, "laser_forward_raw": 100}}
+    assert benchmark.total_bundles("laser", ours) == 8
+    splash = {"bundles": {"splash_mha_fwd": 3, "splash_mha_dq": 5}}
+    assert benchmark.total_bundles("splash", splash) == 3 * 8  # 3 of 2 x 2 blocks are not masked
+
+
+def test_times_are_ratios_of_one_run(capsys):
+    medians = benchmark.times(length=16, heads=1, size=8, rounds=1)
+    printed = capsys.readouterr().out
+    assert {"ours, standard", "ours, LASER", "jax.nn, XLA"} <= set(medians)
+    assert min(medians.values()) > 0
+    assert f"{medians['ours, LASER'] / medians['ours, standard']:6.3f}" in printed
+
+
+@pytest.mark.parametrize("kind", benchmark.KINDS)
+def test_every_kind_is_an_attention(kind):
+    assert callable(benchmark._attention(kind, 128, None))

@@ -1,0 +1,47 @@
+"""The fused kernels compiled by the real TPU compiler, which needs no TPU, only libtpu.
+
+Each compile is a process of its own, as libtpu reads its settings once.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
+    ),
+]
+
+
+def compile_step(*arguments):
+    """What scripts/benchmark_attention.py says of one compiled program."""
+    result = subprocess.run(
+        [sys.executable, "-m", "scripts.benchmark_attention", "compile", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("chip", "heads", "size", "length"),
+    [("v5e", 8, 128, 1024), ("v5p", 16, 720, 1024), ("v5e", 8, 128, 8192)],
+)
+def test_compiles_for_a_tpu(chip, heads, size, length):
+    """Forward and backward kernel, and the pair of the exact path's branch."""
+    found = compile_step(chip, heads, size, length, "laser")
+    assert {name.removesuffix("_raw") for name in found["bundles"]} == {
+        "laser_forward",
+        "laser_backward",
+    }
+    assert all(found["bundles"].values())
