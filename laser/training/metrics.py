@@ -16,7 +16,6 @@ is not JSON.
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -27,6 +26,8 @@ from typing import Protocol, TextIO
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+
+from laser.training.run_folder import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -91,12 +92,7 @@ class JsonlWriter:
         if not self._path.exists():
             return
         kept = [json.dumps(line) for line in read_metrics(self._path) if line["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_atomically(self._path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from laser.attention import attention, chunked
+from tests.attention.closeness import NAMES, assert_close, errors
 
 B, T, H, D_QK, D_V = 2, 300, 2, 8, 16  # three chunks, the last one ragged
-NAMES = ("out", "d_query", "d_key", "d_value")
 
 
 def make_inputs(value_std=1.0, logits_scale=1.0, seed=0, length=T):
@@ -42,19 +42,6 @@ def run(inputs, dtype, **options):
 def oracle(inputs, **options):
     with jax.enable_x64(True):
         return run(inputs, jnp.float64, implementation="reference", **options)
-
-
-def errors(actual, expected):
-    """Relative error in the Frobenius norm, per tensor; infinite if anything is not finite."""
-    return {
-        name: np.linalg.norm(a - e) / np.linalg.norm(e) if np.isfinite(a).all() else np.inf
-        for name, a, e in zip(NAMES, actual, expected, strict=True)
-    }
-
-
-def assert_close(actual, expected, tolerance):
-    found = errors(actual, expected)
-    assert max(found.values()) < tolerance, found
 
 
 @pytest.mark.parametrize("kind", ["standard", "laser"])

@@ -13,9 +13,9 @@ import pytest
 from laser.attention import attention, chunked
 from laser.attention.kernels import blocks, fused
 from laser.attention.kernels.blocks import BlockSizes
+from tests.attention.closeness import NAMES, assert_close, errors
 
 B, T, H, D_QK, D_V = 2, 90, 2, 8, 16  # ragged: no block divides it
-NAMES = ("out", "d_query", "d_key", "d_value")
 ONE_BLOCK, BLOCKS = BlockSizes(96, 48), BlockSizes(32, 16)
 SEGMENTS = np.stack([np.repeat([0, 1, 2], [20, 33, 37]), np.repeat([5, 3, 4], [50, 7, 33])])
 SIZES = pytest.mark.parametrize("sizes", [ONE_BLOCK, BLOCKS], ids=["one-block", "blocks"])
@@ -68,19 +68,6 @@ def oracle(inputs, **options):
             return out, *vjp(d_out)
 
         return [np.asarray(x) for x in value_and_gradients(*map(jnp.asarray, inputs))]
-
-
-def errors(actual, expected):
-    """Relative error in the Frobenius norm, per tensor; infinite if anything is not finite."""
-    return {
-        name: np.linalg.norm(a - e) / np.linalg.norm(e) if np.isfinite(a).all() else np.inf
-        for name, a, e in zip(NAMES, actual, expected, strict=True)
-    }
-
-
-def assert_close(actual, expected, tolerance):
-    found = errors(actual, expected)
-    assert max(found.values()) < tolerance, found
 
 
 @SIZES
