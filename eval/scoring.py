@@ -130,7 +130,9 @@ class Scorer:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         graph = structure(config)
         self._hidden = jax.jit(
-            lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT)[0],
+            sharding.on_mesh(
+                mesh, lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT)[0]
+            ),
             out_shardings=self._rows_sharding,
         )
         self._read = jax.jit(

@@ -161,31 +161,21 @@ def train_case(config: RunConfig) -> Case:
     """The step that laser/training/loop.py runs, on one batch of random tokens."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import NamedSharding
 
     from laser.training import sharding
-    from laser.training.step import init_state, make_train_step
+    from laser.training.program import Program
 
-    mesh = sharding.make_mesh(config, jax.devices()[:1])
-    init = functools.partial(init_state, config)
-    state_sharding = sharding.state_shardings(mesh, jax.eval_shape(init))
-    batch_sharding = NamedSharding(mesh, sharding.BATCH)
-    train_step = jax.jit(
-        make_train_step(config),
-        in_shardings=(state_sharding, batch_sharding),
-        out_shardings=(state_sharding, None),
-        donate_argnums=0,
-    )
-    state = jax.jit(init, out_shardings=state_sharding)()
+    program = Program(config, sharding.make_mesh(config, jax.devices()[:1]))
+    state = program.init_state()
     size = (config.training.batch_size, config.data.seq_len + 1)
     tokens = jax.random.randint(jax.random.key(0), size, 0, config.model.vocab_size)
     weights = jnp.ones(tokens[:, 1:].shape, jnp.float32)
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
-    batch = jax.device_put(batch, batch_sharding)
+    batch = jax.device_put(batch, program.batch_sharding)
 
     def run():
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = program.train_step(state, batch)
         jax.block_until_ready((state, metrics))
 
     return run

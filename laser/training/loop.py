@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from data.loader import eval_batches, train_batches
 from data.order import row_ids
@@ -23,9 +22,10 @@ from laser.training import hardware, preemption, sharding
 from laser.training.checkpoint import CheckpointError, Checkpoints
 from laser.training.config import RunConfig
 from laser.training.metrics import MetricsWriter, make_writer
+from laser.training.program import Program
 from laser.training.report import Report
 from laser.training.run_folder import open_run_folder
-from laser.training.step import TrainState, init_state, make_eval_step, make_train_step
+from laser.training.step import TrainState
 from models.decoder import train_flops_per_token
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ def open_run(config: RunConfig, workdir: str, *, allow_config_change: bool = Fal
     """
     store = TokenStore(config.data.store)
     _check_store(config, store)
-    mesh = sharding.make_mesh(config)
-    run = Run(config, workdir, store, mesh)
+    run = Run(Program(config, sharding.make_mesh(config)), workdir, store)
     open_run_folder(workdir, config, store, allow_config_change)
     return run
 
@@ -61,10 +60,10 @@ def train(run: "Run") -> int:
     steps = run.config.training.steps
     try:
         with Checkpoints(run.workdir, run.config.checkpoint) as checkpoints:
-            state = checkpoints.restore_latest(run.abstract_state)
+            state = checkpoints.restore_latest(run.program.abstract_state)
             if state is None:
                 log.info("starting a new run in %s", run.workdir)
-                state = run.init_state()
+                state = run.program.init_state()
             elif int(state.step) >= steps:
                 log.info("%s: nothing left to do after step %d", run.workdir, int(state.step))
                 return EXIT_DONE
@@ -77,32 +76,13 @@ def train(run: "Run") -> int:
 
 
 class Run:
-    """What does not change while a run goes on: config, data, mesh and the compiled steps."""
+    """What does not change while a run goes on: its program, its data and its folder."""
 
-    def __init__(self, config: RunConfig, workdir: str, store: TokenStore, mesh: jax.sharding.Mesh):
-        self.config = config
+    def __init__(self, program: Program, workdir: str, store: TokenStore):
+        self.config = program.config
+        self.program = program
         self.workdir = Path(workdir)
         self.store = store
-        self.batch_sharding = NamedSharding(mesh, sharding.BATCH)
-        abstract = jax.eval_shape(functools.partial(init_state, config))
-        self.shardings: TrainState = sharding.state_shardings(mesh, abstract)
-        self.abstract_state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract,
-            self.shardings,
-        )
-        self.train_step = jax.jit(
-            make_train_step(config),
-            in_shardings=(self.shardings, self.batch_sharding),
-            out_shardings=(self.shardings, None),
-            donate_argnums=0,
-        )
-        self.eval_step = jax.jit(
-            make_eval_step(config), in_shardings=(self.shardings.params, self.batch_sharding)
-        )
-
-    def init_state(self) -> TrainState:
-        return jax.jit(functools.partial(init_state, self.config), out_shardings=self.shardings)()
 
     def train_batches(self, start_step: int):
         data = self.config.data
@@ -115,7 +95,7 @@ class Run:
             stop_step=self.config.training.steps,
             segment_ids=data.segment_ids,
             eos_id=self.store.eos_id,
-            sharding=self.batch_sharding,
+            sharding=self.program.batch_sharding,
             prefetch=data.prefetch,
         )
 
@@ -132,12 +112,12 @@ class Run:
             segment_ids=config.data.segment_ids,
             eos_id=self.store.eos_id,
             pad_id=self.store.pad_id,
-            sharding=self.batch_sharding,
+            sharding=self.program.batch_sharding,
             max_batches=config.training.eval_batches,
         )
         nll = tokens = 0.0
         for batch in batches:
-            sums = self.eval_step(state.params, batch)
+            sums = self.program.eval_step(state.params, batch)
             nll += float(sums.nll)
             tokens += float(sums.tokens)
         metrics = {"eval/loss": nll / tokens}
@@ -179,7 +159,7 @@ def _run_steps(
     steps = config.training.steps
     with run.train_batches(start) as batches:
         for step, batch in batches:
-            state, metrics = run.train_step(state, batch)
+            state, metrics = run.program.train_step(state, batch)
             done = step + 1
             report.push(done, metrics, batches.seconds_waited)
             if _due(done, config.training.eval_every, steps):

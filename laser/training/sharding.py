@@ -4,11 +4,13 @@ Mesh axes: `data` holds copies, `fsdp` splits parameters, optimizer state and ba
 heads, MLP columns and vocabulary. Optimizer moments have the parameters' paths and so their layout.
 """
 
+import functools
 import math
 import re
+from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from laser.training.config import RunConfig, check_devices
 
@@ -34,6 +36,17 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
     mesh = check_devices(config, len(devices))
     shape = (mesh.data, mesh.fsdp, mesh.tensor)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, to be jitted, traced with `mesh` in context: kernels ask for it to be split."""
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def parameter_spec(path: str) -> PartitionSpec:

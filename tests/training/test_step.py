@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from configs import base
 from laser.training import sharding
 from laser.training.config import load_config
+from laser.training.program import Program
 from laser.training.step import init_state, make_eval_step, make_train_step
 from models.decoder import structure
 
@@ -52,15 +52,12 @@ def make_batch(step, packed=False):
 
 def run(config, steps=3, packed=False, devices=None):
     """Losses, gradient norms and the last state, on the config's mesh."""
-    mesh = sharding.make_mesh(config, devices)
-    init = functools.partial(init_state, config)
-    shardings = sharding.state_shardings(mesh, jax.eval_shape(init))
-    state = jax.jit(init, out_shardings=shardings)()
-    train_step = jax.jit(make_train_step(config), out_shardings=(shardings, None))
+    program = Program(config, sharding.make_mesh(config, devices))
+    state = program.init_state()
     history = []
     for step in range(steps):
-        batch = jax.device_put(make_batch(step, packed), NamedSharding(mesh, sharding.BATCH))
-        state, metrics = train_step(state, batch)
+        batch = jax.device_put(make_batch(step, packed), program.batch_sharding)
+        state, metrics = program.train_step(state, batch)
         history.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     return np.array(history), state
 
