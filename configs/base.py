@@ -80,5 +80,6 @@ def get_config() -> ConfigDict:
     mesh.data = -1  # devices that hold copies of the parameters; -1 = all that the other axes leave
     mesh.fsdp = 1  # devices that share parameters and optimizer state, and split the batch
     mesh.tensor = 1  # devices that share heads and MLP columns
+    mesh.max_unsharded = 0.02  # share of the parameters' bytes that fsdp may leave unsplit
 
     return config

@@ -125,8 +125,8 @@ class Scorer:
             mesh = jax.make_mesh(
                 (1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1]
             )
-        self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._rows_sharding = NamedSharding(mesh, sharding.BATCH)
+        self._shards = sharding.batch_shards(mesh)
+        self._rows_sharding = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, PartitionSpec())
         graph = structure(config)
         self._hidden = jax.jit(

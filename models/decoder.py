@@ -9,6 +9,7 @@ Shapes: B batch, T positions, M model dim, V vocabulary, L layers.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,14 @@ from models.layers import Block, Norm
 Array = jax.Array
 Parameters = dict[str, Any]  # nested dicts with float32 arrays as leaves
 
+
+def _all_but_gathered(primitive, *_, **__) -> bool:
+    return primitive.name != "all_gather"
+
+
 REMAT_POLICIES = {
+    # Keep everything, except weights that other devices hold the parts of.
+    "none": _all_but_gathered,
     # Keep the outputs of the projections.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     # Keep the blocks' inputs alone.
@@ -44,7 +52,10 @@ class Decoder(nnx.Module):
         self.final_norm = Norm(config.model_dim, config.norm)
 
     def __call__(
-        self, tokens_BT: Array, segment_ids_BT: Array | None = None
+        self,
+        tokens_BT: Array,
+        segment_ids_BT: Array | None = None,
+        whole: Callable[[str, Any], Any] | None = None,
     ) -> tuple[Array, Array]:
         """Runs the blocks.
 
@@ -52,6 +63,9 @@ class Decoder(nnx.Module):
           tokens_BT: (B, T) int32.
           segment_ids_BT: (B, T) int32; tokens attend within their segment and positions restart
           there.
+          whole: where the parameters are parts that devices share: from 'embedding' and its part,
+            or 'blocks' and the parts of one layer, to the whole of it. The backward pass asks again
+            in place of keeping it.
 
         Returns:
           (B, T, M) hidden states after the final norm, in the config's dtype, and per layer the
@@ -60,20 +74,26 @@ class Decoder(nnx.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         positions_BT = positions(tokens_BT.shape, segment_ids_BT)
-        x_BTM = self.embedding[...].astype(dtype)[tokens_BT] * math.sqrt(config.model_dim)
+        embedding_VM = self.embedding[...]
+        if whole is not None:
+            embedding_VM = whole("embedding", embedding_VM)
+        x_BTM = embedding_VM.astype(dtype)[tokens_BT] * math.sqrt(config.model_dim)
         if config.positions == "sinusoidal":
             x_BTM += sinusoidal(positions_BT, config.model_dim).astype(dtype)
-        x_BTM, ranges_L = self._run_blocks(x_BTM, positions_BT, segment_ids_BT)
+        x_BTM, ranges_L = self._run_blocks(x_BTM, positions_BT, segment_ids_BT, whole)
         return self.final_norm(x_BTM), ranges_L
 
-    def _run_blocks(self, x_BTM, positions_BT, segment_ids_BT):
-        graph, stacked = nnx.split(self.blocks)
+    def _run_blocks(self, x_BTM, positions_BT, segment_ids_BT, whole):
+        graph = nnx.graphdef(self.blocks)
+        stacked = nnx.to_pure_dict(nnx.state(self.blocks))
 
         def layer(x, xs):
             index, params = xs
+            if whole is not None:
+                params = whole("blocks", params)
             return nnx.merge(graph, params)(x, index, positions_BT, segment_ids_BT)
 
-        if self.config.remat != "none":
+        if self.config.remat != "none" or whole is not None:
             # The scan already keeps the recomputation apart from the forward pass.
             layer = jax.checkpoint(
                 layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=self.config.unroll

@@ -70,7 +70,7 @@ class Attention(nnx.Module):
         self.query = dense_param(rngs, (dim, heads, size), dim)
         self.key = dense_param(rngs, (dim, heads, size), dim)
         self.value = dense_param(rngs, (dim, heads, size), dim)
-        self.output = dense_param(rngs, (heads, size, dim), heads * size)
+        self.output = dense_param(rngs, (dim, heads, size), heads * size)
         variant = config.attention
         if variant.per_dim_temp:
             self.log_temperature = nnx.Param(jnp.zeros(query_dim))
@@ -99,7 +99,7 @@ class Attention(nnx.Module):
             strict=True,
         )
         out = outputs[0] if len(outputs) == 1 else self._difference(outputs, layer)
-        out_BTM = jnp.einsum("bthd,hdm->btm", out, self.output[...].astype(x_BTM.dtype))
+        out_BTM = jnp.einsum("bthd,mhd->btm", out, self.output[...].astype(x_BTM.dtype))
         return out_BTM, functools.reduce(jnp.maximum, ranges)
 
     def _split(self, x_BTHD: Array) -> list[Array]:

@@ -114,9 +114,14 @@ class MeshConfig:
     data: int
     fsdp: int
     tensor: int
+    max_unsharded: float = 0.02
 
     def __post_init__(self):
-        axes = dataclasses.asdict(self)
+        require(
+            0 <= self.max_unsharded <= 1,
+            f"mesh.max_unsharded={self.max_unsharded}: must be between 0 and 1",
+        )
+        axes = self.axes()
         for name, size in axes.items():
             require(
                 size >= 1 or size == -1,
@@ -124,6 +129,10 @@ class MeshConfig:
             )
         rest = [f"mesh.{name}=-1" for name, size in axes.items() if size == -1]
         require(len(rest) <= 1, f"{' and '.join(rest)}: only one axis can take what is left")
+
+    def axes(self) -> dict[str, int]:
+        """Sizes by name."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +201,7 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     """Puts a number in place of -1. Raises ValueError unless the axes multiply to the devices."""
-    axes = dataclasses.asdict(mesh)
+    axes = mesh.axes()
     fixed = math.prod(size for size in axes.values() if size != -1)
     text = " x ".join(f"mesh.{name}={size}" for name, size in axes.items())
     if -1 not in axes.values():
@@ -206,7 +215,7 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
         f"{text}: {num_devices} devices do not divide by {fixed}; change an axis that is not -1",
     )
     filled = {name: num_devices // fixed if size == -1 else size for name, size in axes.items()}
-    return MeshConfig(**filled)
+    return dataclasses.replace(mesh, **filled)
 
 
 def check_devices(config: RunConfig, num_devices: int) -> MeshConfig:

@@ -44,7 +44,7 @@ def cross_entropy(
 
     Args:
       hidden_BTM: in the compute dtype; logits accumulate in float32.
-      embedding_VM: float32.
+      embedding_VM: in any dtype; its gradient has the same, and is summed in float32.
       targets_BT: int32.
       weights_BT: float32, 0 for padding.
       soft_cap: c of c · tanh(logits / c), 0 for none.
@@ -109,13 +109,14 @@ def _cross_entropy_fwd(hidden_BTM, embedding_VM, targets_BT, weights_BT, soft_ca
         gradients, zero, _chunks(chunk, hidden_BTM, targets_BT, weights_BT)
     )
     d_hidden_BTM = d_hidden.swapaxes(0, 1).reshape(hidden_BTM.shape)
-    return (loss, nll), (d_hidden_BTM, d_embedding_VM)
+    return (loss, nll), (d_hidden_BTM, d_embedding_VM.astype(embedding_VM.dtype))
 
 
 def _cross_entropy_bwd(soft_cap, z_loss, chunk, gradients, cotangents):
     d_hidden_BTM, d_embedding_VM = gradients
     d_loss, _ = cotangents
-    return (d_hidden_BTM * d_loss).astype(d_hidden_BTM.dtype), d_embedding_VM * d_loss, None, None
+    d_embedding_VM = (d_embedding_VM * d_loss).astype(d_embedding_VM.dtype)
+    return (d_hidden_BTM * d_loss).astype(d_hidden_BTM.dtype), d_embedding_VM, None, None
 
 
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

@@ -7,7 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from laser.training import sharding
 from laser.training.config import RunConfig
@@ -28,7 +28,7 @@ class Program:
     def __init__(self, config: RunConfig, mesh: Mesh):
         self.config = config
         self.mesh = mesh
-        self.batch_sharding = NamedSharding(mesh, sharding.BATCH)
+        self.batch_sharding = sharding.batch_sharding(mesh)
         abstract = jax.eval_shape(functools.partial(init_state, config))
         shardings: TrainState = sharding.state_shardings(mesh, abstract)
         self.abstract_state: TrainState = jax.tree.map(

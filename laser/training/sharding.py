@@ -1,45 +1,171 @@
 """The device mesh and the one table that says how every parameter is laid out on it.
 
-Mesh axes: `data` holds copies, `fsdp` splits parameters, optimizer state and batch, `tensor` splits
-heads, MLP columns and vocabulary. Optimizer moments have the parameters' paths and so their layout.
+Axes of a config: `data` holds copies, `fsdp` splits parameters, optimizer state and batch, `tensor`
+splits heads, MLP columns and vocabulary. Over several slices of TPUs the copies lie on different
+slices. Optimizer moments have the parameters' paths and so their layout.
+
+The mesh itself may have several fsdp axes, `fsdp`, `fsdp_1`, `fsdp_2`: one for each axis of the
+torus that TPUs are wired in, because XLA reduce-scatters along one of those only, and because no
+dim of the 7.7B divides by 256 (3440 = 16 · 215, 11584 = 64 · 181, 16 heads of 720), while 16 times
+16 goes into two of them.
 """
 
+import collections
+import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 from laser.training.config import RunConfig, check_devices
+from models.config import ModelConfig
+from models.decoder import Parameters, init_parameters
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+TENSOR = "tensor"
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How parameters of a path are laid out.
+
+    Attributes:
+      pattern: regular expression of the path.
+      tensor: the dim that the tensor axis splits, None for none.
+      fsdp: dims that fsdp axes may split; the first one that an axis divides takes it.
+    """
+
+    pattern: str
+    tensor: int | None = None
+    fsdp: tuple[int, ...] = ()
+
 
 # First match wins; a parameter that no row matches is an error. The first dim of `blocks` is
-# layers.
-PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"^embedding$", PartitionSpec("tensor", "fsdp")),
-    (r"^blocks/attention/(query|key|value)$", PartitionSpec(None, "fsdp", "tensor", None)),
-    (r"^blocks/attention/output$", PartitionSpec(None, "tensor", None, "fsdp")),
-    (r"^blocks/mlp/up$", PartitionSpec(None, "fsdp", "tensor")),
-    (r"^blocks/mlp/down$", PartitionSpec(None, "tensor", "fsdp")),
-    (r"^(blocks/.*|final_)norm/(scale|bias)$", PartitionSpec()),
-    (r"^blocks/attention/(lambda_|log_temperature|output_norm_scale)", PartitionSpec()),
+# layers. Dims are (V, M), (L, M, H, D), (L, M, F), (L, F, M); a weight is gathered fastest along its
+# first.
+PARAMETER_RULES = (
+    Rule(r"^embedding$", tensor=0, fsdp=(0, 1)),
+    Rule(r"^blocks/attention/(query|key|value|output)$", tensor=2, fsdp=(1, 2, 3)),
+    Rule(r"^blocks/mlp/up$", tensor=2, fsdp=(1, 2)),
+    Rule(r"^blocks/mlp/down$", tensor=1, fsdp=(1, 2)),
+    Rule(r"^(blocks/.*|final_)norm/(scale|bias)$"),
+    Rule(r"^blocks/attention/(lambda_|log_temperature|output_norm_scale)"),
 )
 
 
-def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The config's mesh over all devices; ValueError where they do not fit together."""
+def make_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The config's mesh over all devices, neighbours on the mesh being neighbours in the machine.
+
+    Args:
+      config: of the run.
+      devices: all there are if None. They may lie on several slices, or only be described
+        (jax.experimental.topologies).
+
+    Raises:
+      ValueError: config and devices do not fit together, or too much would stay unsharded.
+    """
     devices = jax.devices() if devices is None else devices
-    mesh = check_devices(config, len(devices))
-    shape = (mesh.data, mesh.fsdp, mesh.tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    sizes = check_devices(config, len(devices))
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if sizes.data % slices:
+        raise ValueError(
+            f"mesh.data={sizes.data}: must be a multiple of {slices}, the number of slices; slices "
+            "hold copies of the parameters"
+        )
+    last_error: Exception | None = None
+    for fsdp in _fsdp_factors(config, sizes.fsdp, sizes.tensor, _torus(devices)):
+        names = _axis_names(len(fsdp))
+        shape = (sizes.data // slices, *fsdp, sizes.tensor)
+        try:
+            array = _arrange(shape, slices, devices)
+        except NotImplementedError as error:  # not a product of the machine's own axes
+            last_error = error
+            continue
+        return Mesh(array, names, axis_types=(AxisType.Auto,) * len(names))
+    raise ValueError(
+        f"mesh of data={sizes.data}, fsdp={sizes.fsdp}, tensor={sizes.tensor}: {last_error}"
+    )
+
+
+def _torus(devices: Sequence[jax.Device]) -> tuple[int, ...]:
+    """Sizes of the axes of a slice of TPUs; () for other devices."""
+    coords = np.array([getattr(device, "coords", ()) for device in devices])
+    return tuple(int(size) for size in np.ptp(coords, axis=0) + 1) if coords.size else ()
+
+
+def _arrange(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as an array; NotImplementedError if an axis is no product of physical axes."""
+    if slices > 1:
+        across = (slices,) + (1,) * (len(shape) - 1)
+        return mesh_utils.create_hybrid_device_mesh(shape, across, devices)
+    return mesh_utils.create_device_mesh(shape, devices)
+
+
+def _axis_names(num_fsdp: int) -> tuple[str, ...]:
+    return ("data", "fsdp", *(f"fsdp_{i}" for i in range(1, num_fsdp)), TENSOR)
+
+
+def _fsdp_factors(
+    config: RunConfig, fsdp: int, tensor: int, torus: tuple[int, ...]
+) -> list[tuple[int, ...]]:
+    """Ways to split the fsdp axis under which the parameters divide, the best one first.
+
+    That is along the axes of the torus, else as few as possible.
+    """
+    params = abstract_parameters(config.model)
+    shares = {}
+    for factors in _factorizations(fsdp):
+        mesh = AbstractMesh((1, *factors, tensor), _axis_names(len(factors)))
+        shares[factors] = unsharded_share(mesh, params)
+    best = min(shares, key=lambda factors: shares[factors])
+    if shares[best] > config.mesh.max_unsharded:
+        mesh = AbstractMesh((1, *best, tensor), _axis_names(len(best)))
+        sizes = unsharded(mesh, params)
+        worst = max(sizes, key=lambda name: sizes[name])
+        raise ValueError(
+            f"mesh.fsdp={fsdp} leaves {100 * shares[best]:.1f} % of the parameters' bytes "
+            f"unsharded (mesh.max_unsharded={config.mesh.max_unsharded}), {worst} "
+            f"{_leaves(params)[worst].shape} most of all; use a mesh.fsdp that divides its dims"
+        )
+    usable = [f for f in shares if shares[f] <= max(shares[best], 0.1 * config.mesh.max_unsharded)]
+
+    def along_torus(factors):
+        return not collections.Counter(factors) - collections.Counter(torus)
+
+    return sorted(usable, key=lambda f: (not along_torus(f), len(f), max(f)))
+
+
+def _factorizations(number: int) -> Iterator[tuple[int, ...]]:
+    """(number,) and all its products of up to three factors, in any order."""
+    yield (number,)
+    for a in range(2, number):
+        if number % a == 0:
+            yield (a, number // a)
+            rest = number // a
+            yield from ((a, b, rest // b) for b in range(2, rest) if rest % b == 0)
+
+
+@functools.cache
+def abstract_parameters(model: ModelConfig) -> Parameters:
+    """The parameters as ShapeDtypeStructs."""
+    return jax.eval_shape(functools.partial(init_parameters, model, 0))
 
 
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """`function`, to be jitted, traced with `mesh` in context: kernels ask for it to be split."""
+    """`function`, to be jitted, traced with `mesh` in context: `over_batch` and kernels ask it."""
 
     @functools.wraps(function)
     def traced(*arguments):
@@ -49,15 +175,68 @@ def on_mesh(mesh: Mesh, function: Callable) -> Callable:
     return traced
 
 
-def parameter_spec(path: str) -> PartitionSpec:
-    """The table's entry for a parameter path such as 'blocks/mlp/up'."""
-    for pattern, spec in PARAMETER_RULES:
-        if re.search(pattern, path):
-            return spec
+def batch_axes(mesh: AnyMesh) -> tuple[str, ...]:
+    """The mesh axes that split the rows of a batch."""
+    return tuple(name for name in mesh.axis_names if name != TENSOR)
+
+
+def batch_shards(mesh: AnyMesh) -> int:
+    """In how many parts a batch is split."""
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of an array whose first dim is rows of a batch."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+
+
+def parameter_rule(path: str) -> Rule:
+    """The table's row for a parameter path such as 'blocks/mlp/up'."""
+    for rule in PARAMETER_RULES:
+        if re.search(rule.pattern, path):
+            return rule
     raise ValueError(f"parameter {path!r}: no row of PARAMETER_RULES in {__name__} matches it")
 
 
-def state_shardings(mesh: Mesh, state):
+def parameter_spec(mesh: AnyMesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """The layout of a parameter. An fsdp axis that divides none of its dims holds copies of it.
+
+    Raises:
+      ValueError: a parameter without a rule, or a dim that the tensor axis does not divide.
+    """
+    rule = parameter_rule(path)
+    axes: list[tuple[str, ...]] = [()] * len(shape)
+    left = list(shape)
+    if rule.tensor is not None and mesh.shape[TENSOR] > 1:
+        _check_divides(path, shape, rule.tensor, mesh.shape[TENSOR])
+        left[rule.tensor] //= mesh.shape[TENSOR]
+    for name in batch_axes(mesh)[1:]:
+        size = mesh.shape[name]
+        dim = next((dim for dim in rule.fsdp if left[dim] % size == 0), None)
+        if dim is not None and size > 1:
+            axes[dim] += (name,)
+            left[dim] //= size
+    if rule.tensor is not None and mesh.shape[TENSOR] > 1:
+        axes[rule.tensor] += (TENSOR,)  # last, so that fsdp shards are contiguous
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+def _check_divides(name: str, shape: tuple[int, ...], dim: int, size: int) -> None:
+    if shape[dim] % size:
+        raise ValueError(
+            f"mesh.{TENSOR}={size} does not divide dim {shape[dim]} of parameter {name} {shape}; "
+            f"use a divisor of {shape[dim]}, such as {math.gcd(shape[dim], size)}"
+        )
+
+
+def parameter_specs(mesh: AnyMesh, params: Parameters) -> Parameters:
+    """The layout of every parameter, in a tree of their structure."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: parameter_spec(mesh, _name(path), leaf.shape), params
+    )
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
     """A NamedSharding for every leaf of a TrainState, or of parameters; scalars are replicated.
 
     Args:
@@ -65,29 +244,46 @@ def state_shardings(mesh: Mesh, state):
       state: a tree of arrays or ShapeDtypeStructs.
 
     Raises:
-      ValueError: a dim that its mesh axes do not divide, or a parameter without a rule.
+      ValueError: as `parameter_spec`.
     """
 
     def sharding(path, leaf):
-        if leaf.ndim == 0 and not _has_parameter_path(path):
+        if leaf.ndim == 0 and not _name(path):
             return NamedSharding(mesh, PartitionSpec())
-        name = "/".join(key.key for key in path if hasattr(key, "key"))
-        spec = parameter_spec(name)
-        _check_divides(name, leaf.shape, spec, mesh)
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, parameter_spec(mesh, _name(path), leaf.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def _has_parameter_path(path) -> bool:
-    return any(hasattr(key, "key") for key in path)
+def _name(path: tuple) -> str:
+    return "/".join(key.key for key in path if hasattr(key, "key"))
 
 
-def _check_divides(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
-    for dim, axis in zip(shape, spec, strict=False):
-        if axis is not None and dim % mesh.shape[axis]:
-            divisor = math.gcd(dim, mesh.shape[axis])
-            raise ValueError(
-                f"mesh.{axis}={mesh.shape[axis]} does not divide dim {dim} of parameter {name} "
-                f"{shape}; use a divisor of {dim}, such as {divisor}"
-            )
+def _leaves(params: Parameters) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def unsharded(mesh: AnyMesh, params: Parameters) -> dict[str, int]:
+    """Path → bytes of the parameters that some fsdp axis of more than one device does not split."""
+    wanted = {name for name in batch_axes(mesh)[1:] if mesh.shape[name] > 1}
+    found = {}
+    for name, leaf in _leaves(params).items():
+        if wanted - set(axes_of(parameter_spec(mesh, name, leaf.shape))):
+            found[name] = leaf.size * leaf.dtype.itemsize
+    return found
+
+
+def unsharded_share(mesh: AnyMesh, params: Parameters) -> float:
+    """Of the parameters' bytes, and so of the state's, between 0 and 1."""
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(params).values())
+    return sum(unsharded(mesh, params).values()) / total
+
+
+def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes that a layout uses, in order."""
+    return tuple(name for names in per_dim(spec) for name in names)
+
+
+def per_dim(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes of every dim."""
+    return tuple((names,) if isinstance(names, str) else tuple(names or ()) for names in spec)

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from laser.training import optimizer
 from laser.training.config import RunConfig
 from laser.training.loss import chunk_length, cross_entropy
+from laser.training.share import Share, over_batch
 from models.decoder import Parameters, init_parameters, structure
 
 Array = jax.Array
@@ -51,6 +53,11 @@ class Sums(NamedTuple):
             jnp.maximum(self.attention_range, other.attention_range),
         )
 
+    def over(self, share: Share) -> "Sums":
+        """Of all devices."""
+        loss, nll, tokens = share.total((self.loss, self.nll, self.tokens))
+        return Sums(loss, nll, tokens, share.largest(self.attention_range))
+
 
 def init_state(config: RunConfig) -> TrainState:
     """The state before the first step, a function of the config alone."""
@@ -60,16 +67,25 @@ def init_state(config: RunConfig) -> TrainState:
     return TrainState(zero, params, opt_state, zero, zero)
 
 
-def make_loss(config: RunConfig) -> Callable[[Parameters, Batch], tuple[Array, Sums]]:
-    """A function of parameters and a batch: the summed loss, z-loss included, and all sums."""
-    graph = structure(config.model)
+def make_loss(config: RunConfig) -> Callable[[Parameters, Batch, Share], tuple[Array, Sums]]:
+    """A function of parameters, a batch and a device's share of them.
 
-    def loss(params, batch):
+    It returns the summed loss, z-loss included, and all sums, over the share's rows alone.
+    """
+    graph = structure(config.model)
+    dtype = jnp.dtype(config.model.dtype)
+
+    def loss(params, batch, share):
+        def whole(name, part):
+            return share.whole(name, part, dtype)
+
         model = nnx.merge(graph, params)
-        hidden_BTM, ranges_L = model(batch["inputs"], batch.get("segment_ids"))
+        hidden_BTM, ranges_L = model(
+            batch["inputs"], batch.get("segment_ids"), whole if share.axes else None
+        )
         total, nll = cross_entropy(
             hidden_BTM,
-            params["embedding"],
+            whole("embedding", params["embedding"]),
             batch["targets"],
             batch["weights"],
             config.model.logits_soft_cap,
@@ -89,11 +105,18 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
     parameter_norm, learning_rate, attention_range, skipped_steps, skipped_in_a_row.
     """
     gradient = jax.grad(make_loss(config), has_aux=True)
+
+    def over_micro_batches(params, batch, share):
+        grads, sums = _accumulate(gradient, params, batch, share, config.training.accumulation)
+        return share.total_gradient(grads), sums.over(share)
+
     update = optimizer.make_optimizer(config.optimizer).update
     schedule = optimizer.learning_rate(config.optimizer, config.training.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        grads, sums = _accumulate(gradient, state.params, batch, config.training.accumulation)
+        grads, sums = over_batch(
+            over_micro_batches, state.params, batch, lambda params, _: (params, PartitionSpec())
+        )
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         grad_norm = optax.tree.norm(grads)
@@ -124,17 +147,17 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
     return train_step
 
 
-def _accumulate(gradient, params, batch: Batch, micro_batches: int):
+def _accumulate(gradient, params, batch: Batch, share: Share, micro_batches: int):
     """Sums of gradients and of `Sums` over micro-batches, in order."""
     if micro_batches == 1:
-        return gradient(params, batch)
+        return gradient(params, batch, share)
 
-    def split(x):  # every micro-batch takes rows from all devices: rows i, i + n, i + 2n, ...
+    def split(x):  # a micro-batch is rows i, i + n, i + 2n, ...
         return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     def add(carry, micro_batch):
         grads, sums = carry
-        more_grads, more_sums = gradient(params, micro_batch)
+        more_grads, more_sums = gradient(params, micro_batch, share)
         return (jax.tree.map(jnp.add, grads, more_grads), sums.add(more_sums)), None
 
     zero = (jax.tree.map(jnp.zeros_like, params), Sums(*[jnp.float32(0)] * 4))
@@ -144,4 +167,10 @@ def _accumulate(gradient, params, batch: Batch, micro_batches: int):
 def make_eval_step(config: RunConfig) -> Callable[[Parameters, Batch], Sums]:
     """(parameters, batch) -> sums over the batch's target tokens."""
     loss = make_loss(config)
-    return lambda params, batch: loss(params, batch)[1]
+
+    def sums(params, batch, share):
+        return loss(params, batch, share)[1].over(share)
+
+    return lambda params, batch: over_batch(
+        sums, params, batch, lambda *_: PartitionSpec()
+    )

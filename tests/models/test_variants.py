@@ -93,7 +93,7 @@ def expected_layer(x, p, variant):
             o = parts[0] - (np.exp(q1 @ k1) - np.exp(q2 @ k2) + initial) * parts[1]
             o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * p["output_norm_scale"]
             out[b, :, h] = o * (1 - initial)
-    return np.einsum("bthd,hdm->btm", out, p["output"])
+    return np.einsum("bthd,mhd->btm", out, p["output"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))

@@ -1,0 +1,160 @@
+"""The work of one device under data and fsdp parallelism, written out instead of left to XLA.
+
+Every device computes its own rows of the batch and asks for the whole weights of a layer when it
+comes to the layer; the backward pass asks again and returns their gradient to the devices that own
+the parts. Left to itself, XLA's partitioner all-reduces whole gradients, and does not always keep
+activations split by rows. The tensor axis, where there is one, is still its work.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from laser.training import sharding
+from models.decoder import Parameters
+
+Array = jax.Array
+Result = TypeVar("Result")
+Axes = tuple[tuple[str, ...], ...]  # of every dim of an array, the mesh axes that split it
+
+
+def over_batch(
+    function: Callable[[Parameters, Any, "Share"], Result],
+    params: Parameters,
+    batch: Any,
+    out: Callable[[Any, Any], Any],
+) -> Result:
+    """function(params, batch, share) on every device, with its rows and its parts of parameters.
+
+    Without a mesh in context, or on one that does not split the batch, it is called as it is.
+
+    Args:
+      function: asks `share` for whole weights, and to add up over devices.
+      params: of the model.
+      batch: a tree of arrays whose first dim is rows.
+      out: from the layouts of parameters and batch to those of the results.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or sharding.batch_shards(mesh) == 1:
+        return function(params, batch, Share())
+    axes = sharding.batch_axes(mesh)
+    specs = jax.tree.map(
+        functools.partial(_only, axes),
+        sharding.parameter_specs(mesh, params),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    rows = PartitionSpec(axes)
+    return jax.shard_map(
+        lambda params, batch: function(params, batch, Share(axes, specs)),
+        in_specs=(specs, rows),
+        out_specs=out(specs, rows),
+        axis_names=set(axes),
+        check_vma=False,  # sums over devices are stated here; kernels do not say how theirs vary
+    )(params, batch)
+
+
+def _only(axes: Sequence[str], spec: PartitionSpec) -> PartitionSpec:
+    kept = (tuple(name for name in names if name in axes) for names in sharding.per_dim(spec))
+    return PartitionSpec(*(names or None for names in kept))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A device's part of the work within `over_batch`; all of it where nothing is split.
+
+    Attributes:
+      axes: mesh axes that split the batch.
+      specs: how these split each parameter.
+    """
+
+    axes: tuple[str, ...] = ()
+    specs: Parameters = dataclasses.field(default_factory=dict)
+
+    def whole(self, name: str, part: Any, dtype: jnp.dtype) -> Any:
+        """Parameters from all devices: of 'blocks' one layer's, of another name the tree there.
+
+        What is split arrives in `dtype`; so its gradient goes back, added up over the devices that
+        share it.
+        """
+        if not self.axes:
+            return part
+        first = 1 if name == "blocks" else 0  # the dim of layers is gone
+
+        def gather(x, spec):
+            axes = sharding.per_dim(spec)[first:]
+            return _gather(x.astype(dtype), axes) if any(axes) else x
+
+        return jax.tree.map(gather, part, self.specs[name])
+
+    def total(self, tree: Any) -> Any:
+        """Sums over all devices."""
+        return jax.lax.psum(tree, self.axes) if self.axes else tree
+
+    def largest(self, x: Array) -> Array:
+        """The maximum over all devices."""
+        return jax.lax.pmax(x, self.axes) if self.axes else x
+
+    def total_gradient(self, gradient: Parameters) -> Parameters:
+        """Sums gradients over the devices that `whole` has not summed over yet."""
+
+        def total(x, spec):
+            rest = tuple(name for name in self.axes if name not in sharding.axes_of(spec))
+            return jax.lax.psum(x, rest) if rest else x
+
+        return jax.tree.map(total, gradient, self.specs) if self.axes else gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(part: Array, axes: Axes) -> Array:
+    """The whole of an array whose dims are split over mesh axes.
+
+    One all-gather over all axes, along a new first dim, so that the parts arrive contiguous. The
+    gradient is reduce-scattered along one mesh axis after the other: over several at once XLA for
+    TPUs all-reduces instead, twice the bytes (docs/plans.md).
+    """
+    sizes = [[jax.lax.axis_size(name) for name in names] for names in axes]
+    names = tuple(name for dim in axes for name in dim)
+    # Without the dims after the last split one, which are contiguous: more than two dims keep XLA
+    # from a plain all-gather.
+    last = max(i for i, dim in enumerate(axes) if dim)
+    flat = part.reshape(*part.shape[: last + 1], -1)
+    parts = jax.lax.all_gather(flat, names).reshape(*sum(sizes, []), *flat.shape)
+    parts = parts.transpose(_places(axes, flat.ndim))
+    return parts.reshape([n * math.prod(s) for n, s in zip(part.shape, sizes, strict=True)])
+
+
+def _places(axes: Axes, ndim: int) -> list[int]:
+    """Where (parts of dim 0, parts of dim 1, ..., dim 0, dim 1, ...) go to join each dim's parts."""
+    count = sum(map(len, axes))
+    order, start = [], 0
+    for dim in range(ndim):
+        split = len(axes[dim]) if dim < len(axes) else 0
+        order += [*range(start, start + split), count + dim]
+        start += split
+    return order
+
+
+def _gather_fwd(part: Array, axes: Axes) -> tuple[Array, None]:
+    return _gather(part, axes), None
+
+
+def _gather_bwd(axes: Axes, _, gradient: Array) -> tuple[Array]:
+    sizes = [[jax.lax.axis_size(name) for name in names] for names in axes]
+    local = [n // math.prod(s) for n, s in zip(gradient.shape, sizes, strict=True)]
+    last = max(i for i, dim in enumerate(axes) if dim)
+    flat = [*local[: last + 1], math.prod(local[last + 1 :])]
+    split = [n for i, n in enumerate(flat) for n in [*(sizes[i] if i <= last else []), n]]
+    places = _places(axes, len(flat))
+    parts = gradient.reshape(split).transpose([places.index(i) for i in range(len(places))])
+    for name in (name for dim in axes for name in dim):
+        parts = jax.lax.psum_scatter(parts, name)
+    return (parts.reshape(local),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
