@@ -21,6 +21,10 @@ from models.decoder import Parameters
 
 Array = jax.Array
 Result = TypeVar("Result")
+# Of a device's part of a weight: below it, XLA for TPU v5e takes an all-gather over two axes of the
+# torus for bound by latency, and all-reduces (it did at 64 KiB and not at 96).
+SMALL_PART_BYTES = 96 * 1024
+
 Axes = tuple[tuple[str, ...], ...]  # of every dim of an array, the mesh axes that split it
 
 
@@ -54,7 +58,8 @@ def over_batch(
         lambda params, batch: function(params, batch, Share(axes, specs)),
         in_specs=(specs, rows),
         out_specs=out(specs, rows),
-        axis_names=set(axes),
+        # Kernels may run only where no axis is left to the compiler, not even one of one device.
+        axis_names={name for name in mesh.axis_names if name in axes or mesh.shape[name] == 1},
         check_vma=False,  # sums over devices are stated here; kernels do not say how theirs vary
     )(params, batch)
 
@@ -114,25 +119,38 @@ class Share:
 def _gather(part: Array, axes: Axes) -> Array:
     """The whole of an array whose dims are split over mesh axes.
 
-    One all-gather over all axes, along a new first dim, so that the parts arrive contiguous. The
-    gradient is reduce-scattered along one mesh axis after the other: over several at once XLA for
-    TPUs all-reduces instead, twice the bytes (docs/plans.md).
+    Forms that XLA for TPUs turns into what they say (docs/plans.md): an all-gather along a new first
+    dim, over all axes at once or, for a small part, over one after the other; and for the gradient a
+    reduce-scatter over one axis after the other. Else it moves twice the bytes by an all-reduce.
+    """
+    sizes, names, flat = _layout(part.shape, axes)
+    parts = part.reshape(flat)
+    if part.size * part.dtype.itemsize < SMALL_PART_BYTES:
+        for name in reversed(names):
+            parts = jax.lax.all_gather(parts, name)
+    else:
+        parts = jax.lax.all_gather(parts, names)
+    parts = parts.reshape(*(n for dim in sizes for n in dim), *flat)
+    parts = parts.transpose(_places(axes, len(flat)))
+    return parts.reshape([n * math.prod(s) for n, s in zip(part.shape, sizes, strict=True)])
+
+
+def _layout(shape: Sequence[int], axes: Axes) -> tuple[list[list[int]], tuple[str, ...], list[int]]:
+    """Sizes of the mesh axes of each dim, their names, and a part's shape up to the last split dim.
+
+    The dims after it are contiguous and joined to one: XLA gathers arrays of two dims best.
     """
     sizes = [[jax.lax.axis_size(name) for name in names] for names in axes]
-    names = tuple(name for dim in axes for name in dim)
-    # Without the dims after the last split one, which are contiguous: more than two dims keep XLA
-    # from a plain all-gather.
     last = max(i for i, dim in enumerate(axes) if dim)
-    flat = part.reshape(*part.shape[: last + 1], -1)
-    parts = jax.lax.all_gather(flat, names).reshape(*sum(sizes, []), *flat.shape)
-    parts = parts.transpose(_places(axes, flat.ndim))
-    return parts.reshape([n * math.prod(s) for n, s in zip(part.shape, sizes, strict=True)])
+    flat = [*shape[: last + 1], math.prod(shape[last + 1 :])]
+    return sizes, tuple(name for dim in axes for name in dim), flat
 
 
 def _places(axes: Axes, ndim: int) -> list[int]:
     """Where (parts of dim 0, parts of dim 1, ..., dim 0, dim 1, ...) go to join each dim's parts."""
     count = sum(map(len, axes))
-    order, start = [], 0
+    order: list[int] = []
+    start = 0
     for dim in range(ndim):
         split = len(axes[dim]) if dim < len(axes) else 0
         order += [*range(start, start + split), count + dim]
@@ -145,15 +163,16 @@ def _gather_fwd(part: Array, axes: Axes) -> tuple[Array, None]:
 
 
 def _gather_bwd(axes: Axes, _, gradient: Array) -> tuple[Array]:
-    sizes = [[jax.lax.axis_size(name) for name in names] for names in axes]
-    local = [n // math.prod(s) for n, s in zip(gradient.shape, sizes, strict=True)]
-    last = max(i for i, dim in enumerate(axes) if dim)
-    flat = [*local[: last + 1], math.prod(local[last + 1 :])]
-    split = [n for i, n in enumerate(flat) for n in [*(sizes[i] if i <= last else []), n]]
-    places = _places(axes, len(flat))
+    sizes, names, whole = _layout(gradient.shape, axes)
+    split: list[int] = []
+    for n, parts in zip(whole, [*sizes, *[[]] * len(whole)], strict=False):
+        split += [*parts, n // math.prod(parts)]
+    places = _places(axes, len(whole))
     parts = gradient.reshape(split).transpose([places.index(i) for i in range(len(places))])
-    for name in (name for dim in axes for name in dim):
-        parts = jax.lax.psum_scatter(parts, name)
+    for name in names:
+        rows = parts.reshape(jax.lax.axis_size(name), -1, split[-1])
+        parts = jax.lax.psum_scatter(rows, name)
+    local = [n // math.prod(s) for n, s in zip(gradient.shape, sizes, strict=True)]
     return (parts.reshape(local),)
 
 
