@@ -8,8 +8,8 @@ Exit codes: 0 done, 2 mistake in the command line or the config, 75 saved on pre
 again), 1 anything else.
 """
 
+import contextlib
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -36,21 +36,20 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> int:
     config, values = parse_or_exit(argv, define_flags, __doc__)
-    if not Path(config.data.store).is_dir():
-        exit_with(
-            argv[0],
-            f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py",
-        )
     start_logging()
     tune_cpu()
 
-    from laser.training import loop  # imports jax: only after the config was found to be right
+    from laser.training import hosts, loop  # jax: only after the config was found to be right
 
-    try:
-        run = loop.open_run(config, values.workdir, allow_config_change=values.allow_config_change)
-    except ValueError as error:
-        exit_with(argv[0], str(error))
-    return loop.train(run)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hosts.joined())
+            run = loop.open_run(
+                config, values.workdir, allow_config_change=values.allow_config_change
+            )
+        except ValueError as error:
+            exit_with(argv[0], str(error))
+        return loop.train(run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@
 tensor. A checksum is the wrapping sum of the tensor's 32-bit words: it does not depend on the mesh
 or the order of summation, so a restore onto any other mesh is verified bit for bit. Orbax writes
 asynchronously into a temporary folder and renames it, so that a killed save leaves the older ones.
+
+Every host writes and reads its own shards. What one of them cannot read counts as unreadable for
+all, so that they go on from the same step.
 """
 
 import contextlib
@@ -18,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from laser.training import hosts
 from laser.training.config import CheckpointConfig
 
 log = logging.getLogger(__name__)
@@ -93,12 +97,13 @@ class Checkpoints:
         Raises:
           CheckpointError: there are checkpoints and none of them can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        found = hosts.exchange("list checkpoints", json.dumps(list(self._manager.all_steps())))
+        steps = sorted(json.loads(found[0]), reverse=True)
         for step in steps:
             try:
-                return self._restore(step, abstract_state)
-            except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-                self._set_aside(step, _first_line(error))
+                return _read(self._folder / str(step), abstract_state)
+            except CheckpointError as error:
+                self._set_aside(step, str(error))
         if steps:
             raise CheckpointError(
                 f"none of the checkpoints {sorted(steps)} in {self._folder} can be read; they were "
@@ -106,24 +111,17 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, abstract_state: Any) -> Any:
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(step, args=args)
-        _verify(restored["state"], restored["record"]["checksums"])
-        return restored["state"]
-
     def _set_aside(self, step: int, reason: str) -> None:
         folder = self._folder / str(step)
         log.error(
             "checkpoint %s cannot be read (%s): moved to %s.%s, trying the one before",
             folder, reason, folder.name, UNREADABLE,
         )  # fmt: skip
-        if jax.process_index() == 0:
-            target = self._folder.parent / f"{folder.name}.{UNREADABLE}"
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
+        with hosts.together(f"move checkpoint {step} aside"):
+            if hosts.is_first():
+                target = self._folder.parent / f"{folder.name}.{UNREADABLE}"
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)
         self._manager.reload()
 
 
@@ -145,20 +143,40 @@ def restore_parameters(workdir: Path, abstract_params: Any, step: int | None = N
             f"no checkpoint{f' {step}' if step else ''} in {folder}; there are {steps}"
         )
     path = folder / str(step if step is not None else steps[-1])
-    item = {"params": abstract_params}
-    args = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=True,
-    )
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            restored = checkpointer.restore(path / "state", args=args)
-        record = json.loads((path / "record" / "metadata").read_text())
-        _verify(restored, record["checksums"])
-    except Exception as error:  # of many types for a damaged file, as above
-        raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
-    return restored["params"]
+        return _read(path, {"params": abstract_params}, partial=True)["params"]
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def _read(path: Path, abstract: Any, partial: bool = False) -> Any:
+    """A checkpoint, or the part that `abstract` describes, verified; CheckpointError on all hosts.
+
+    Each host reads for itself, without the barriers that Orbax would put around it: there the
+    others would wait for one that has failed.
+    """
+    args = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=partial,
+    )
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+    try:
+        with hosts.together(f"read checkpoint {path.name}"):
+            try:
+                with ocp.Checkpointer(
+                    ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+                    multiprocessing_options=alone,
+                ) as checkpointer:
+                    restored = checkpointer.restore(path / "state", args=args)
+                record = json.loads((path / "record" / "metadata").read_text())
+            except Exception as error:  # of many types for a damaged file
+                raise ValueError(_first_line(error)) from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    _verify(restored, record["checksums"])
+    return restored
 
 
 def _verify(state: Any, expected: dict[str, int]) -> None:

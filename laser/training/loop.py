@@ -12,19 +12,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from data.loader import eval_batches, train_batches
 from data.order import row_ids
 from data.store import TokenStore
-from laser.training import hardware, preemption, sharding
+from laser.training import hardware, hosts, preemption, sharding
 from laser.training.checkpoint import CheckpointError, Checkpoints
 from laser.training.config import RunConfig
 from laser.training.metrics import MetricsWriter, make_writer
 from laser.training.program import Program
 from laser.training.report import Report
-from laser.training.run_folder import open_run_folder
+from laser.training.run_folder import check_hosts_agree, open_run_folder
 from laser.training.step import TrainState
 from models.decoder import train_flops_per_token
 
@@ -41,13 +40,15 @@ def open_run(config: RunConfig, workdir: str, *, allow_config_change: bool = Fal
     """Checks that config, data, devices and workdir fit together, and makes the run's folder.
 
     Raises:
-      ValueError: they do not; nothing was changed.
+      ValueError: they do not, on this host or another one; nothing was changed.
     """
-    store = TokenStore(config.data.store)
-    _check_store(config, store)
-    run = Run(Program(config, sharding.make_mesh(config)), workdir, store)
+    with hosts.together("open the data"):
+        store = _open_store(config)
+    check_hosts_agree(config, store)
+    with hosts.together("lay out the program"):
+        program = Program(config, sharding.make_mesh(config))
     open_run_folder(workdir, config, store, allow_config_change)
-    return run
+    return Run(program, workdir, store)
 
 
 def train(run: "Run") -> int:
@@ -72,6 +73,7 @@ def train(run: "Run") -> int:
             return _train_from(run, state, checkpoints)
     except (OSError, CheckpointError, TooManySkippedSteps) as error:
         log.error("%s", error)
+        hosts.end_the_others(str(error))
         return EXIT_FAILED
 
 
@@ -130,7 +132,7 @@ def _train_from(run: Run, state: TrainState, checkpoints: Checkpoints) -> int:
     """The steps that are left, with metrics and signals looked after."""
     config, step = run.config, int(state.step)
     writer = make_writer(
-        run.workdir, config.training.steps, resume_step=step, enabled=jax.process_index() == 0
+        run.workdir, config.training.steps, resume_step=step, enabled=hosts.is_first()
     )
     report = Report(
         writer,
@@ -165,10 +167,11 @@ def _run_steps(
             if _due(done, config.training.eval_every, steps):
                 report.flush()
                 writer.write(done, report.off_the_clock(functools.partial(run.evaluate, state)))
-            if _due(done, config.checkpoint.every, steps) or preempted:
+            leave = preempted.stops_after(done)
+            if _due(done, config.checkpoint.every, steps) or leave:
                 report.flush()
                 report.off_the_clock(functools.partial(checkpoints.save, done, state))
-            if preempted and done < steps:
+            if leave and done < steps:
                 checkpoints.wait()
                 log.warning("%s: saved step %d; start again to go on", preempted.name, done)
                 return EXIT_PREEMPTED
@@ -188,7 +191,7 @@ def _record_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
     names = ("loss", "gradient_norm", "attention_range")
     values = ", ".join(f"{name} {metrics[name]:.4g}" for name in names)
     log.error("step %d skipped (%s); rows %s", step, values, np.array2string(ids, threshold=16))
-    if jax.process_index() == 0:
+    if hosts.is_first():
         record: dict[str, Any] = {"step": step, "row_ids": ids.tolist()}
         record |= {name: repr(metrics[name]) for name in names}
         with (run.workdir / "skipped.jsonl").open("a") as file:
@@ -202,7 +205,12 @@ def _record_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
         )
 
 
-def _check_store(config: RunConfig, store: TokenStore) -> None:
+def _open_store(config: RunConfig) -> TokenStore:
+    if not Path(config.data.store).is_dir():
+        raise ValueError(
+            f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py"
+        )
+    store = TokenStore(config.data.store)
     if config.model.vocab_size < store.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size}: the tokenizer of {config.data.store} has "
@@ -215,3 +223,4 @@ def _check_store(config: RunConfig, store: TokenStore) -> None:
                 f"data.seq_len={length}: the {name} split of {config.data.store} has only {tokens} "
                 "tokens; use shorter rows or more text"
             )
+    return store

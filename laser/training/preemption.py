@@ -2,34 +2,51 @@
 
 Cloud TPUs send SIGTERM before they take a machine away; a person presses Ctrl-C. A second Ctrl-C
 stops at once, for whoever does not want to wait.
+
+The signal may reach one of several hosts alone. There jax's preemption service has SIGTERM: in the
+background it asks all hosts how far they are, and has them stop after one and the same step. That
+costs a step nothing and takes a second or two.
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+from laser.training import hosts
+
 
 class Preemption:
-    """Truthy once a signal has come; `name` says which."""
+    """Whether a signal has come; `name` says which."""
 
     name = ""
 
-    def __bool__(self) -> bool:
-        return bool(self.name)
+    def stops_after(self, step: int) -> bool:
+        """Whether to save and leave after this step; to be asked once after each, on all hosts."""
+        if not hosts.several():
+            return bool(self.name)
+        stops = reached_preemption_sync_point(step)
+        if stops:
+            self.name = self.name or "SIGTERM on one of the hosts"
+        return stops
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if hosts.several():
+            os.kill(os.getpid(), signal.SIGTERM)  # for jax's service
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[Preemption]:
     """Catches SIGTERM and SIGINT while the context is open; main thread only."""
     preemption = Preemption()
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGINT] if hosts.several() else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, preemption._receive) for number in numbers}
     try:
         yield preemption

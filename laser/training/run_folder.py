@@ -10,15 +10,34 @@ skipped.jsonl     steps without an update, with the ids of their rows
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from data.store import TokenStore
+from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
+
+SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
+
+
+def check_hosts_agree(config: RunConfig, store: TokenStore) -> None:
+    """Raises ValueError, on all hosts, if one was started with another config or other data."""
+    text = json.dumps(_record(config, store))
+    records = [json.loads(other) for other in hosts.exchange("compare config and data", text)]
+    lines = [
+        f"{hosts.name(i)}: {line}"
+        for i, record in enumerate(records)
+        for line in _changes(records[0], record)
+    ]
+    if lines:
+        raise ValueError("not all hosts run the same as host 0:\n  " + "\n  ".join(lines))
 
 
 def open_run_folder(workdir: str, config: RunConfig, store: TokenStore, allow_change: bool) -> None:
     """Makes the folder, or checks that it belongs to the same config and data.
+
+    One host writes; the others see what it wrote when this returns, or hear why it refused.
 
     Args:
       workdir: made if it is not there.
@@ -27,25 +46,47 @@ def open_run_folder(workdir: str, config: RunConfig, store: TokenStore, allow_ch
       allow_change: keep the old record as config.N.json and go on with the new one.
 
     Raises:
-      ValueError: the folder holds a run of another config or other data; the message shows what
-      differs.
+      ValueError: the folder holds a run of another config or other data, and the message shows
+      what differs; or it is not one folder for all hosts.
     """
-    folder = Path(workdir)
+    with hosts.together("open the run's folder"):
+        if hosts.is_first():
+            _open(Path(workdir), config, store, allow_change)
+    with hosts.together("see the run's folder"):
+        _wait_for(Path(workdir) / "config.json")
+
+
+def _open(folder: Path, config: RunConfig, store: TokenStore, allow_change: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"config": to_dict(config), "data": {"fingerprint": store.fingerprint}}
+    record = _record(config, store)
     path = folder / "config.json"
     if path.exists():
         changes = _changes(json.loads(path.read_text()), record)
         if changes and not allow_change:
             lines = "\n  ".join(changes)
             raise ValueError(
-                f"{workdir} holds a run of another config or other data:\n  {lines}\n"
+                f"{folder} holds a run of another config or other data:\n  {lines}\n"
                 "Choose another --workdir, or go on with the new one by --allow_config_change"
             )
         if changes:
             path.rename(folder / f"config.{len(list(folder.glob('config.*.json')))}.json")
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     shutil.copyfile(store.tokenizer_path, folder / "tokenizer.model")
+
+
+def _record(config: RunConfig, store: TokenStore) -> dict[str, Any]:
+    return {"config": to_dict(config), "data": {"fingerprint": store.fingerprint}}
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{path}: written by host 0, not seen here; workdir must be one folder that all "
+                "hosts share, such as a mounted bucket"
+            )
+        time.sleep(0.2)
 
 
 def load_run_config(workdir: str) -> RunConfig:

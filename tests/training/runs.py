@@ -1,7 +1,9 @@
 """Runs train.py in a process of its own, as a user would, with something happening on the way."""
 
+import concurrent.futures
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,15 +39,58 @@ def fill_and_save(self, step, state):
 Checkpoints.save = fill_and_save
 """
 
+# On several hosts, in each of them; `this` is its index.
+KILL_HOST_1_AFTER_7 = """
+push = Report.push
+def push_and_die(self, done, *rest):
+    push(self, done, *rest)
+    if done == 7 and this == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+Report.push = push_and_die
+"""
+
+SIGTERM_TO_HOST_1_AFTER_3 = """
+push = Report.push
+def push_and_signal(self, done, *rest):
+    push(self, done, *rest)
+    if done == 3 and this == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(4)  # jax looks for signals once in a second
+Report.push = push_and_signal
+"""
+
+RECORD_READING = """
+loader_rows, read_rows = data.loader.row_ids, data.store.Split.rows
+restore_latest = Checkpoints.restore_latest
+record = Path(os.environ["RECORD"])
+def rows_of_step(seed, step, *rest):
+    global reading
+    reading = step
+    return loader_rows(seed, step, *rest)
+def read_and_record(self, ids, seq_len):
+    with (record / f"rows-{this}.jsonl").open("a") as file:
+        print(json.dumps({"step": reading, "ids": [int(i) for i in ids]}), file=file)
+    return read_rows(self, ids, seq_len)
+def restore_and_record(self, abstract):
+    state = restore_latest(self, abstract)
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    (record / f"bytes-{this}").write_text(str(sum(m["values"][0]["value"] for m in metrics)))
+    return state
+data.loader.row_ids, data.store.Split.rows = rows_of_step, read_and_record
+Checkpoints.restore_latest = restore_and_record
+"""
+
 DRIVER = """
-import os, shutil, signal, sys
+import json, os, shutil, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import train
 from laser.training.hardware import tune_cpu
 tune_cpu()
+import data.loader, data.store, tensorstore
 from laser.training.checkpoint import Checkpoints
 from laser.training.report import Report
+this = int(os.environ.get("JAX_PROCESS_ID", 0))
 {event}
 sys.exit(train.main(["train.py", *sys.argv[1:]]))
 """
@@ -66,6 +111,47 @@ def train(arguments, workdir, *extra, event="", command=(), env=None, timeout=24
         timeout=timeout,
         check=False,
     )
+
+
+def train_on_hosts(
+    arguments, workdir, *extra, hosts, devices, event="", record=None, env=None, timeout=240
+):
+    """The finished processes of one run on this machine, each with its simulated devices.
+
+    With `record`, a folder, every host writes there what it reads; `env` is a list, by host.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    if record is not None:
+        record.mkdir()
+        event += RECORD_READING
+        common["RECORD"] = str(record)
+    if hosts > 1:
+        common["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+        common["JAX_NUM_PROCESSES"] = str(hosts)
+
+    def start(index):
+        own = {"JAX_PROCESS_ID": str(index)} if hosts > 1 else {}
+        own |= env[index] if env else {}
+        more = extra[index] if extra else []
+        return train(
+            [*arguments, *more], workdir, event=event, env=common | own, timeout=timeout
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(hosts) as pool:
+        return list(pool.map(start, range(hosts)))
+
+
+def rows_read(record):
+    """Step → for each host the ids that it read."""
+    rows = {}
+    for path in sorted(record.glob("rows-*")):
+        for line in path.open():
+            read = json.loads(line)
+            rows.setdefault(read["step"], []).append(read["ids"])
+    return rows
 
 
 def losses(workdir):
