@@ -38,6 +38,12 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def single_device_mesh() -> Mesh:
+    """The mesh of the first device alone."""
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh((1,) * len(AXES), AXES, axis_types=axis_types, devices=jax.devices()[:1])
+
+
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
     """`function`, to be jitted, traced with `mesh` in context: kernels ask for it to be split."""
 
