@@ -12,10 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -23,10 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.run import open_model
 from eval.scoring import Request, encode_pairs
-from models.decoder import structure
 
-GENERATED_TOKENS = 256  # where a task does not say how many
-GENERATION_ROWS = 8
+GENERATED_TOKENS = 256  # where a task does not say how many; half of a short model's length
 
 
 @register_model("laser")
@@ -44,16 +38,6 @@ class LaserLM(LM):
         del unused
         self.model = open_model(Path(workdir), step)
         self._tokenizer = self.model.tokenizer
-        graph = structure(self.model.config.model)
-
-        @jax.jit
-        def next_tokens(params, tokens_BT, lengths_B):
-            network = nnx.merge(graph, params)
-            hidden_BTM, _ = network(tokens_BT)
-            last_BM = hidden_BTM[jnp.arange(len(tokens_BT)), lengths_B - 1]
-            return jnp.argmax(network.logits(last_BM), axis=-1)
-
-        self._next_tokens = next_tokens
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -93,52 +77,35 @@ class LaserLM(LM):
           ValueError: a task asks for sampling.
         """
         del disable_tqdm
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].args[0]))
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(self._limits(request.args[1]), []).append(i)
         texts: dict[int, str] = {}
-        for start in range(0, len(order), GENERATION_ROWS):
-            part = order[start : start + GENERATION_ROWS]
-            texts |= zip(part, self._generate([requests[i].args for i in part]))
+        for (new_tokens, stop), indices in groups.items():
+            prompts = [self._prompt(requests[i].args[0], new_tokens) for i in indices]
+            texts |= zip(
+                indices,
+                self.model.generator.generate(
+                    self.model.params, prompts, max_new_tokens=new_tokens, stop=stop
+                ),
+            )
         return [texts[i] for i in range(len(requests))]
 
-    def _generate(self, prompts: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        """All rows take a step together; the whole model runs for each token."""
-        for _, arguments in prompts:
-            if arguments.get("do_sample") and arguments.get("temperature", 1.0) > 0:
-                raise ValueError(f"{arguments}: only greedy decoding is supported; do_sample=False")
-        tokens = [[self._tokenizer.eos_id, *self._tokenizer.encode(text)] for text, _ in prompts]
-        starts, texts = [len(ids) for ids in tokens], [""] * len(prompts)
-        going = set(range(len(prompts)))
-        while going:
-            for i, token in zip(sorted(going), self._step([tokens[i] for i in sorted(going)])):
-                tokens[i].append(token)
-                texts[i] = self._tokenizer.decode(tokens[i][starts[i] :])
-                arguments = prompts[i][1]
-                stopped = _cut(texts[i], arguments.get("until"))
-                limit = starts[i] + arguments.get("max_gen_toks", GENERATED_TOKENS)
-                ended = token == self._tokenizer.eos_id or len(tokens[i]) >= limit
-                if ended or stopped != texts[i]:
-                    going.remove(i)
-                texts[i] = stopped
-        return texts
+    def _limits(self, arguments: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+        """How many tokens at most, and the words that end a continuation."""
+        if arguments.get("do_sample") and arguments.get("temperature", 1.0) > 0:
+            raise ValueError(f"{arguments}: only greedy decoding is supported; do_sample=False")
+        until = arguments.get("until") or ()
+        words = (until,) if isinstance(until, str) else tuple(word for word in until if word)
+        default = min(GENERATED_TOKENS, self.model.generator.max_length // 2)
+        return arguments.get("max_gen_toks", default), words
 
-    def _step(self, rows: Sequence[Sequence[int]]) -> list[int]:
-        """The likeliest next token of each row, from as much of its end as the model's length."""
-        length = self.model.scorer.max_length
-        tokens_BT = np.zeros((GENERATION_ROWS, length), np.int32)
-        lengths_B = np.ones(GENERATION_ROWS, np.int32)
-        for i, row in enumerate(rows):
-            kept = row[-length:]
-            tokens_BT[i, : len(kept)] = kept
-            lengths_B[i] = len(kept)
-        return [
-            int(t) for t in self._next_tokens(self.model.params, tokens_BT, lengths_B)[: len(rows)]
-        ]
-
-
-def _cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the words."""
-    words = [until] if isinstance(until, str) else until or ()
-    return text[: min((text.find(word) for word in words if word and word in text), default=None)]
+    def _prompt(self, text: str, new_tokens: int) -> list[int]:
+        """Its tokens, as many from the end as leave room for new ones."""
+        length = self.model.generator.max_length
+        if new_tokens > length:
+            raise ValueError(f"max_gen_toks={new_tokens}: the model's length is {length}")
+        return [self._tokenizer.eos_id, *self._tokenizer.encode(text)][-(length + 1 - new_tokens) :]
 
 
 if __name__ == "__main__":

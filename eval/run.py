@@ -13,6 +13,7 @@ import jax
 
 from data.tokenizer import Tokenizer
 from eval import oneshot
+from eval.generation import Generator
 from eval.scoring import Scorer
 from eval.tasks import OFFLINE
 from laser.training import sharding
@@ -26,13 +27,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """What scores: `scorer.score(params, ...)` with prompts by `tokenizer`."""
+    """What scores and generates: `scorer.score(params, ...)` and `generator.generate(params, ...)`,
+    with prompts by `tokenizer`."""
 
     config: RunConfig
     step: int
     params: Parameters
     tokenizer: Tokenizer
     scorer: Scorer
+    generator: Generator
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -66,13 +69,13 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
     params = restore_parameters(workdir, abstract, step)
     tokenizer = Tokenizer(str(workdir / "tokenizer.model"))
     scorer = Scorer(config.model, config.data.seq_len, mesh)
-    return TrainedModel(config, step, params, tokenizer, scorer)
+    generator = Generator(config.model, tokenizer, mesh, max_length=config.data.seq_len)
+    return TrainedModel(config, step, params, tokenizer, scorer, generator)
 
 
-def offline_score(workdir: Path, step: int | None = None) -> tuple[float, int]:
+def offline_score(model: TrainedModel) -> tuple[float, int]:
     """Accuracy on the offline task (eval/offline.py) without demonstrations, between 0 and 1, and
-    of how many passages. Chance is 0.25. Raises as `open_model`."""
-    model = open_model(workdir, step)
+    of how many passages. Chance is 0.25."""
     settings = oneshot.Settings(shots=0)
     data = oneshot.load_task(OFFLINE, settings, None)
     result = oneshot.evaluate_task(data, settings, model.scorer, model.params, model.tokenizer)

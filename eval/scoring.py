@@ -120,11 +120,7 @@ class Scorer:
     ):
         self.max_length = max_length
         self._row_tokens = row_tokens
-        if mesh is None:
-            axes = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
-            mesh = jax.make_mesh(
-                (1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1]
-            )
+        mesh = mesh or sharding.single_device_mesh()
         self._shards = sharding.batch_shards(mesh)
         self._rows_sharding = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, PartitionSpec())

@@ -71,15 +71,11 @@ class Decoder(nnx.Module):
           (B, T, M) hidden states after the final norm, in the config's dtype, and per layer the
           attention range in nats, (L,) float32.
         """
-        config = self.config
-        dtype = jnp.dtype(config.dtype)
         positions_BT = positions(tokens_BT.shape, segment_ids_BT)
         embedding_VM = self.embedding[...]
         if whole is not None:
             embedding_VM = whole("embedding", embedding_VM)
-        x_BTM = embedding_VM.astype(dtype)[tokens_BT] * math.sqrt(config.model_dim)
-        if config.positions == "sinusoidal":
-            x_BTM += sinusoidal(positions_BT, config.model_dim).astype(dtype)
+        x_BTM = embed(self.config, embedding_VM, tokens_BT, positions_BT)
         x_BTM, ranges_L = self._run_blocks(x_BTM, positions_BT, segment_ids_BT, whole)
         return self.final_norm(x_BTM), ranges_L
 
@@ -105,6 +101,15 @@ class Decoder(nnx.Module):
     def logits(self, hidden_BTM: Array) -> Array:
         """(B, T, M) -> (B, T, V) float32, through the tied embedding."""
         return output_logits(hidden_BTM, self.embedding[...], self.config.logits_soft_cap)
+
+
+def embed(config: ModelConfig, embedding_VM: Array, tokens_BT: Array, positions_BT: Array) -> Array:
+    """The first block's input, (B, T, M) in the config's dtype."""
+    dtype = jnp.dtype(config.dtype)
+    x_BTM = embedding_VM.astype(dtype)[tokens_BT] * math.sqrt(config.model_dim)
+    if config.positions == "sinusoidal":
+        x_BTM += sinusoidal(positions_BT, config.model_dim).astype(dtype)
+    return x_BTM
 
 
 def output_logits(hidden: Array, embedding_VM: Array, soft_cap: float) -> Array:

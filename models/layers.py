@@ -9,6 +9,7 @@ Shapes: B batch, T positions, M model dim, F MLP dim, H heads, D head dim, Q que
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,16 @@ class Mlp(nnx.Module):
         return hidden_BTF @ self.down[...].astype(x_BTM.dtype)
 
 
+class LayerCache(NamedTuple):
+    """Keys, as they meet the queries, and values of one layer, in the activations' dtype.
+
+    keys: one (B, H, S, Q) array, or two for differential attention. value: (B, H, S, D).
+    """
+
+    keys: tuple[Array, ...]
+    value: Array
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention of any variant.
 
@@ -88,45 +99,98 @@ class Attention(nnx.Module):
         self, x_BTM: Array, layer: Array, positions_BT: Array, segment_ids_BT: Array | None
     ) -> tuple[Array, Array]:
         """Returns (B, T, M) and the attention range in nats, see `laser.attention.attention`."""
+        queries, keys, value = self._project(x_BTM, positions_BT)
+        outputs, ranges = zip(
+            *(
+                attn.attention(
+                    query,
+                    key,
+                    value,
+                    segment_ids=segment_ids_BT,
+                    implementation=self.config.attention.implementation,
+                    return_range=True,
+                    **self._readout_options(),
+                )
+                for query, key in zip(queries, keys, strict=True)
+            ),
+            strict=True,
+        )
+        return self._output(outputs, layer), functools.reduce(jnp.maximum, ranges)
+
+    def decode(
+        self,
+        x_BTM: Array,
+        layer: int,
+        positions_BT: Array,
+        cache: LayerCache,
+        slot: Array,
+        visible_BTS: Array,
+    ) -> tuple[Array, LayerCache]:
+        """The same for T new tokens, whose keys and values go into the cache from `slot` on.
+
+        Returns (B, T, M) and the cache with them. `visible_BTS` as in
+        `laser.attention.cached_attention`.
+        """
+        queries, keys, value = self._project(x_BTM, positions_BT)
+
+        def write(cached_BHSD, new_BTHD):
+            return jax.lax.dynamic_update_slice_in_dim(
+                cached_BHSD, new_BTHD.transpose(0, 2, 1, 3), slot, axis=2
+            )
+
+        cache = LayerCache(
+            tuple(write(cached, key) for cached, key in zip(cache.keys, keys, strict=True)),
+            write(cache.value, value),
+        )
+        stop = slot + x_BTM.shape[1]
+        outputs = tuple(
+            attn.cached_attention(
+                query, key, cache.value, visible_BTS, stop, **self._readout_options()
+            )
+            for query, key in zip(queries, cache.keys, strict=True)
+        )
+        return self._output(outputs, layer), cache
+
+    def _project(self, x_BTM: Array, positions_BT: Array) -> tuple[list[Array], list[Array], Array]:
+        """Queries and keys, two of each for differential attention, and the value: (B, T, H, ·)."""
 
         def project(weight):
             return jnp.einsum("btm,mhd->bthd", x_BTM, weight[...].astype(x_BTM.dtype))
 
         value = project(self.value)
-        pairs = zip(self._split(project(self.query)), self._split(project(self.key)), strict=True)
-        outputs, ranges = zip(
-            *(self._attend(q, k, value, positions_BT, segment_ids_BT) for q, k in pairs),
-            strict=True,
-        )
-        out = outputs[0] if len(outputs) == 1 else self._difference(outputs, layer)
-        out_BTM = jnp.einsum("bthd,mhd->btm", out, self.output[...].astype(x_BTM.dtype))
-        return out_BTM, functools.reduce(jnp.maximum, ranges)
+        queries, keys = self._split(project(self.query)), self._split(project(self.key))
+        variant = self.config.attention
+        if self.config.positions == "rotary":
+            queries, keys = ([attn.rotary(x, positions_BT) for x in xs] for xs in (queries, keys))
+        if variant.qk_norm:
+            queries = [self._normalised(x, self.query_norm) for x in queries]
+            keys = [self._normalised(x, self.key_norm) for x in keys]
+        if variant.per_dim_temp:
+            temperature = self.log_temperature[...]
+            queries = [attn.per_dim_temperature(x, temperature) for x in queries]
+        return queries, keys, value
 
     def _split(self, x_BTHD: Array) -> list[Array]:
         return jnp.split(x_BTHD, self.config.head_dim // self.config.query_dim, axis=-1)
 
-    def _attend(self, query, key, value, positions_BT, segment_ids_BT):
-        variant = self.config.attention
-        if self.config.positions == "rotary":
-            query, key = attn.rotary(query, positions_BT), attn.rotary(key, positions_BT)
-        if variant.qk_norm:
-            query = attn.qk_norm(query, self.query_norm.scale[...], self.query_norm.bias[...])
-            key = attn.qk_norm(key, self.key_norm.scale[...], self.key_norm.bias[...])
-        if variant.per_dim_temp:
-            query = attn.per_dim_temperature(query, self.log_temperature[...])
-        return attn.attention(
-            query,
-            key,
-            value,
-            kind=variant.kind,
-            logits_scale=1 / (variant.temperature * math.sqrt(self.config.query_dim)),
-            segment_ids=segment_ids_BT,
-            logits_soft_cap=variant.soft_cap,
-            implementation=variant.implementation,
-            return_range=True,
-        )
+    def _normalised(self, x_BTHD: Array, norm: Norm) -> Array:
+        assert norm.bias is not None  # a LayerNorm
+        return attn.qk_norm(x_BTHD, norm.scale[...], norm.bias[...])
 
-    def _difference(self, outputs: tuple[Array, ...], layer: Array) -> Array:
+    def _readout_options(self) -> dict[str, Any]:
+        variant = self.config.attention
+        return {
+            "kind": variant.kind,
+            "logits_scale": 1 / (variant.temperature * math.sqrt(self.config.query_dim)),
+            "logits_soft_cap": variant.soft_cap,
+        }
+
+    def _output(self, outputs: tuple[Array, ...], layer: Array | int) -> Array:
+        """One or two attention outputs (B, T, H, D) to (B, T, M)."""
+        out = outputs[0] if len(outputs) == 1 else self._difference(outputs, layer)
+        return jnp.einsum("bthd,mhd->btm", out, self.output[...].astype(out.dtype))
+
+    def _difference(self, outputs: tuple[Array, ...], layer: Array | int) -> Array:
         first, second = outputs
         initial = attn.lambda_init(layer)
         if self.config.attention.diff == "scalar":
@@ -151,5 +215,22 @@ class Block(nnx.Module):
         out, range_nats = self.attention(
             self.attention_norm(x_BTM), layer, positions_BT, segment_ids_BT
         )
-        x_BTM += out
-        return x_BTM + self.mlp(self.mlp_norm(x_BTM)), range_nats
+        return self._add_mlp(x_BTM + out), range_nats
+
+    def decode(
+        self,
+        x_BTM: Array,
+        layer: int,
+        positions_BT: Array,
+        cache: LayerCache,
+        slot: Array,
+        visible_BTS: Array,
+    ) -> tuple[Array, LayerCache]:
+        """T new tokens after those in the cache, see `Attention.decode`."""
+        out, cache = self.attention.decode(
+            self.attention_norm(x_BTM), layer, positions_BT, cache, slot, visible_BTS
+        )
+        return self._add_mlp(x_BTM + out), cache
+
+    def _add_mlp(self, x_BTM: Array) -> Array:
+        return x_BTM + self.mlp(self.mlp_norm(x_BTM))

@@ -79,9 +79,9 @@ def _summarise(workdir: Path, train: list[str]) -> None:
     print("  files")
     for path in sorted((ROOT / workdir).iterdir()):
         print(f"    {workdir / path.name}{'/' if path.is_dir() else ''}")
-    accuracy, passages = _offline_score(ROOT / workdir)
+    accuracy, passages, sample = _scored_and_sampled(ROOT / workdir)
     print(f"  continuations      {accuracy:.1%} of {passages} held-out passages, by chance 25 %")
-    print(f"  sample             {PROMPT}{_sample(ROOT / workdir).rstrip()}")
+    print(f"  sample             {PROMPT}{sample.rstrip()}")
     other = "laser" if _ATTENTION.value == "standard" else "standard"
     print("\nResume it, or go on after an interruption:")
     print(f"  {_shown(*train)}")
@@ -90,16 +90,14 @@ def _summarise(workdir: Path, train: list[str]) -> None:
     print(f"  {_shown('scripts/compare_runs.py', str(workdir), f'runs/quickstart-{other}')}")
 
 
-def _offline_score(workdir: Path) -> tuple[float, int]:
-    from eval.run import offline_score  # imports jax: after training has ended
+def _scored_and_sampled(workdir: Path) -> tuple[float, int, str]:
+    from eval.run import offline_score, open_model  # imports jax: after training has ended
 
-    return offline_score(workdir)
-
-
-def _sample(workdir: Path) -> str:
-    from eval.generation import load_model, sample
-
-    return sample(*load_model(workdir), PROMPT, new_tokens=60, temperature=0.7, seed=0)
+    model = open_model(workdir)
+    texts = model.generator.generate(
+        model.params, [PROMPT], max_new_tokens=60, temperature=0.7, seed=0
+    )
+    return *offline_score(model), texts[0]
 
 
 if __name__ == "__main__":

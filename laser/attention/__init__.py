@@ -4,6 +4,7 @@ This package imports jax and nothing else of this repository, so that it can be 
 on its own: `from laser.attention import attention`.
 """
 
+from laser.attention.decode import cached_attention
 from laser.attention.interface import attention
 from laser.attention.variants import (
     differential,
@@ -17,6 +18,7 @@ from laser.attention.variants import (
 
 __all__ = [
     "attention",
+    "cached_attention",
     "differential",
     "head_norm",
     "lambda_init",

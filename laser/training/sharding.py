@@ -35,6 +35,7 @@ from models.config import ModelConfig
 from models.decoder import Parameters, init_parameters
 
 TENSOR = "tensor"
+AXES = ("data", "fsdp", TENSOR)  # of a mesh with one fsdp axis
 AnyMesh = Mesh | AbstractMesh
 
 
@@ -162,6 +163,12 @@ def _factorizations(number: int) -> Iterator[tuple[int, ...]]:
 def abstract_parameters(model: ModelConfig) -> Parameters:
     """The parameters as ShapeDtypeStructs."""
     return jax.eval_shape(functools.partial(init_parameters, model, 0))
+
+
+def single_device_mesh() -> Mesh:
+    """The mesh of the first device alone."""
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh((1,) * len(AXES), AXES, axis_types=axis_types, devices=jax.devices()[:1])
 
 
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:

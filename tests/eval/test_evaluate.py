@@ -169,7 +169,7 @@ def test_a_broken_file_stops_its_task_alone(workdir, data_dir, capsys):
 
 
 def test_the_offline_score_is_that_of_the_task(workdir):
-    accuracy, count = offline_score(workdir)
+    accuracy, count = offline_score(open_model(workdir))
     assert count == 300
     assert abs(accuracy - 0.25) < 0.15
     assert open_model(workdir).step == 4

@@ -1,4 +1,7 @@
-"""Text from a run's folder: repeatable, and what the model's own probabilities say."""
+"""Text from a model: what the whole forward pass finds likeliest, alone, in batches, on a mesh."""
+
+import copy
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,52 +10,199 @@ import pytest
 from flax import nnx
 
 from data.tokenizer import Tokenizer
-from eval.generation import load_model, sample
-from laser.training.checkpoint import CheckpointError
-from models.config import ModelConfig
+from eval.generation import STEPS, Generator, Sampling, _Text, choose
+from laser.training import sharding
+from models.config import AttentionConfig, ModelConfig
 from models.decoder import init_parameters, structure
-from tests.training import runs
 
-PROMPT = "And God said"
-
-
-@pytest.fixture
-def model(store):
-    config = ModelConfig(
-        vocab_size=400, num_layers=2, model_dim=32, mlp_dim=64, num_heads=2, head_dim=16
-    )
-    return config, init_parameters(config, 0), Tokenizer(store / "tokenizer.model")
+CONFIG = ModelConfig(
+    vocab_size=400, num_layers=2, model_dim=32, mlp_dim=64, num_heads=2, head_dim=16,
+    attention=AttentionConfig(kind="laser"),
+)  # fmt: skip
+LENGTH = 160
+PROMPTS = ["And God said", "", "the sea, " * 20, "In the beginning was the Word"]
+NEW = 2 * STEPS + 3
 
 
-def test_nearly_cold_sampling_takes_the_likeliest_token_each_time(model):
-    config, params, tokenizer = model
-    text = sample(*model, PROMPT, new_tokens=5, temperature=1e-4, seed=0)
-    network = nnx.merge(structure(config), params)
-    tokens = [tokenizer.eos_id, *tokenizer.encode(PROMPT)]
+@pytest.fixture(scope="module")
+def tokenizer(store):
+    return Tokenizer(store / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random ones that don't repeat the last token, as a tied embedding makes them do at first."""
+    params = init_parameters(CONFIG, 0)
+    scale = jax.random.normal(jax.random.key(1), (CONFIG.model_dim,))
+    return {**params, "final_norm": {**params["final_norm"], "scale": scale}}
+
+
+@pytest.fixture(scope="module")
+def generator(tokenizer):
+    return Generator(CONFIG, tokenizer, max_length=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def greedy(generator, params):
+    return generator.generate(params, PROMPTS, max_new_tokens=NEW)
+
+
+def likeliest(params, tokenizer, prompt, count):
+    """Greedy tokens by whole forward passes."""
+    network = nnx.merge(structure(CONFIG), params)
+    logits = jax.jit(lambda tokens: network.logits(network(tokens)[0]))
+    tokens = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     start = len(tokens)
-    for _ in range(5):
-        logits = network.logits(network(jnp.asarray([tokens]))[0])
-        tokens.append(int(np.argmax(logits[0, -1])))
+    for _ in range(count):
+        row = np.zeros((1, LENGTH), np.int32)
+        row[0, : len(tokens)] = tokens
+        tokens.append(int(np.argmax(logits(row)[0, len(tokens) - 1])))
     assert tokenizer.eos_id not in tokens[start:]
-    assert text == tokenizer.decode(tokens[start:])
+    return tokens[start:]
 
 
-def test_same_seed_same_text(model):
-    first, again, other = (
-        sample(*model, PROMPT, new_tokens=8, temperature=1.0, seed=seed) for seed in (0, 0, 1)
+def test_greedy_takes_the_likeliest_token_each_time(greedy, params, tokenizer):
+    assert len(greedy) == len(PROMPTS)
+    for prompt, text in zip(PROMPTS, greedy):
+        assert text == tokenizer.decode(likeliest(params, tokenizer, prompt, NEW))
+
+
+def test_prompts_of_tokens_are_taken_as_they_are(generator, params, tokenizer, greedy):
+    ids = [tokenizer.eos_id, *tokenizer.encode(PROMPTS[0])]
+    assert generator.generate(params, [ids], max_new_tokens=NEW) == greedy[:1]
+    assert generator.generate(params, [ids[1:]], max_new_tokens=NEW) != greedy[:1]
+    assert generator.generate(params, [], max_new_tokens=NEW) == []
+
+
+def test_a_mesh_gives_the_same_text(params, tokenizer, greedy):
+    mesh = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    placed = jax.device_put(params, sharding.state_shardings(mesh, params))
+    generator = Generator(CONFIG, tokenizer, mesh, max_length=LENGTH, rows=2)  # of 4 at least
+    assert generator.generate(placed, PROMPTS, max_new_tokens=NEW) == greedy
+
+
+def test_draws_follow_from_the_seed_and_the_place_alone(generator, params, tokenizer):
+    def texts(prompts, seed, of=generator):
+        return of.generate(params, prompts, max_new_tokens=NEW, temperature=1.0, seed=seed)
+
+    first = texts(PROMPTS, 0)
+    assert texts(PROMPTS, 0) == first
+    assert texts(PROMPTS, 1)[0] != first[0]
+    assert texts(PROMPTS[:1] * 2, 0)[1] != first[0]
+    alone = Generator(CONFIG, tokenizer, max_length=LENGTH, rows=1)
+    assert texts(PROMPTS, 0, alone) == first
+    # Neighbours of other lengths change nothing.
+    assert texts([PROMPTS[0], *PROMPTS[:0:-1]], 0)[0] == first[0]
+
+
+def test_the_end_of_the_document_ends_the_text(generator, params, tokenizer):
+    prompts = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    made = generator.generate_tokens(params, prompts, max_new_tokens=NEW)
+    ending = copy.copy(tokenizer)
+    ending.eos_id = made[0][STEPS + 1]
+    other = Generator(CONFIG, ending, max_length=LENGTH)
+    ended = other.generate_tokens(params, prompts, max_new_tokens=NEW)
+    assert 0 < len(ended[0]) < NEW
+    for short, long in zip(ended, made):
+        assert short == long[: [*long, ending.eos_id].index(ending.eos_id)]
+
+
+def test_stop_strings_end_the_text_wherever_tokens_begin(generator, params, tokenizer, greedy):
+    ids = likeliest(params, tokenizer, PROMPTS[0], NEW)
+    pieces = [tokenizer.decode([token]) for token in ids]
+    for i in range(len(pieces) - 1):
+        stop = pieces[i][-1:] + pieces[i + 1]
+        pieces_out = []
+        text = generator.generate(
+            params, PROMPTS, max_new_tokens=NEW, stop=["never there", stop],
+            on_text=lambda index, piece, out=pieces_out: out.append((index, piece)),
+        )  # fmt: skip
+        assert stop in greedy[0]
+        assert text[0] == greedy[0][: greedy[0].index(stop)]
+        for index in range(len(PROMPTS)):
+            assert "".join(piece for at, piece in pieces_out if at == index) == text[index]
+        if i > 1:
+            break
+
+
+def test_text_is_handed_out_as_it_is_made(generator, params, greedy):
+    pieces = []
+    generator.generate(
+        params, PROMPTS[:1], max_new_tokens=NEW, on_text=lambda _, piece: pieces.append(piece)
     )
-    assert first == again
-    assert first != other
+    assert len(pieces) == 3
+    assert "".join(pieces) == greedy[0]
 
 
-def test_load_model_reads_the_folder_of_a_run(arguments, tmp_path):
-    done = runs.train([*arguments, "--config.training.steps=3"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    config, params, tokenizer = load_model(tmp_path)
-    assert config.vocab_size == 400
-    assert tokenizer.decode(tokenizer.encode(PROMPT)) == PROMPT
-    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    with pytest.raises(CheckpointError, match="no checkpoint 2"):
-        load_model(tmp_path, 2)
-    with pytest.raises(ValueError, match="no run here"):
-        load_model(tmp_path / "nowhere")
+def test_half_a_character_is_held_back(tokenizer):
+    ids = tokenizer.encode("a\U0001f9ecb")
+    text, pieces = _Text(tokenizer, ["bc"]), []
+    for end in range(1, len(ids) + 1):
+        pieces.append(text.update(ids[:end], ended=end == len(ids)))
+    assert "".join(pieces) == "a\U0001f9ecb"
+    assert all("\ufffd" not in piece for piece in pieces)
+    held = _Text(tokenizer, ["\U0001f9ecbc"])
+    assert held.update(ids, ended=False) == "a"
+
+
+LOGITS = jnp.log(jnp.array([[0.05, 0.4, 0.2, 0.3, 0.05], [0.7, 0.1, 0.1, 0.05, 0.05]]))
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"temperature": 1.0}, [[0.05, 0.4, 0.2, 0.3, 0.05], [0.7, 0.1, 0.1, 0.05, 0.05]]),
+        ({"temperature": 1.0, "top_k": 2}, [[0, 4 / 7, 0, 3 / 7, 0], [7 / 9, 1 / 9, 1 / 9, 0, 0]]),
+        ({"temperature": 1.0, "top_p": 0.65}, [[0, 4 / 7, 0, 3 / 7, 0], [1, 0, 0, 0, 0]]),
+        # 0.4 / 0.9 and 0.3 / 0.9 are enough of the three that top_k leaves.
+        (
+            {"temperature": 1.0, "top_k": 3, "top_p": 0.7},
+            [[0, 4 / 7, 0, 3 / 7, 0], [1, 0, 0, 0, 0]],
+        ),
+        (
+            {"temperature": 0.5, "top_k": 2},
+            [[0, 0.64, 0, 0.36, 0], [49 / 51, 1 / 51, 1 / 51, 0, 0]],
+        ),
+        ({"temperature": 2.0, "top_k": 99}, None),
+    ],
+)
+def test_tokens_are_drawn_with_the_probabilities_that_are_left(settings, expected):
+    draws = 20_000
+    sampling = Sampling(**settings)
+    one = functools.partial(
+        choose, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+        mode=sampling.mode,
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), (draws, 2))
+    tokens = jax.jit(jax.vmap(lambda keys: one(LOGITS, keys)))(keys)
+    counts = np.stack([np.bincount(tokens[:, row], minlength=5) for row in range(2)]) / draws
+    if expected is None:
+        expected = jax.nn.softmax(LOGITS / 2, axis=-1)
+    np.testing.assert_allclose(counts, expected, atol=0.015)
+    assert (counts[np.array(expected) == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"stop": [""]}, "an empty string"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": LENGTH}, f"the model's length is {LENGTH}, so at most 15[0-9] fit"),
+        ({"prompts": ["a", "a. " * LENGTH]}, "prompt 1 has .* tokens .*shorten it"),
+        ({"prompts": [[]]}, "prompt 0 has no tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before(generator, params, changes, message):
+    arguments = {"prompts": PROMPTS[:1], "max_new_tokens": NEW, **changes}
+    with pytest.raises(ValueError, match=message):
+        generator.generate(params, **arguments)
+
+
+def test_broken_parameters_are_refused(generator, params):
+    broken = {**params, "embedding": params["embedding"].at[7].set(jnp.nan)}
+    with pytest.raises(ValueError, match="not finite"):
+        generator.generate(broken, PROMPTS[:1], max_new_tokens=NEW)

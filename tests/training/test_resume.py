@@ -6,12 +6,12 @@ import pytest
 
 from data.loader import train_batches
 from data.store import TokenStore
-from eval.generation import load_model
+from eval.run import open_model
 from tests.training import runs
 
 
 def final_parameters(workdir):
-    return jax.tree.map(np.asarray, load_model(workdir, 20)[1])
+    return jax.tree.map(np.asarray, open_model(workdir, 20).params)
 
 
 @pytest.mark.slow
