@@ -91,15 +91,17 @@ def _text(record: bytes) -> str:
 
 
 def _tfrecords(file: str) -> Iterator[bytes]:
-    with held_back_stderr():  # TensorFlow's libraries print on import whatever is set
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # no line about every file
+    with held_back_stderr():  # TensorFlow's libraries print at their start whatever is set
         import tensorflow as tf
-    tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes all of its memory
+
+        tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes all of its memory
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1  # each core has a process of its own
     options.deterministic = True
-    records = tf.data.TFRecordDataset(file, buffer_size=BUFFER)
+    records = tf.data.TFRecordDataset(file).batch(READ_RECORDS).with_options(options)
     try:
-        for batch in records.batch(READ_RECORDS).with_options(options).as_numpy_iterator():
+        for batch in records.as_numpy_iterator():
             yield from batch
     except tf.errors.OpError as error:
         raise ValueError(f"{file}: {REBUILD} ({error.message})") from error

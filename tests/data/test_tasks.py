@@ -10,6 +10,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 from data import corpus, tasks, text_files
+from data.config import StoreConfig
 from data.parts import Broken, texts
 from data.prepare import prepare
 from data.sources import open_source
@@ -89,7 +90,7 @@ def test_tfds_and_json_gz_give_the_same_documents_and_the_same_store(
         assert [part.size for part in open_source("c4").parts] == [30, 30, 20, 2]
     stores = []
     for name, source, workers in (("a", "c4", 1), ("b", str(tmp_path / "json"), 2)):
-        prepare(source, tmp_path / name, tokenizer=tokenizer_path, workers=workers)
+        prepare(StoreConfig(source, tokenizer=tokenizer_path), tmp_path / name, workers=workers)
         stores.append(TokenStore(tmp_path / name))
     assert len({store.fingerprint for store in stores}) == 1
     files = [sorted(path.name for path in store.path.iterdir()) for store in stores]
@@ -104,7 +105,7 @@ def test_tfds_and_json_gz_give_the_same_documents_and_the_same_store(
 def test_workers_read_tfds_as_one_process_does(tmp_path, tfds_folder, tokenizer_path):
     _write_tfds(tfds_folder)
     for name, workers in (("one", 1), ("two", 2)):
-        prepare("c4", tmp_path / name, tokenizer=tokenizer_path, workers=workers)
+        prepare(StoreConfig("c4", tokenizer=tokenizer_path), tmp_path / name, workers=workers)
     files = sorted((tmp_path / "one").iterdir())
     assert len(files) == 10
     for file in files:

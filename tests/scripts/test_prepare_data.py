@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
+from configs import c4
 from data import corpus
 from data.store import TokenStore
 from data.tokenizer import train_tokenizer
+from scripts import prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +63,31 @@ def test_the_script_prepares_from_anywhere_and_sums_up(source, tmp_path, tokeniz
     assert "left" in result.stderr
 
 
+def test_a_file_of_flags_is_a_config_and_the_command_line_goes_over_it(
+    source, tmp_path, tokenizer_path
+):
+    config = tmp_path / "mine.flags"
+    lines = [f"--source={source}", f"--tokenizer={tokenizer_path}", f"--output={tmp_path / 'a'}"]
+    config.write_text("\n".join(["# comment", *lines, "--max_broken=1", "--drop_duplicates"]))
+    refused = _script(f"--flagfile={config}")
+    assert refused.returncode == 2
+    assert "max_broken=1: more broken records than that (1 no text, 1 not JSON)" in refused.stderr
+    assert _script(f"--flagfile={config}", "--max_broken=2").returncode == 0
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["max_broken"] == 2
+    assert manifest["request"]["drop_duplicates"]
+
+
+def test_the_config_of_c4_names_real_flags():
+    values = prepare_data.VALUES
+    config = flags.FlagValues()
+    for name in values:
+        config[name] = values[name]
+    config(["prepare_data.py", f"--flagfile={ROOT / 'configs' / 'c4_store.flags'}"])
+    assert config.source == "tfds:c4/en:3.1.0"
+    assert config.output == c4.get_config().data.store
+
+
 def test_the_estimate_is_near_what_comes_and_writes_nothing(source, tmp_path, tokenizer_path):
     for i in range(7):
         (source / f"b{i}.jsonl").write_bytes((source / "a.jsonl").read_bytes())
@@ -85,7 +113,8 @@ def test_the_estimate_is_near_what_comes_and_writes_nothing(source, tmp_path, to
         (["--source=bible", "--output=/tmp/x", "--vocab_size=many"], "many"),
         (["--source=bible", "--output=/tmp/x", "300"], "'300'"),
         (["--source=hf:x", "--output=/tmp/x", "--vocab_size=300"], "pip install datasets"),
-        (["--source=bible", "--output=/tmp/x", "--beam="], "requirements-beam.txt"),
+        (["--source=bible", "--output=/tmp/x", "--vocab_size=300", "--beam="], "beam.txt"),
+        (["--flagfile=/nowhere.flags"], "/nowhere.flags"),
         (["--source=bible", "--output=/tmp/x", "--estimate"], "give one of the two"),
     ],
 )
