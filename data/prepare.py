@@ -103,7 +103,12 @@ def begin(folder: Path, request: Record, max_broken: int) -> bool:
             _check_same(folder, saved, request)
         (folder / TOKENIZER).unlink(missing_ok=True)  # nothing else is lost by starting anew
         shutil.rmtree(begun.parent)
-    begun.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        begun.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output={folder}: no folder can be made there ({error.strerror}); choose another one"
+        ) from error
     others = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS)
     if others:
         raise ValueError(

@@ -33,6 +33,7 @@ from data.config import StoreConfig
 from data.estimate import estimate
 from data.prepare import prepare
 
+GOES_ON = "what is finished is kept, and the same command goes on"
 VALUES = flags.FlagValues()
 flags.DEFINE_string("source", None, "see above", flag_values=VALUES, required=True)
 flags.DEFINE_string("output", None, "folder to write", flag_values=VALUES, required=True)
@@ -75,10 +76,10 @@ def main(argv: list[str]) -> int:
         print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:  # a worker died; the disk is full
-        print(f"{Path(argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(argv[0]).name}: {error}; {GOES_ON}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print(f"stopped; {GOES_ON}", file=sys.stderr)
         return 1
     return 0
 

@@ -258,6 +258,14 @@ def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
     assert _contents(tmp_path / "store") == {"thesis.tex": b"years of work"}
 
 
+def test_an_output_that_no_folder_can_be_made_at_is_an_error(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for name in ("file", "file/store"):
+        with pytest.raises(ValueError) as error:
+            run(name)
+        assert f"output={tmp_path / name}: no folder can be made there" in str(error.value)
+
+
 def test_a_mistake_before_the_first_shard_can_be_mended(run, source, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "MIN_PART", 10**6)
     bad = source / "15.txt"
