@@ -19,64 +19,51 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from data.config import StoreConfig
 from data.duplicates import document_hash, document_rank, rank_place
 from data.parts import Broken, Source
-from data.prepare import make_manifest, make_request, write_tokenizer
+from data.prepare import make_manifest, write_tokenizer
 from data.shards import Record, check_broken, write_json, write_part
-from data.sources import open_source
 from data.store import MANIFEST, TOKENIZER
 from data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def prepare_with_beam(
-    source: str,
-    output: str,
-    *,
-    vocab_size: int | None = None,
-    tokenizer: str | Path | None = None,
-    text_field: str | None = None,
-    validation_fraction: float | None = None,
-    drop_duplicates: bool = False,
-    max_broken: int = 0,
-    options: list[str],
-) -> None:
+def prepare_with_beam(config: StoreConfig, output: str, *, options: list[str]) -> None:
     """Writes a token store by a Beam pipeline, and waits for it.
 
     Args:
+      config: what the store is made of.
       output: a path that Beam's file systems write, as gs://bucket/stores/c4; holds no store yet.
       options: of Beam, as ["--runner=DataflowRunner", "--project=..."].
-      source and the others: as `data.prepare.prepare` has them.
 
     Raises:
-      ValueError: the arguments or the source are wrong.
+      ValueError: the config or the source are wrong.
     """
-    if (vocab_size is None) == (tokenizer is None):
-        raise ValueError(f"vocab_size={vocab_size}, tokenizer={tokenizer}: give one of the two")
     if FileSystems.exists(FileSystems.join(output, MANIFEST)):
         raise ValueError(f"output={output}: holds a store already; choose another folder")
-    opened = open_source(source, text_field, validation_fraction)
-    request = make_request(opened, vocab_size, tokenizer, drop_duplicates)
+    source = config.open()
+    request = config.request(source)
     if not FileSystems.exists(output):
         FileSystems.mkdirs(output)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / TOKENIZER
-        write_tokenizer(path, opened, vocab_size, tokenizer)
+        write_tokenizer(path, source, config.vocab_size, config.tokenizer)
         model = Tokenizer(path)
         _copy(path, output)
     with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
-        elements = pipeline | "Parts" >> beam.Create([(part.index, None) for part in opened.parts])
+        elements = pipeline | "Parts" >> beam.Create([(part.index, None) for part in source.parts])
         drops = pipeline | "Nothing" >> beam.Create([])
-        if drop_duplicates:
-            drops = elements | "Duplicates" >> _Duplicates(opened)
+        if config.drop_duplicates:
+            drops = elements | "Duplicates" >> _Duplicates(source)
         (
             {"part": elements, "drop": drops}
             | "Join" >> beam.CoGroupByKey()
             | "Spread" >> beam.Reshuffle()
-            | "Write" >> beam.ParDo(_WritePart(opened, model, output, max_broken))
+            | "Write" >> beam.ParDo(_WritePart(source, model, output, config.max_broken))
             | "Records" >> beam.combiners.ToList()
-            | "Manifest" >> beam.Map(_write_manifest, request, model, source, output, max_broken)
+            | "Manifest" >> beam.Map(_write_manifest, config, request, model, output)
         )
 
 
@@ -139,17 +126,16 @@ class _WritePart(beam.DoFn):
 
 def _write_manifest(
     records: list[tuple[int, Record]],
+    config: StoreConfig,
     request: Record,
     tokenizer: Tokenizer,
-    source: str,
     output: str,
-    max_broken: int,
 ) -> None:
     ordered = [record for _, record in sorted(records, key=lambda pair: pair[0])]
-    check_broken(ordered, max_broken)
+    check_broken(ordered, config.max_broken)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MANIFEST
-        write_json(path, make_manifest(request, tokenizer, ordered, source))
+        write_json(path, make_manifest(config, request, tokenizer, ordered))
         _copy(path, output)
 
 

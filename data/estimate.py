@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.config import StoreConfig
 from data.parts import Document, Part, Source
 from data.shards import token_dtype
-from data.sources import open_source
 from data.store import OFFSET_DTYPE
 from data.tokenizer import Tokenizer, train_tokenizer
 from data.workers import cores
@@ -71,26 +71,15 @@ class _Sample:
     read_text: int = 0  # bytes of the documents that make up `read`
 
 
-def estimate(
-    source: str,
-    output: str | Path,
-    *,
-    vocab_size: int | None = None,
-    tokenizer: str | Path | None = None,
-    text_field: str | None = None,
-    validation_fraction: float | None = None,
-    workers: int | None = None,
-) -> Estimate:
+def estimate(config: StoreConfig, output: str | Path, *, workers: int | None = None) -> Estimate:
     """Reads a sample and writes nothing. Arguments are those of `data.prepare.prepare`.
 
     With `vocab_size` a tokenizer is trained on the sample alone.
 
     Raises:
-      ValueError: the arguments or the source are wrong, or the sample has no documents.
+      ValueError: the config or the source are wrong, or the sample has no documents.
     """
-    if (vocab_size is None) == (tokenizer is None):
-        raise ValueError(f"vocab_size={vocab_size}, tokenizer={tokenizer}: give one of the two")
-    opened = open_source(source, text_field, validation_fraction)
+    opened = config.open()
     count = min(SAMPLE_PARTS, len(opened.parts))
     chosen = [opened.parts[len(opened.parts) * i // count] for i in range(count)]
     began = time.process_time()
@@ -98,8 +87,8 @@ def estimate(
     reading = time.process_time() - began
     texts = [text for sample in samples for text in sample.texts]
     if not texts:
-        raise ValueError(f"source={source}: no documents at the beginnings of {count} parts")
-    model = _tokenizer(texts, vocab_size, tokenizer)
+        raise ValueError(f"source={config.source}: no documents at the beginnings of {count} parts")
+    model = _tokenizer(texts, config)
     began = time.process_time()
     tokens = sum(len(ids) + 1 for ids in model.encode_arrays(texts))
     seconds = reading + time.process_time() - began
@@ -122,11 +111,11 @@ def estimate(
     )
 
 
-def _tokenizer(texts: list[str], vocab_size: int | None, tokenizer: str | Path | None) -> Tokenizer:
+def _tokenizer(texts: list[str], config: StoreConfig) -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(tokenizer or Path(folder) / "model")
-        if vocab_size is not None:
-            train_tokenizer(texts, path, vocab_size)
+        path = Path(config.tokenizer or Path(folder) / "model")
+        if config.vocab_size is not None:
+            train_tokenizer(texts, path, config.vocab_size)
         return Tokenizer(path)
 
 

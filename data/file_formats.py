@@ -73,6 +73,8 @@ def parquet_column(file: Path, column: str) -> Iterator[tuple[bytes | None, int]
 
 def _decompressed(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
     try:
+        if not file.stat().st_size:  # which the readers take for a file without content
+            raise EOFError("it is empty")
         if file.name.endswith(".gz"):
             yield from io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER)
         else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.config import StoreConfig
 from data.duplicates import find_duplicates, hash_part, read_duplicates
 from data.parts import SPLITS, Part, Source
 from data.shards import (
@@ -29,7 +30,7 @@ from data.shards import (
     write_json,
     write_part,
 )
-from data.sources import open_source, sample_texts
+from data.sources import sample_texts
 from data.store import FORMAT, MANIFEST, TOKENIZER
 from data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
 from data.workers import cores, run_parts
@@ -42,50 +43,32 @@ COUNTS = ("tokens", "documents", "bytes")
 
 
 def prepare(
-    source: str,
-    output: str | Path,
-    *,
-    vocab_size: int | None = None,
-    tokenizer: str | Path | None = None,
-    text_field: str | None = None,
-    validation_fraction: float | None = None,
-    drop_duplicates: bool = False,
-    max_broken: int = 0,
-    workers: int | None = None,
+    config: StoreConfig, output: str | Path, *, workers: int | None = None
 ) -> dict[str, Any]:
     """Writes a token store, or goes on with one, or does nothing if it is there already.
 
     Args:
-      source: as in data/sources.py.
-      output: the folder to write; must be new, empty, or begun with the same arguments.
-      vocab_size: trains a tokenizer of this size on the train split. Either this or `tokenizer`.
-      tokenizer: an existing SentencePiece model.
-      text_field: of JSON lines, Parquet files or Hugging Face datasets; default "text".
-      validation_fraction: of a folder without validation files; see data/text_files.py.
-      drop_duplicates: keep the first of equal documents; reads the source twice.
-      max_broken: records that may be broken; they are counted and skipped.
+      config: what the store is made of. An unfinished store may go on with another `max_broken`.
+      output: the folder to write; must be new, empty, or begun with the same config.
       workers: processes; default: one for each core.
 
     Returns:
       The manifest.
 
     Raises:
-      ValueError: the arguments, the input or the folder are wrong; the message says what to change.
+      ValueError: the config, the input or the folder are wrong; the message says what to change.
       RuntimeError: a worker process died.
     """
-    if (vocab_size is None) == (tokenizer is None):
-        raise ValueError(f"vocab_size={vocab_size}, tokenizer={tokenizer}: give one of the two")
-    for name, value, least in (("max_broken", max_broken, 0), ("workers", workers, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value}: must be at least {least}")
-    opened = open_source(source, text_field, validation_fraction)
-    request = make_request(opened, vocab_size, tokenizer, drop_duplicates)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}: must be at least 1")
+    source = config.open()
+    request = config.request(source)
     folder = Path(output)
-    if begin(folder, request):
-        write_tokenizer(folder / TOKENIZER, opened, vocab_size, tokenizer)
-        preparation = Preparation(opened, folder, Tokenizer(folder / TOKENIZER), max_broken)
-        records = preparation.run(workers or cores(), drop_duplicates)
-        manifest = make_manifest(request, preparation.tokenizer, records, source)
+    if begin(folder, request, config.max_broken):
+        write_tokenizer(folder / TOKENIZER, source, config.vocab_size, config.tokenizer)
+        preparation = Preparation(source, folder, Tokenizer(folder / TOKENIZER), config.max_broken)
+        records = preparation.run(workers or cores(), config.drop_duplicates)
+        manifest = make_manifest(config, request, preparation.tokenizer, records)
         write_json(folder / MANIFEST, manifest)
     else:
         log.info("%s is complete already", folder)
@@ -93,19 +76,7 @@ def prepare(
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
-def make_request(
-    source: Source, vocab_size: int | None, tokenizer: str | Path | None, drop_duplicates: bool
-) -> Record:
-    """All that the content of the store follows from."""
-    return {
-        "source": source.description(),
-        "vocab_size": vocab_size,
-        "tokenizer_sha256": Tokenizer(tokenizer).sha256 if tokenizer is not None else None,
-        "drop_duplicates": drop_duplicates,
-    }
-
-
-def begin(folder: Path, request: Record) -> bool:
+def begin(folder: Path, request: Record, max_broken: int) -> bool:
     """Whether there is anything to do; refuses a folder that has shards of another request."""
     manifest, begun = folder / MANIFEST, folder / PROGRESS / REQUEST
     if manifest.exists():
@@ -116,6 +87,11 @@ def begin(folder: Path, request: Record) -> bool:
                 "or choose another folder"
             )
         _check_same(folder, saved["request"], request)
+        if (broken := sum(saved["broken"].values())) > max_broken:
+            raise ValueError(
+                f"max_broken={max_broken}: {folder} is complete and lacks {broken} broken records "
+                f"of its source; allow as many, or mend them and choose another folder"
+            )
         return False
     if begun.exists():
         saved = json.loads(begun.read_text(encoding="utf-8"))
@@ -127,7 +103,12 @@ def begin(folder: Path, request: Record) -> bool:
             _check_same(folder, saved, request)
         (folder / TOKENIZER).unlink(missing_ok=True)  # nothing else is lost by starting anew
         shutil.rmtree(begun.parent)
-    begun.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        begun.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output={folder}: no folder can be made there ({error.strerror}); choose another one"
+        ) from error
     others = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS)
     if others:
         raise ValueError(
@@ -170,7 +151,7 @@ def warn_of_losses(tokenizer: str | Path) -> None:
 
 
 def make_manifest(
-    request: Record, tokenizer: Tokenizer, records: Sequence[Record], source: str
+    config: StoreConfig, request: Record, tokenizer: Tokenizer, records: Sequence[Record]
 ) -> Record:
     """The manifest, from the records of all parts in their order.
 
@@ -183,7 +164,7 @@ def make_manifest(
         totals = {key: sum(shard[key] for shard in shards) for key in COUNTS}
         if not totals["documents"]:
             raise ValueError(
-                f"source={source}: no documents for the {split} split; give more documents, "
+                f"source={config.source}: no documents for the {split} split; give more documents, "
                 "another validation_fraction, or a subfolder named validation"
             )
         duplicates = sum(r["duplicates"].get(split, 0) for r in records)
@@ -196,6 +177,7 @@ def make_manifest(
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
         "dtype": token_dtype(tokenizer.vocab_size),
+        "max_broken": config.max_broken,
         "broken": broken_records(records),
         "splits": splits,
     }

@@ -6,18 +6,12 @@
     hf:NAME or hf:NAME@CONFIG       Hugging Face datasets, or a folder that save_to_disk wrote
     anything else                   a folder of text files (data/text_files.py)
 
-TensorFlow and `datasets` are imported only for the sources that need them.
+TFDS and `datasets` are imported only for the sources that need them.
 """
 
-import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import os
 import random
-import sys
-import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,8 +21,6 @@ from data import corpus
 from data.parts import SPLITS, Broken, Document, Part, Source, number_parts
 from data.text_files import TextFolder
 
-TfdsKey = tuple[str, tuple[str, str], str | None]  # name, names of the splits, folder
-C4 = "tfds:c4/en:3.1.0"
 TFDS, HUGGING_FACE = "tfds:", "hf:"
 DEFAULT_FIELD = "text"
 SAMPLE_PARTS = 64  # that a sample is drawn from
@@ -60,6 +52,8 @@ def open_source(
     if name == "bible":
         return BibleSource()
     if name == "c4" or name.startswith(TFDS):
+        from data.tfds_files import C4, TfdsSource
+
         return TfdsSource(C4 if name == "c4" else name)
     if name.startswith(HUGGING_FACE):
         return HuggingFaceSource(name, text_field or DEFAULT_FIELD)
@@ -93,53 +87,6 @@ class BibleSource:
         """Chapters of both splits."""
         for read, chapter in enumerate(corpus.chapters(), start=1):
             yield Document(SPLITS[chapter.held_out], chapter.text, read)
-
-
-class TfdsSource:
-    """A SeqIO task over TensorFlow Datasets; a part is one of its files, its size in examples.
-
-    Attributes:
-      key: what data/tasks.py finds the set by.
-    """
-
-    def __init__(self, name: str):
-        dataset, _, language = name.removeprefix(TFDS).partition("@")
-        splits = (language, f"{language}-validation") if language else SPLITS
-        self.key: TfdsKey = (dataset, splits, os.environ.get("TFDS_DATA_DIR"))
-        info = self._tasks().tfds_info(*self.key)
-        self._description = {"kind": "TFDS", "name": info.full_name, "splits": {}}
-        contents: list[tuple[tuple[str, ...], int, tuple[int, int]]] = []
-        for split, theirs in zip(SPLITS, splits):
-            files = info.splits[theirs].file_instructions  # those with an example in them
-            sizes = [file.examples_in_shard for file in files]
-            listing = [*sizes, info.splits[theirs].num_bytes]
-            self._description["splits"][theirs] = {
-                "examples": sum(sizes),
-                "files": len(sizes),
-                "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
-            }
-            contents += [((split,), size, (i, len(sizes))) for i, size in enumerate(sizes)]
-        self.parts = number_parts(contents)
-
-    def description(self) -> dict[str, Any]:
-        """Name with version, and the numbers of examples in all files."""
-        return self._description
-
-    def read(self, part: Part) -> Iterator[Document | Broken]:
-        """Examples of one file, in order."""
-        (split,) = part.shards
-        examples = self._tasks().tfds_texts(self.key, split, *part.content)
-        for read, text in enumerate(examples, start=1):
-            try:
-                yield Document(split, text.decode("utf-8"), read)
-            except UnicodeDecodeError as error:
-                place = f"{self.key[0]}, {split}, file {part.content[0]}, example {read - 1}"
-                yield Broken("not UTF-8", f"{place}: {error}")
-
-    def _tasks(self):
-        with held_back_stderr():  # TensorFlow's libraries print on import whatever is set
-            from data import tasks
-        return tasks
 
 
 class HuggingFaceSource:
@@ -196,21 +143,3 @@ class HuggingFaceSource:
             else:
                 self._loaded = datasets.load_dataset(self._path, self._config or None)
         return self._loaded
-
-
-@contextlib.contextmanager
-def held_back_stderr() -> Iterator[None]:
-    """Keeps what is written to the process' stderr, by C++ too, and shows it only on failure."""
-    sys.stderr.flush()
-    real = os.dup(2)
-    with tempfile.TemporaryFile() as held_back:
-        os.dup2(held_back.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held_back.seek(0)
-            os.write(real, held_back.read())
-            raise
-        finally:
-            os.dup2(real, 2)
-            os.close(real)

@@ -1,11 +1,11 @@
 """Text as SeqIO tasks: TensorFlow Datasets, and every other source of data/sources.py.
 
-Without a tokenizer a task's "targets" are the text itself, which is what data/prepare.py reads;
-with one they are its token ids and an EOS, for use with SeqIO directly. Importing this module
-imports TensorFlow (4 seconds, a gigabyte), so nothing that reads prepared tokens may do so.
+Without a tokenizer a task's "targets" are the text itself: the documents that data/prepare.py puts
+into a store, shard by shard in their order. With one they are its token ids and an EOS, for use
+with SeqIO directly. Importing this module imports SeqIO and TensorFlow (2 seconds, 800 MB), so no
+other module does so.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,13 +14,13 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from data.parts import SPLITS, Part, Source, texts
-from data.sources import C4, TFDS, TfdsKey, TfdsSource, open_source
+from data.sources import open_source
+from data.tfds_files import TfdsSource
 from data.tokenizer import Tokenizer
 
 tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes all of its memory
 
 TEXT_ALONE = tfds.decode.PartialDecoding({"text": True})  # the other fields cost as much again
-READ_EXAMPLES = 256  # at a time
 TEXT_FEATURE = seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, rank=0, dtype=tf.string)
 
 
@@ -61,87 +61,18 @@ def register(
     """
     opened = open_source(source, text_field, validation_fraction)
     provider: seqio.DataSource = PartsSource(opened)
-    if isinstance(opened, TfdsSource):
-        of_tfds = _tfds_source(*opened.key)
-        if not is_array_record(of_tfds.tfds_dataset.info):
-            provider = of_tfds
+    # SeqIO's own source can't read array_record.
+    if isinstance(opened, TfdsSource) and not opened.is_array_record:
+        provider = seqio.TfdsDataSource(
+            opened.dataset,
+            opened.data_dir,
+            splits=dict(zip(SPLITS, opened.splits)),
+            decoders=TEXT_ALONE,
+            read_only=True,
+        )
     task = make_task(name, provider, tokenizer_path)
     seqio.TaskRegistry.add_provider(name, task)
     return task
-
-
-def tfds_info(dataset: str, splits: tuple[str, str], data_dir: str | None) -> Any:
-    """TFDS's DatasetInfo of a prepared set. Raises ValueError where it is not on this machine."""
-    try:
-        info = _tfds_source(dataset, splits, data_dir).tfds_dataset.info
-        missing = [split for split in splits if split not in info.splits]
-        has_text = "text" in info.features
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"source={TFDS}{dataset}: TensorFlow Datasets has no such set ({first}); "
-            f"write it as NAME/CONFIG:VERSION, as in {C4}"
-        ) from error
-    if missing:
-        has = f"only {', '.join(info.splits)}" if info.splits else "nothing at all"
-        raise ValueError(
-            f"source={TFDS}{dataset}: no split {missing[0]!r} in {info.data_dir}, {has}; point "
-            f"TFDS_DATA_DIR to where it is, build it with `tfds build {dataset}`, or give a folder "
-            "with the .json.gz files of C4; splits of other names are given as in "
-            "tfds:c4/multilingual:3.1.0@af"
-        )
-    if not has_text:
-        raise ValueError(f"source={TFDS}{dataset}: no feature 'text', only {info.features}")
-    return info
-
-
-def tfds_texts(key: TfdsKey, split: str, file: int, files: int) -> Iterator[bytes]:
-    """Documents of one of a split's files, in order; by a SeqIO task where that can read them."""
-    source = _tfds_source(*key)
-    if is_array_record(source.tfds_dataset.info):
-        yield from _array_record_texts(key, split, file)
-        return
-    task = make_task("text_of_tfds", source)
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = 1  # each core has a process of its own
-    options.deterministic = True
-    examples = task.get_dataset(
-        split=split,
-        shuffle=False,
-        shard_info=seqio.ShardInfo(file, files),
-        try_in_mem_cache=False,
-    ).with_options(options)
-    for batch in examples.batch(READ_EXAMPLES).as_numpy_iterator():  # one by one: half as fast
-        yield from batch["targets"]
-
-
-def is_array_record(info: tfds.core.DatasetInfo) -> bool:
-    """Whether the files are of the kind that tf.data, and so SeqIO, can't read."""
-    return info.file_format == tfds.core.FileFormat.ARRAY_RECORD
-
-
-def _array_record_texts(key: TfdsKey, split: str, file: int) -> Iterator[bytes]:
-    builder, theirs = _tfds_source(*key).tfds_dataset.builder, key[1][SPLITS.index(split)]
-    sizes = [f.examples_in_shard for f in builder.info.splits[theirs].file_instructions]
-    examples = builder.as_data_source(split=theirs)
-    first, stop = sum(sizes[:file]), sum(sizes[: file + 1])
-    for start in range(first, stop, READ_EXAMPLES):
-        batch = examples.__getitems__(range(start, min(start + READ_EXAMPLES, stop)))
-        yield from (example["text"] for example in batch)
-
-
-@functools.cache
-def _tfds_source(
-    dataset: str, splits: tuple[str, str], data_dir: str | None
-) -> seqio.TfdsDataSource:
-    """SeqIO's source, whose splits are called "train" and "validation" whatever TFDS calls them."""
-    return seqio.TfdsDataSource(
-        dataset,
-        data_dir,
-        splits=dict(zip(SPLITS, splits)),
-        decoders=TEXT_ALONE,
-        read_only=True,
-    )
 
 
 class PartsSource(seqio.DataSource):

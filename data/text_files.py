@@ -13,6 +13,7 @@ Small files share a part, and a large .jsonl is cut into several, so that all co
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 
 from data.file_formats import LINES_ENDINGS, lines, parquet_column
 from data.parts import SPLITS, Broken, Document, Part, number_parts
+
+log = logging.getLogger(__name__)
 
 ENDINGS = (".txt", *LINES_ENDINGS, ".parquet")
 DEFAULT_FRACTION = 0.05
@@ -167,11 +170,22 @@ class TextFolder:
 
 
 def _find(folder: Path) -> list[Path]:
+    if folder.is_file():
+        raise ValueError(f"source={folder}: is a file; give the folder that it is in")
     if not folder.is_dir():
         raise ValueError(f"source={folder}: no such folder, and no other source of that name")
-    found = sorted(file for file in folder.rglob("*") if file.name.endswith(ENDINGS))
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    found = [file for file in files if file.name.endswith(ENDINGS)]
     if not found:
         raise ValueError(f"source={folder}: no files that end in {', '.join(ENDINGS)}")
+    if len(found) < len(files):
+        first = next(file for file in files if not file.name.endswith(ENDINGS))
+        log.info(
+            "%s: %d files of other kinds are not read, as %s",
+            folder,
+            len(files) - len(found),
+            first.relative_to(folder),
+        )
     return found
 
 

@@ -130,8 +130,7 @@ def _in_processes(
                     yield futures.pop(future), future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a worker process died, perhaps for want of memory: use fewer workers; what is "
-                "finished is kept, and the same command goes on"
+                "a worker process died, perhaps for want of memory: use fewer workers"
             ) from error
         finally:
             shared.stop.set()

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         splits = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["splits"]
         counts = {name: length_counts(store.split(name)) for name in splits}
         print("\n".join(summary(store, name, counts[name]) for name in splits))
-        draw(counts, png)
+        draw(counts, arguments.seq_len, f"Lengths of documents in {folder.resolve().name}", png)
         print(f"lengths of documents: {png}")
         for row in rows:
             print(f"\n{row}")
@@ -102,37 +102,55 @@ def length_counts(split: Split) -> np.ndarray:
 
 
 def summary(store: TokenStore, name: str, counts: np.ndarray) -> str:
-    """One line on a split."""
+    """What a split holds, in two lines."""
     split = store.split(name)
     middle = int(np.searchsorted(np.cumsum(counts), split.num_documents / 2))
     mean = (split.num_tokens - 1) / split.num_documents
     return (
         f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, "
-        f"{split.num_bytes:,} bytes, {split.num_bytes / split.num_tokens:.2f} bytes per token; "
-        f"a document has {mean:,.0f} tokens on average, half of them have fewer than "
+        f"{split.num_bytes:,} bytes, {split.num_bytes / split.num_tokens:.2f} bytes per token\n"
+        f"  a document has {mean:,.0f} tokens on average, half of them have fewer than "
         f"{2 ** ((middle + 1) / BINS_PER_OCTAVE):,.0f}"
     )
 
 
-def draw(counts: dict[str, np.ndarray], png: Path) -> None:
-    """Shares of documents by their length, a curve for each split."""
+def draw(counts: dict[str, np.ndarray], seq_len: int, title: str, png: Path) -> None:
+    """Shares of documents by their length, a curve for each split, and the length of a row."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = pyplot.subplots(figsize=(7.5, 4), layout="constrained")
     edges = 2 ** (np.arange(BINS_PER_OCTAVE * OCTAVES + 1) / BINS_PER_OCTAVE)
-    for name, count in counts.items():
-        axes.stairs(count / count.sum(), edges, label=name, fill=name == "train", alpha=0.7)
+    for (name, count), color in zip(counts.items(), ("#4878a8", "#d1495b")):
+        is_first = name == next(iter(counts))
+        axes.stairs(
+            count / count.sum(),
+            edges,
+            label=f"{name}, {count.sum():,} documents",
+            fill=is_first,
+            color=color,
+            alpha=0.6 if is_first else 1.0,
+            linewidth=1.6,
+        )
+    axes.axvline(
+        seq_len, color="0.3", linewidth=1, linestyle="--", label=f"row, {seq_len:,} tokens"
+    )
     used = np.flatnonzero(sum(counts.values()))
     axes.set_xscale("log", base=2)
-    axes.set_xlim(edges[used[0]], edges[used[-1] + 1])
-    axes.set_xlabel("tokens of a document, its EOS included")
+    axes.set_xlim(min(edges[used[0]], seq_len / 2), max(edges[used[-1] + 1], seq_len * 2))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of a document, its EOS included; 4 bins an octave")
     axes.set_ylabel("share of documents")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(png, dpi=120)
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(png, dpi=150)
     pyplot.close(figure)
 
 

@@ -6,10 +6,13 @@
     python scripts/prepare_data.py --source=tfds:c4/en:3.1.0 --output=gs://bucket/c4 \\
         --tokenizer=c4.model --beam="--runner=DataflowRunner --project=mine --region=us-central1"
 
+    python scripts/prepare_data.py --flagfile=configs/c4_store.flags
+
 A source is `bible` (comes with the requirements), `tfds:NAME/CONFIG:VERSION`, `hf:NAME`, or a
 folder of .txt, .jsonl, .parquet, .jsonl.gz, .json.gz, .jsonl.zst or .json.zst files; the details
-are in data/sources.py. Stopped at any moment, the same command goes on where it was; with --beam,
-which needs an environment of its own (requirements-beam.txt), it begins anew.
+are in data/sources.py. A flag file holds one flag a line. Stopped at any moment, the same command
+goes on where it was; with --beam, which needs an environment of its own (requirements-beam.txt), it
+begins anew.
 Exit codes: 0 done, 2 mistake in the command line or the input, 1 anything else.
 """
 
@@ -17,16 +20,20 @@ import logging
 import os
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from absl import flags
 
+from data.config import StoreConfig
 from data.estimate import estimate
 from data.prepare import prepare
 
+GOES_ON = "what is finished is kept, and the same command goes on"
 VALUES = flags.FlagValues()
 flags.DEFINE_string("source", None, "see above", flag_values=VALUES, required=True)
 flags.DEFINE_string("output", None, "folder to write", flag_values=VALUES, required=True)
@@ -69,33 +76,26 @@ def main(argv: list[str]) -> int:
         print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:  # a worker died; the disk is full
-        print(f"{Path(argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(argv[0]).name}: {error}; {GOES_ON}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print(f"stopped; {GOES_ON}", file=sys.stderr)
         return 1
     return 0
 
 
 def _run() -> None:
-    where = {
-        "source": VALUES.source,
-        "output": VALUES.output,
-        "vocab_size": VALUES.vocab_size,
-        "tokenizer": VALUES.tokenizer,
-        "text_field": VALUES.text_field,
-        "validation_fraction": VALUES.validation_fraction,
-    }
-    how = {"drop_duplicates": VALUES.drop_duplicates, "max_broken": VALUES.max_broken}
+    values: dict[str, Any] = {f.name: VALUES[f.name].value for f in fields(StoreConfig)}
+    config = StoreConfig(**values)
     if VALUES.estimate:
-        print(estimate(**where, workers=VALUES.workers))
+        print(estimate(config, VALUES.output, workers=VALUES.workers))
     elif VALUES.beam is not None:
-        _run_beam(where | how)
+        _run_beam(config)
     else:
-        _print_counts(prepare(**where, **how, workers=VALUES.workers))
+        _print_counts(prepare(config, VALUES.output, workers=VALUES.workers))
 
 
-def _run_beam(arguments: dict) -> None:
+def _run_beam(config: StoreConfig) -> None:
     try:
         from data.beam_pipeline import prepare_with_beam
     except ModuleNotFoundError as error:
@@ -105,7 +105,7 @@ def _run_beam(arguments: dict) -> None:
         ) from error
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for workers on this machine
-    prepare_with_beam(**arguments, options=shlex.split(VALUES.beam))
+    prepare_with_beam(config, VALUES.output, options=shlex.split(VALUES.beam))
 
 
 def _print_counts(manifest: dict) -> None:

@@ -23,6 +23,7 @@ os.environ["XLA_FLAGS"] = (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import corpus
+from data.config import StoreConfig
 from data.prepare import prepare
 
 
@@ -34,7 +35,7 @@ def store(tmp_path_factory):
     for i, chapter in enumerate(chapters):
         (folder / f"{i:02}.txt").write_text(chapter)
     output = tmp_path_factory.mktemp("stores") / "small"
-    prepare(str(folder), output, vocab_size=400, validation_fraction=0.1)
+    prepare(StoreConfig(str(folder), vocab_size=400, validation_fraction=0.1), output)
     return output
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from data import corpus, text_files
+from data.config import StoreConfig
 from data.prepare import prepare
 
 pytest.importorskip("apache_beam", reason="apache-beam is not installed: requirements-beam.txt")
@@ -53,14 +54,12 @@ def test_beam_and_one_machine_write_the_same_bytes(
 ):
     monkeypatch.setattr(text_files, "MIN_PART", 1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    arguments = {
-        "tokenizer": tokenizer_path,
-        "drop_duplicates": drop_duplicates,
-        "max_broken": 2,
-    }
-    manifest = prepare(str(source), tmp_path / "local", workers=2, **arguments)
+    config = StoreConfig(
+        str(source), tokenizer=tokenizer_path, drop_duplicates=drop_duplicates, max_broken=2
+    )
+    manifest = prepare(config, tmp_path / "local", workers=2)
     options = ["--runner=DirectRunner", *RUNNERS[runner].split()]
-    prepare_with_beam(str(source), str(tmp_path / "beam"), options=options, **arguments)
+    prepare_with_beam(config, str(tmp_path / "beam"), options=options)
     assert _contents(tmp_path / "beam") == _contents(tmp_path / "local")
     assert len(_contents(tmp_path / "beam")) == 2 + 2 * 8
     assert manifest["broken"] == {"not JSON": 2}
@@ -69,24 +68,19 @@ def test_beam_and_one_machine_write_the_same_bytes(
 
 
 def test_too_many_broken_records_end_the_pipeline(tmp_path, source, tokenizer_path):
+    config = StoreConfig(str(source), tokenizer=tokenizer_path, max_broken=1)
+    options = ["--runner=DirectRunner", "--direct_num_workers=1"]
     with pytest.raises(Exception, match="max_broken=1: more broken records than that"):
-        prepare_with_beam(
-            str(source),
-            str(tmp_path / "beam"),
-            tokenizer=tokenizer_path,
-            max_broken=1,
-            options=["--runner=DirectRunner", "--direct_num_workers=1"],
-        )
+        prepare_with_beam(config, str(tmp_path / "beam"), options=options)
     assert not (tmp_path / "beam" / "manifest.json").exists()
 
 
 def test_a_store_that_is_there_is_not_written_over(tmp_path, source, tokenizer_path):
-    prepare(str(source), tmp_path / "store", tokenizer=tokenizer_path, max_broken=2)
+    config = StoreConfig(str(source), tokenizer=tokenizer_path, max_broken=2)
+    prepare(config, tmp_path / "store")
     before = _contents(tmp_path / "store")
     with pytest.raises(ValueError) as error:
-        prepare_with_beam(
-            str(source), str(tmp_path / "store"), tokenizer=tokenizer_path, options=[]
-        )
+        prepare_with_beam(config, str(tmp_path / "store"), options=[])
     assert "holds a store already" in str(error.value)
     assert _contents(tmp_path / "store") == before
 
@@ -117,8 +111,9 @@ def test_beam_prepares_from_tfds(tmp_path, tokenizer_path, monkeypatch):
         writer.add_examples({split: [{"text": f"{i} ü"} | other for i in range(80)]})
     writer.close_all()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    prepare("c4", tmp_path / "local", tokenizer=tokenizer_path, workers=1)
+    config = StoreConfig("c4", tokenizer=tokenizer_path)
+    prepare(config, tmp_path / "local", workers=1)
     options = ["--runner=DirectRunner"]
-    prepare_with_beam("c4", str(tmp_path / "beam"), tokenizer=tokenizer_path, options=options)
+    prepare_with_beam(config, str(tmp_path / "beam"), options=options)
     assert _contents(tmp_path / "beam") == _contents(tmp_path / "local")
     assert len(_contents(tmp_path / "beam")) == 2 + 2 * 6

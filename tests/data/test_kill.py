@@ -20,12 +20,14 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from data import text_files
+from data.config import StoreConfig
 from data.prepare import prepare
 
 if __name__ == "__main__":
     text_files.MIN_PART = 1
     source, output, tokenizer, drop = sys.argv[2:]
-    prepare(source, output, tokenizer=tokenizer, workers=2, drop_duplicates=drop == "True")
+    config = StoreConfig(source, tokenizer=tokenizer, drop_duplicates=drop == "True")
+    prepare(config, output, workers=2)
 """
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from data import loader
 from data.loader import Prefetcher, eval_batches, train_batches
 from data.order import row_ids
 
@@ -237,20 +238,56 @@ def test_leaving_the_context_by_an_error_ends_the_thread(split):
     assert not _threads()
 
 
-def test_only_waiting_is_counted_as_waiting():
-    def slow(step):
-        time.sleep(0.1)
+def test_the_next_batch_is_ready_before_the_step_asks_for_it():
+    begun = [threading.Event() for _ in range(9)]
+
+    def make_batch(step):
+        begun[step].set()
         return step, {}
 
-    with Prefetcher(slow, range(3), prefetch=3) as batches:
-        time.sleep(0.5)  # long enough for all three to be ready
+    with Prefetcher(make_batch, range(9), prefetch=2) as batches:
+        for step, _ in batches:
+            # While the step computes: where batch step + 2 is begun, step + 1 lies ready.
+            assert begun[min(step + 2, 8)].wait(10)
+
+
+class Clock:
+    """Stands for `time` in data/loader.py; it moves only when told to."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = 0
+        self.asked = threading.Semaphore(0)  # released as often as `next` was called
+
+    def perf_counter(self):
+        before = self.now
+        self.calls += 1
+        if self.calls % 2:
+            self.asked.release()
+        return before
+
+
+def test_seconds_waited_are_those_that_the_step_waits_for_a_slow_loader(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(loader, "time", clock)
+
+    def slow(step):
+        assert clock.asked.acquire(timeout=10)
+        clock.now += 3.0
+        return step, {}
+
+    with Prefetcher(slow, range(4), prefetch=2) as batches:
+        for step, _ in batches:
+            assert batches.seconds_waited == 3.0 * (step + 1)
+
+
+def test_a_slow_step_waits_for_nothing(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(loader, "time", clock)
+    with Prefetcher(lambda step: (step, {}), range(4), prefetch=2) as batches:
         for _ in batches:
-            pass
-        assert batches.seconds_waited < 0.05
-    with Prefetcher(slow, range(3), prefetch=3) as batches:
-        for _ in batches:
-            pass
-        assert batches.seconds_waited > 0.25
+            clock.now += 5.0
+        assert batches.seconds_waited == 0.0
 
 
 def test_arguments_of_no_use_are_errors(split):

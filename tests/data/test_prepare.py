@@ -9,6 +9,7 @@ import pytest
 from data import prepare as prepare_module
 from data import shards as shards_module
 from data import text_files
+from data.config import StoreConfig
 from data.parts import texts
 from data.prepare import prepare
 from data.store import TokenStore
@@ -41,9 +42,9 @@ def source(tmp_path):
 def run(source, tmp_path, tokenizer_path):
     """Prepares the source in small batches and parts."""
 
-    def run_into(name="store", **changes):
-        arguments = {"tokenizer": tokenizer_path, "validation_fraction": 0.2, "workers": 1}
-        return prepare(str(source), tmp_path / name, **(arguments | changes))
+    def run_into(name="store", workers=1, **changes):
+        fields = {"tokenizer": tokenizer_path, "validation_fraction": 0.2} | changes
+        return prepare(StoreConfig(str(source), **fields), tmp_path / name, workers=workers)
 
     return run_into
 
@@ -257,6 +258,14 @@ def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
     assert _contents(tmp_path / "store") == {"thesis.tex": b"years of work"}
 
 
+def test_an_output_that_no_folder_can_be_made_at_is_an_error(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for name in ("file", "file/store"):
+        with pytest.raises(ValueError) as error:
+            run(name)
+        assert f"output={tmp_path / name}: no folder can be made there" in str(error.value)
+
+
 def test_a_mistake_before_the_first_shard_can_be_mended(run, source, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "MIN_PART", 10**6)
     bad = source / "15.txt"
@@ -284,6 +293,7 @@ def test_broken_records_are_skipped_counted_and_shown(run, source, tmp_path, cap
             lines.insert(3 * i, line)
         (source / name).write_bytes(b"".join(lines))
     manifest = run(max_broken=8, workers=workers)
+    assert manifest["max_broken"] == 8
     assert manifest["broken"] == {"no text": 2, "not JSON": 2, "not UTF-8": 2, "not Unicode": 2}
     for name in ("train", "validation"):  # shards are cut elsewhere, the stream is the same
         stream, expected = (_stream(tmp_path / n, name) for n in ("store", "reference"))
@@ -296,6 +306,11 @@ def test_broken_records_are_skipped_counted_and_shown(run, source, tmp_path, cap
     assert not (tmp_path / "other" / "manifest.json").exists()
     run("other", max_broken=8, workers=workers)  # goes on
     assert _contents(tmp_path / "other") == _contents(tmp_path / "store")
+    assert run(max_broken=9) == manifest  # the finished store is as good for a wider limit
+    with pytest.raises(ValueError) as error:
+        run(max_broken=7)
+    assert "max_broken=7" in str(error.value)
+    assert "lacks 8 broken records" in str(error.value)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -311,14 +326,8 @@ def test_of_equal_documents_the_first_stays(tmp_path, tokenizer_path, monkeypatc
     for name, documents in files.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
         (source / name).write_bytes(gzip.compress(f"[]\n{lines}".encode()))
-    manifest = prepare(
-        str(source),
-        tmp_path / "store",
-        tokenizer=tokenizer_path,
-        drop_duplicates=True,
-        max_broken=3,
-        workers=workers,
-    )
+    config = StoreConfig(str(source), tokenizer=tokenizer_path, drop_duplicates=True, max_broken=3)
+    manifest = prepare(config, tmp_path / "store", workers=workers)
     store, tokenizer = TokenStore(tmp_path / "store"), Tokenizer(tokenizer_path)
     found = {
         name: [tokenizer.decode(split.document(i)) for i in range(split.num_documents)]
@@ -336,9 +345,8 @@ def test_a_part_without_a_document_of_a_split_has_no_shard(tmp_path, tokenizer_p
     source.mkdir()
     for i in range(40):
         (source / f"{i:02d}.txt").write_text(f"{i}")
-    manifest = prepare(
-        str(source), tmp_path / "store", tokenizer=tokenizer_path, validation_fraction=0.5
-    )
+    config = StoreConfig(str(source), tokenizer=tokenizer_path, validation_fraction=0.5)
+    manifest = prepare(config, tmp_path / "store")
     counts = {name: len(split["shards"]) for name, split in manifest["splits"].items()}
     assert sum(counts.values()) in (40, 41)  # the first shard has an EOS, whatever else
     assert TokenStore(tmp_path / "store").split("train").num_documents + 1 >= counts["train"]
@@ -347,8 +355,9 @@ def test_a_part_without_a_document_of_a_split_has_no_shard(tmp_path, tokenizer_p
 def test_a_split_without_documents_is_an_error(tmp_path, tokenizer_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.txt").write_text("all I have")  # falls on the validation side
+    config = StoreConfig(str(tmp_path / "source"), tokenizer=tokenizer_path)
     with pytest.raises(ValueError) as error:
-        prepare(str(tmp_path / "source"), tmp_path / "store", tokenizer=tokenizer_path)
+        prepare(config, tmp_path / "store")
     assert "no documents for the train split" in str(error.value)
 
 
@@ -359,7 +368,6 @@ def test_a_split_without_documents_is_an_error(tmp_path, tokenizer_path):
         ("bible", {}, "give one of the two"),
         ("bible", {"vocab_size": 300, "validation_fraction": 0.1}, "validation_fraction=0.1"),
         ("bible", {"vocab_size": 300, "text_field": "x"}, "text_field=x"),
-        ("bible", {"vocab_size": 300, "workers": 0}, "workers=0: must be at least 1"),
         ("bible", {"vocab_size": 300, "max_broken": -1}, "max_broken=-1: must be at least 0"),
         ("bibel", {"vocab_size": 300}, "source=bibel: no such folder, and no other source"),
         ("bible", {"tokenizer": "missing.model"}, "tokenizer=missing.model: no such file"),
@@ -367,8 +375,15 @@ def test_a_split_without_documents_is_an_error(tmp_path, tokenizer_path):
 )
 def test_wrong_arguments_are_errors_and_leave_no_folder(tmp_path, source, changes, reason):
     with pytest.raises(ValueError) as error:
-        prepare(source, tmp_path / "store", **changes)
+        prepare(StoreConfig(source, **changes), tmp_path / "store")
     assert reason in str(error.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_no_workers_are_an_error(tmp_path):
+    with pytest.raises(ValueError) as error:
+        prepare(StoreConfig("bible", vocab_size=300), tmp_path / "store", workers=0)
+    assert "workers=0: must be at least 1" in str(error.value)
     assert not (tmp_path / "store").exists()
 
 

@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from data import sources
+from data.config import StoreConfig
 from data.parts import Broken, texts
 from data.prepare import prepare
 from data.sources import open_source
@@ -34,8 +35,9 @@ def test_hugging_face_gives_all_documents_in_order(saved, monkeypatch):
 
 def test_hugging_face_makes_a_store_by_two_workers(saved, tmp_path, tokenizer_path, monkeypatch):
     monkeypatch.setattr(sources, "HF_PART", 30)
+    config = StoreConfig(f"hf:{saved}", tokenizer=tokenizer_path)
     for workers in (1, 2):
-        prepare(f"hf:{saved}", tmp_path / f"{workers}", tokenizer=tokenizer_path, workers=workers)
+        prepare(config, tmp_path / f"{workers}", workers=workers)
     one, two = (TokenStore(tmp_path / f"{workers}") for workers in (1, 2))
     assert one.fingerprint == two.fingerprint
     assert one.split("train").num_documents == 70

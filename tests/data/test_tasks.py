@@ -10,7 +10,8 @@ import seqio
 import tensorflow_datasets as tfds
 
 from data import corpus, tasks, text_files
-from data.parts import texts
+from data.config import StoreConfig
+from data.parts import Broken, texts
 from data.prepare import prepare
 from data.sources import open_source
 from data.store import TokenStore
@@ -73,9 +74,7 @@ def tfds_folder(tmp_path, monkeypatch):
     folder = tmp_path / "tfds"
     folder.mkdir()
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
-    tasks._tfds_source.cache_clear()
-    yield folder
-    tasks._tfds_source.cache_clear()
+    return folder
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
@@ -91,7 +90,7 @@ def test_tfds_and_json_gz_give_the_same_documents_and_the_same_store(
         assert [part.size for part in open_source("c4").parts] == [30, 30, 20, 2]
     stores = []
     for name, source, workers in (("a", "c4", 1), ("b", str(tmp_path / "json"), 2)):
-        prepare(source, tmp_path / name, tokenizer=tokenizer_path, workers=workers)
+        prepare(StoreConfig(source, tokenizer=tokenizer_path), tmp_path / name, workers=workers)
         stores.append(TokenStore(tmp_path / name))
     assert len({store.fingerprint for store in stores}) == 1
     files = [sorted(path.name for path in store.path.iterdir()) for store in stores]
@@ -106,7 +105,7 @@ def test_tfds_and_json_gz_give_the_same_documents_and_the_same_store(
 def test_workers_read_tfds_as_one_process_does(tmp_path, tfds_folder, tokenizer_path):
     _write_tfds(tfds_folder)
     for name, workers in (("one", 1), ("two", 2)):
-        prepare("c4", tmp_path / name, tokenizer=tokenizer_path, workers=workers)
+        prepare(StoreConfig("c4", tokenizer=tokenizer_path), tmp_path / name, workers=workers)
     files = sorted((tmp_path / "one").iterdir())
     assert len(files) == 10
     for file in files:
@@ -147,6 +146,57 @@ def test_the_embedded_corpus_is_a_task():
     found = [target.decode() for target in _targets(task, "validation")]
     assert found == list(corpus.documents("validation"))
     assert set(task.splits) == {"train", "validation"}
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_the_task_has_the_documents_of_the_store_shard_by_shard(tfds_folder, file_format):
+    _write_tfds(tfds_folder, file_format=file_format)
+    task, source = tasks.register("text", "c4"), open_source("c4")
+    for split, documents in C4_DOCUMENTS.items():
+        count = len(task.source.list_shards(split))
+        shards = [seqio.ShardInfo(i, count) for i in range(count)]
+        found = [text.decode() for s in shards for text in _targets(task, split, shard_info=s)]
+        assert found == list(texts(source, split)) == documents
+
+
+FILES = [("tfrecord", "c4-train.tfrecord-00001"), ("array_record", "c4-train.array_record-00001")]
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "cut to nothing": lambda content: b"",
+    "one bit": lambda content: content[:1000] + bytes([content[1000] ^ 1]) + content[1001:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file_format, name", FILES)
+def test_a_damaged_file_of_tfds_is_named(tfds_folder, file_format, name, damage):
+    documents = {"train": [f"{i} {'text ' * i * 20}" for i in range(80)], "validation": ["x"]}
+    _write_tfds(tfds_folder, file_format=file_format, documents=documents)
+    file = tfds_folder / "c4" / "en" / "3.1.0" / name
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with pytest.raises(ValueError) as error:
+        list(texts(open_source("c4"), "train"))
+    assert str(file) in str(error.value)
+    assert "damaged or cut off" in str(error.value)
+
+
+def test_a_file_of_tfds_with_another_number_of_examples_is_an_error(tfds_folder):
+    _write_tfds(tfds_folder)
+    folder = tfds_folder / "c4" / "en" / "3.1.0"
+    (folder / "c4-train.tfrecord-00002").write_bytes(
+        (folder / "c4-train.tfrecord-00000").read_bytes()
+    )
+    with pytest.raises(ValueError) as error:
+        list(texts(open_source("c4"), "train"))
+    assert "c4-train.tfrecord-00002: 20 examples expected, more found" in str(error.value)
+
+
+def test_text_of_tfds_that_is_not_utf8_is_broken(tfds_folder):
+    _write_tfds(tfds_folder, documents={"train": ["x", b"caf\xe9", "y"], "validation": ["z"]})
+    source = open_source("c4")
+    records = list(source.read(source.parts[0]))
+    assert [isinstance(record, Broken) for record in records] == [False, True, False]
+    assert "c4-train.tfrecord-00000, example 1: " in records[1].message
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])

@@ -104,6 +104,7 @@ def test_another_field(tmp_path):
 
 DAMAGE = {
     "cut": lambda content: content[:-20],
+    "cut to nothing": lambda content: b"",
     "cut to a half": lambda content: content[: len(content) // 2],
     "other": lambda content: b"something else",
     "changed": lambda content: content[:2000] + b"xxxx" + content[2004:],
@@ -126,6 +127,19 @@ def test_a_damaged_compressed_file_is_named(tmp_path, damage, ending, compress):
     assert f"{file}: damaged or cut off" in str(error.value)
 
 
+def test_files_of_other_kinds_are_told_of_and_folders_are_no_files(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "a file.jsonl").write_bytes(_lines("one"))
+    (tmp_path / "folder.jsonl").mkdir()
+    TextFolder(tmp_path)
+    assert not caplog.text
+    for name in ("b.json", "c.csv"):
+        (tmp_path / "folder.jsonl" / name).write_text("x")
+    folder = TextFolder(tmp_path, validation_fraction=0.001)
+    assert list(texts(folder, "train")) == ["one"]
+    assert "2 files of other kinds are not read, as folder.jsonl/b.json" in caplog.text
+
+
 def test_folders_of_no_use_are_errors(tmp_path):
     with pytest.raises(ValueError) as error:
         TextFolder(tmp_path)
@@ -133,6 +147,10 @@ def test_folders_of_no_use_are_errors(tmp_path):
     with pytest.raises(ValueError) as error:
         TextFolder(tmp_path / "missing")
     assert "no such folder" in str(error.value)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError) as error:
+        TextFolder(tmp_path / "a.txt")
+    assert "a.txt: is a file; give the folder" in str(error.value)
 
 
 def test_the_fraction_is_checked(tmp_path):

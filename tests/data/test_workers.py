@@ -11,8 +11,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 WITHOUT = """
 import sys
+from data.config import StoreConfig
 from data.prepare import prepare
-prepare(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], validation_fraction=0.2)
+source, output, tokenizer = sys.argv[1:]
+prepare(StoreConfig(source, tokenizer=tokenizer, validation_fraction=0.2), output)
 print(*sys.modules)
 """
 

@@ -1,4 +1,7 @@
-"""The benchmark of the data runs, small, and memory does not follow the amount of text."""
+"""The benchmark of the data runs, small, and memory does not follow the amount of text.
+
+Speeds are printed and never a test's pass or fail: others may have the cores.
+"""
 
 import re
 import subprocess
@@ -14,19 +17,19 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_benchmark_prints_its_numbers_and_memory_is_bounded():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark_data.py")]
     done = subprocess.run(
-        [*command, "--speed_mb=5", "--memory_mb=5,40", "--consumed=100"],
+        [*command, "--speed_mb=5", "--memory_mb=5,40", "--rounds=1"],
         cwd="/",
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "preparation, 1 of" in done.stdout
-    peaks = [int(peak) for peak in re.findall(r"workers: (\d+) MiB", done.stdout)]
-    workers = [int(peak) for peak in re.findall(r"largest worker (\d+) MiB", done.stdout)]
-    assert len(peaks) == 4
-    assert len(workers) == 2
-    assert max(peaks[0::2]) - min(peaks[0::2]) < 15  # 35 MB more of text
-    assert max(workers) - min(workers) < 15
-    multiple = int(re.search(r"loader: .*, (\d+) times 100 rows/s", done.stdout)[1])
-    assert multiple >= 20
+    for kind in ("json.gz", "tfrecord", "array_record"):
+        assert f"cores, {kind}: " in done.stdout
+        peaks = re.findall(rf"MB of {kind}, 1 workers: (\d+) MiB", done.stdout)
+        workers = re.findall(rf"MB of {kind}, .* largest worker (\d+) MiB", done.stdout)
+        for small, large in (map(int, peaks), map(int, workers)):
+            assert large - small < 25  # 35 MB more of text
+    consumed = float(re.search(r" times the (\d+) rows/s of 4 chips", done.stdout)[1])
+    assert consumed == pytest.approx(383, abs=1)  # 4 * 197e12 / (2.01e9 * 1024)
+    assert "would wait for data" in done.stdout

@@ -61,7 +61,7 @@ def test_lengths_are_counted_in_the_right_bins(store, tmp_path):
         low, high = 2 ** (b / 4), 2 ** ((b + 1) / 4)
         assert counts[b] == ((lengths >= low) & (lengths < high)).sum()
     assert lengths.sum() == split.num_tokens - 1
-    draw({"train": counts}, tmp_path / "x.png")
+    draw({"train": counts}, 64, "x", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,17 +1,25 @@
 """The command line of preparation: what it prints, and how mistakes end."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from absl import flags
 
+from configs import c4
 from data import corpus
 from data.store import TokenStore
 from data.tokenizer import train_tokenizer
+from scripts import prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare_data.py")]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +40,7 @@ def source(tmp_path):
 
 
 def _script(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments]
+    command = [*SCRIPT, *arguments]
     return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
 
 
@@ -60,6 +68,105 @@ def test_the_script_prepares_from_anywhere_and_sums_up(source, tmp_path, tokeniz
     assert "left" in result.stderr
 
 
+def test_a_file_of_flags_is_a_config_and_the_command_line_goes_over_it(
+    source, tmp_path, tokenizer_path
+):
+    config = tmp_path / "mine.flags"
+    lines = [f"--source={source}", f"--tokenizer={tokenizer_path}", f"--output={tmp_path / 'a'}"]
+    config.write_text("\n".join(["# comment", *lines, "--max_broken=1", "--drop_duplicates"]))
+    refused = _script(f"--flagfile={config}")
+    assert refused.returncode == 2
+    assert "max_broken=1: more broken records than that (1 no text, 1 not JSON)" in refused.stderr
+    assert _script(f"--flagfile={config}", "--max_broken=2").returncode == 0
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["max_broken"] == 2
+    assert manifest["request"]["drop_duplicates"]
+
+
+def test_the_config_of_c4_names_real_flags():
+    values = prepare_data.VALUES
+    config = flags.FlagValues()
+    for name in values:
+        config[name] = values[name]
+    config(["prepare_data.py", f"--flagfile={ROOT / 'configs' / 'c4_store.flags'}"])
+    assert config.source == "tfds:c4/en:3.1.0"
+    assert config.output == c4.get_config().data.store
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Four files, a part each."""
+    folder = tmp_path_factory.mktemp("large")
+    texts = list(corpus.documents("validation"))
+    for i in range(4):
+        lines = (json.dumps({"text": f"{i}{j} {t}"}) + "\n" for j in range(12) for t in texts)
+        (folder / f"{i}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def _contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_interrupted_preparation_says_so_and_goes_on(large, tmp_path, tokenizer_path):
+    arguments = [f"--source={large}", f"--tokenizer={tokenizer_path}", "--workers=2"]
+    store = tmp_path / "store"
+    process = subprocess.Popen(
+        [*SCRIPT, *arguments, f"--output={store}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(store.glob("progress/part-*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("stopped; what is finished is kept")
+    assert "Traceback" not in errors
+    assert not (store / "manifest.json").exists()
+    assert _script(*arguments, f"--output={store}").returncode == 0
+    assert _script(*arguments, f"--output={tmp_path / 'reference'}").returncode == 0
+    assert _contents(store) == _contents(tmp_path / "reference")
+
+
+NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+
+
+def can_mount():
+    try:
+        probe = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs unshare and tmpfs, to have a disk that is full")
+def test_a_full_disk_ends_it_in_one_line_and_the_same_command_goes_on(
+    large, tmp_path, tokenizer_path
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    arguments = [f"--source={large}", f"--tokenizer={tokenizer_path}", "--workers=1"]
+    shell = f"""
+        mount -t tmpfs -o size=7m tmpfs {disk}
+        "$@"; echo "code $?, $(ls {disk}/store/progress | grep -c part-) parts"
+        mount -o remount,size=50m {disk}
+        "$@" && cp -r {disk}/store {tmp_path / "store"}
+    """
+    command = [*NAMESPACE, "sh", "-c", shell, "sh", *SCRIPT, *arguments, f"--output={disk}/store"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    code, parts = re.match(r"code (\d), (\d) parts", done.stdout).groups()
+    assert code == "1"
+    assert 0 < int(parts) < 4
+    assert "No space left on device; what is finished is kept" in done.stderr
+    assert f"going on after {parts} of 4 parts" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert _script(*arguments, f"--output={tmp_path / 'reference'}").returncode == 0
+    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
+
+
 def test_the_estimate_is_near_what_comes_and_writes_nothing(source, tmp_path, tokenizer_path):
     for i in range(7):
         (source / f"b{i}.jsonl").write_bytes((source / "a.jsonl").read_bytes())
@@ -85,7 +192,8 @@ def test_the_estimate_is_near_what_comes_and_writes_nothing(source, tmp_path, to
         (["--source=bible", "--output=/tmp/x", "--vocab_size=many"], "many"),
         (["--source=bible", "--output=/tmp/x", "300"], "'300'"),
         (["--source=hf:x", "--output=/tmp/x", "--vocab_size=300"], "pip install datasets"),
-        (["--source=bible", "--output=/tmp/x", "--beam="], "requirements-beam.txt"),
+        (["--source=bible", "--output=/tmp/x", "--vocab_size=300", "--beam="], "beam.txt"),
+        (["--flagfile=/nowhere.flags"], "/nowhere.flags"),
         (["--source=bible", "--output=/tmp/x", "--estimate"], "give one of the two"),
     ],
 )

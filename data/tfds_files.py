@@ -1,0 +1,173 @@
+"""TensorFlow Datasets as a source: the files of a prepared set, and of each example its text alone.
+
+data/tasks.py has the same documents as a SeqIO task. Its pipeline, and TFDS's own, spend half as
+long on an example as SentencePiece does, so preparation takes the files' records as they are.
+TensorFlow (2 seconds and 700 MB for each worker) is imported for TFRecord files, and not for
+array_record.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
+
+from data.parts import SPLITS, Broken, Document, Part, number_parts
+
+C4 = "tfds:c4/en:3.1.0"
+TFDS = "tfds:"
+BUFFER = 2**20  # bytes of a file
+READ_RECORDS = 64  # at a time
+
+
+class TfdsSource:
+    """A prepared set; a part is one of its files, its size in examples.
+
+    Attributes:
+      dataset: NAME/CONFIG:VERSION.
+      splits: what the set calls "train" and "validation".
+      data_dir: where sets are; None is TFDS's own place.
+      is_array_record: or else TFRecord.
+    """
+
+    def __init__(self, name: str):
+        """Reads what TFDS says of the set. Raises ValueError where it is not on this machine."""
+        self.dataset, _, language = name.removeprefix(TFDS).partition("@")
+        self.splits = (language, f"{language}-validation") if language else SPLITS
+        self.data_dir = os.environ.get("TFDS_DATA_DIR")
+        info = _info(self.dataset, self.splits, self.data_dir)
+        self.is_array_record = info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+        self._description: dict[str, Any] = {"kind": "TFDS", "name": info.full_name, "splits": {}}
+        contents: list[tuple[tuple[str, ...], int, str]] = []
+        for split, theirs in zip(SPLITS, self.splits):
+            files = info.splits[theirs].file_instructions  # those with an example in them
+            sizes = [file.examples_in_shard for file in files]
+            listing = [*sizes, info.splits[theirs].num_bytes]
+            self._description["splits"][theirs] = {
+                "examples": sum(sizes),
+                "files": len(sizes),
+                "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+            }
+            contents += [((split,), size, f.filename) for size, f in zip(sizes, files)]
+        self.parts = number_parts(contents)
+
+    def description(self) -> dict[str, Any]:
+        """Name with version, and the numbers of examples in all files."""
+        return self._description
+
+    def read(self, part: Part) -> Iterator[Document | Broken]:
+        """Examples of one file, in order.
+
+        Raises:
+          ValueError: the file is damaged, or has fewer or more examples than the set says.
+        """
+        (split,) = part.shards
+        file, read = part.content, 0
+        records = _array_records(file) if self.is_array_record else _tfrecords(file)
+        for record in islice(records, part.size + 1):
+            read += 1
+            try:
+                yield Document(split, _text(record), read)
+            except UnicodeDecodeError as error:
+                yield Broken("not UTF-8", f"{file}, example {read - 1}: {error}")
+        if read != part.size:
+            found = "more" if read > part.size else f"only {read}"
+            raise ValueError(f"{file}: {part.size} examples expected, {found} found; {REBUILD}")
+
+
+REBUILD = "damaged or cut off: copy or build the set again"
+
+
+def _text(record: bytes) -> str:
+    (text,) = tf_example_pb2.Example.FromString(record).features.feature["text"].bytes_list.value
+    return text.decode("utf-8")
+
+
+def _tfrecords(file: str) -> Iterator[bytes]:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # no line about every file
+    with held_back_stderr():  # TensorFlow's libraries print at their start whatever is set
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes all of its memory
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1  # each core has a process of its own
+    options.deterministic = True
+    records = tf.data.TFRecordDataset(file).batch(READ_RECORDS).with_options(options)
+    try:
+        for batch in records.as_numpy_iterator():
+            yield from batch
+    except tf.errors.OpError as error:
+        raise ValueError(f"{file}: {REBUILD} ({error.message})") from error
+
+
+def _array_records(file: str) -> Iterator[bytes]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    # One thread: each core has a process of its own.
+    reader = ArrayRecordReader(file, f"readahead_buffer_size:{BUFFER},max_parallelism:1")
+    try:
+        for _ in range(reader.num_records()):  # 0 where the file is cut off
+            yield reader.read()
+        reader.close()
+    except RuntimeError as error:
+        raise ValueError(f"{file}: {REBUILD} ({error})") from error
+
+
+def _info(dataset: str, splits: tuple[str, ...], data_dir: str | None) -> tfds.core.DatasetInfo:
+    written = f"write it as NAME/CONFIG:VERSION, as in {C4}"
+    if ":" not in dataset:
+        raise ValueError(f"source={TFDS}{dataset}: has no version; {written}")
+    try:
+        info = tfds.builder(dataset, data_dir=data_dir).info
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"source={TFDS}{dataset}: TensorFlow Datasets has no such set ({first}); {written}"
+        ) from error
+    missing = [split for split in splits if split not in info.splits]
+    if missing:
+        has = f"only {', '.join(info.splits)}" if info.splits else "nothing at all"
+        raise ValueError(
+            f"source={TFDS}{dataset}: no split {missing[0]!r} in {info.data_dir}, {has}; point "
+            f"TFDS_DATA_DIR to where it is, build it with `tfds build {dataset}`, or give a folder "
+            "with the .json.gz files of C4; splits of other names are given as in "
+            "tfds:c4/multilingual:3.1.0@af"
+        )
+    fields = info.features
+    is_dict = isinstance(fields, tfds.features.FeaturesDict)
+    text = fields["text"] if is_dict and "text" in fields else None
+    if not isinstance(text, tfds.features.Text) or text.encoder is not None:
+        raise ValueError(f"source={TFDS}{dataset}: no feature 'text', only {fields}")
+    formats = (tfds.core.FileFormat.TFRECORD, tfds.core.FileFormat.ARRAY_RECORD)
+    if info.file_format not in formats:
+        raise ValueError(
+            f"source={TFDS}{dataset}: file_format={info.file_format.value} is not read, only "
+            f"{' and '.join(known.value for known in formats)}; convert it with "
+            "`tfds convert_format`"
+        )
+    return info
+
+
+@contextlib.contextmanager
+def held_back_stderr() -> Iterator[None]:
+    """Keeps what is written to the process' stderr, by C++ too, and shows it only on failure."""
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held_back.seek(0)
+            os.write(real, held_back.read())
+            raise
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
