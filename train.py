@@ -39,17 +39,28 @@ def main(argv: list[str]) -> int:
     start_logging()
     tune_cpu()
 
-    from laser.training import hosts, loop  # jax: only after the config was found to be right
+    # These import jax: only after the config was found to be right.
+    from data.store import TokenStore
+    from data.tokenizer import Tokenizer
+    from eval.during_training import load_tasks, make_evaluation
+    from laser.training import hosts, loop
 
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(hosts.joined())
+            tokenizer = Tokenizer(TokenStore(config.data.store).tokenizer_path)
+            tasks = load_tasks(config, tokenizer)
             run = loop.open_run(
                 config, values.workdir, allow_config_change=values.allow_config_change
             )
         except ValueError as error:
             exit_with(argv[0], str(error))
-        return loop.train(run)
+        evaluations = []
+        if tasks:
+            score = make_evaluation(config, run.program.mesh, tokenizer, tasks)
+            every = config.evaluation.every
+            evaluations = [loop.Evaluation(every, lambda state: score(state.params))]
+        return loop.train(run, evaluations)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,15 @@ def get_config() -> ConfigDict:
     training.eval_every = 1000  # steps; the last step is always evaluated
     training.eval_batches = 0  # batches of the validation split; 0 = all of it
 
+    config.evaluation = ConfigDict()
+    evaluation = config.evaluation
+    evaluation.tasks = ""  # one-shot tasks scored while training, as copa,boolq; "" = none
+    evaluation.data_dir = ""  # folder with their data as downloaded; "" = TFDS's
+    evaluation.protocol = "gpt3"  # gpt3 | lm_eval, of the prompts
+    evaluation.shots = 1  # demonstrations in each prompt, the same ones every time
+    evaluation.limit = 0  # examples of each task, the first ones; 0 = all
+    evaluation.every = 1000  # steps; the last step is always evaluated
+
     config.checkpoint = ConfigDict()
     checkpoint = config.checkpoint
     checkpoint.every = 1000  # steps; the last step is always saved

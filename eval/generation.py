@@ -316,9 +316,7 @@ def _capacity(slots: int) -> int:
 
 def _state_shardings(config: ModelConfig, mesh: jax.sharding.Mesh):
     """Rows and heads as in training: a `_State` of shardings."""
-    abstract = jax.eval_shape(
-        functools.partial(_start, config, sharding.batch_shards(mesh), BLOCK)
-    )
+    abstract = jax.eval_shape(functools.partial(_start, config, sharding.batch_shards(mesh), BLOCK))
 
     rows = sharding.batch_axes(mesh)
 

@@ -208,6 +208,20 @@ def score_grouped(
     return [[next(scores) for _ in group] for group in groups]
 
 
+def check_lengths(
+    data: TaskData, settings: Settings, tokenizer: Tokenizer, max_length: int
+) -> None:
+    """Raises ValueError for a candidate that a model of `max_length` tokens can't score."""
+    for group in encode_prompts(prompted(data, settings, FIRST_SEED), tokenizer):
+        for request in group:
+            if len(request.continuation) > max_length:
+                raise ValueError(
+                    f"{data.task.name}: the candidate "
+                    f"{tokenizer.decode(request.continuation)[:60]!r} has "
+                    f"{len(request.continuation)} tokens, more than the model's {max_length}"
+                )
+
+
 def _drop_shots(
     prompts: list[Prompted], requests: list[list[Request]], tokenizer: Tokenizer, max_length: int
 ) -> int:

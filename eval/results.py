@@ -3,6 +3,7 @@
     RUN/eval/STEP/PROTOCOL-Nshot/TASK.json          one finished task, written at once
                                  TASK.records.jsonl each example: prompt, scores, choice; on request
                                  results.json       all finished tasks, and why others are missing
+    RUN/eval/checkpoints/PROTOCOL-Nshot/results.json  over those last asked for
 
 A task whose file was written with the same settings is not evaluated again.
 """
@@ -27,7 +28,7 @@ class ResultsFolder:
     """The results of one checkpoint under one protocol and number of shots; made if not there."""
 
     def __init__(self, output: Path, step: int, settings: Settings):
-        self.path = output / str(step) / f"{settings.protocol}-{settings.shots}shot"
+        self.path = _folder(output, str(step), settings)
         self._settings = settings
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -73,6 +74,21 @@ def over_checkpoints(results: Sequence[Result]) -> Result:
         for name in results[0]["metrics"]
     }
     return {**results[0], "metrics": metrics}
+
+
+def save_over_checkpoints(
+    output: Path, settings: Settings, steps: Sequence[int], merged: Sequence[Result]
+) -> Path:
+    """Writes the results of `over_checkpoints` and returns the file's path."""
+    path = _folder(output, "checkpoints", settings) / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tasks = {result["task"]: result for result in merged}
+    write_atomically(path, _text({"steps": list(steps), "tasks": tasks}))
+    return path
+
+
+def _folder(output: Path, name: str, settings: Settings) -> Path:
+    return output / name / f"{settings.protocol}-{settings.shots}shot"
 
 
 def table(results: Sequence[Result], paper: Figures) -> str:

@@ -1,6 +1,7 @@
 """Evaluates a run's checkpoint on the paper's one-shot tasks, from the run's folder alone.
 
     python scripts/evaluate.py --workdir=runs/quickstart-laser --data_dir=DATA
+    python scripts/evaluate.py --workdir=runs/quickstart-laser --last=5     mean and deviation
 
 Prints a table and writes JSON into RUN/eval (see eval/results.py). Data are read from --data_dir,
 unpacked as they were downloaded, or from TensorFlow Datasets that are prepared already; a task
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step", default="last", help="checkpoint: a number, several as 100,200, last or all"
     )
+    parser.add_argument("--last", type=int, metavar="N", help="the newest N checkpoints")
     parser.add_argument("--tasks", default="all", help=f"all, or some of {', '.join(KNOWN)}")
     parser.add_argument("--protocol", default="gpt3", choices=PROTOCOLS)
     parser.add_argument("--shots", type=int, default=1, help="demonstrations in each prompt")
@@ -70,7 +72,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     settings = Settings(arguments.protocol, arguments.shots, arguments.seeds, arguments.limit)
     if arguments.data_dir and not arguments.data_dir.is_dir():
         raise ValueError(f"data_dir={arguments.data_dir}: no such folder")
-    steps = choose_steps(arguments.step, saved_steps(arguments.workdir))
+    steps = choose_steps(arguments.step, arguments.last, saved_steps(arguments.workdir))
     data, missing, broken = _load(tasks, settings, arguments.data_dir)
     if arguments.show:
         for task_data in data:
@@ -84,8 +86,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 2 if broken or not data else 0
 
 
-def choose_steps(wanted: str, saved: Sequence[int]) -> list[int]:
-    """`last`, `all` or numbers, all of which must be there. Raises ValueError."""
+def choose_steps(wanted: str, newest: int | None, saved: Sequence[int]) -> list[int]:
+    """`last`, `all` or numbers, all of which must be there, or the `newest` so many in place of
+    them. Raises ValueError."""
+    if newest is not None:
+        if wanted != "last":
+            raise ValueError(f"step={wanted}, last={newest}: give one of the two")
+        if not 1 <= newest <= len(saved):
+            raise ValueError(f"last={newest}: there are {len(saved)} checkpoints: {list(saved)}")
+        return list(saved)[-newest:]
     if wanted in ("last", "all"):
         return list(saved) if wanted == "all" else [saved[-1]]
     if not all(part.isdigit() for part in wanted.split(",")):
@@ -145,8 +154,9 @@ def _score(
         print("\n".join([*results.remarks(by_step[step]), f"written: {path}"]))
     if len(steps) > 1:
         merged = [results.over_checkpoints(group) for group in zip(*by_step.values())]
+        path = results.save_over_checkpoints(arguments.workdir / "eval", settings, steps, merged)
         print(f"\nover the checkpoints {', '.join(map(str, steps))}: mean and deviation")
-        print(results.table(merged, figures))
+        print(f"{results.table(merged, figures)}\nwritten: {path}")
 
 
 def _model_config(workdir: Path):

@@ -95,6 +95,22 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Tasks scored while training. Fields as in configs/base.py, section `evaluation`."""
+
+    tasks: str
+    data_dir: str
+    protocol: Literal["gpt3", "lm_eval"]
+    shots: int
+    limit: int
+    every: int
+
+    def __post_init__(self):
+        _require_at_least(0, "evaluation", self, "shots", "limit")
+        _require_at_least(1, "evaluation", self, "every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When to save and what to keep. Fields as in configs/base.py, section `checkpoint`."""
 
@@ -143,6 +159,7 @@ class RunConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+    evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
     mesh: MeshConfig
 
@@ -162,6 +179,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
     "mesh": MeshConfig,
 }

@@ -5,10 +5,12 @@ The order within a step matters and is this: dispatch step n, then look at the m
 anything is written to disk, the metrics of every step so far have been looked at.
 """
 
+import dataclasses
 import functools
 import json
 import logging
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,17 @@ class TooManySkippedSteps(RuntimeError):
     """The loss or the gradient was not finite for too many steps in a row."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a state, wanted every so many steps and after the last one.
+
+    On several hosts all of them call `metrics`, and process 0 writes what it returns.
+    """
+
+    every: int
+    metrics: Callable[[TrainState], dict[str, float]]
+
+
 def open_run(config: RunConfig, workdir: str, *, allow_config_change: bool = False) -> "Run":
     """Checks that config, data, devices and workdir fit together, and makes the run's folder.
 
@@ -51,8 +64,12 @@ def open_run(config: RunConfig, workdir: str, *, allow_config_change: bool = Fal
     return Run(program, workdir, store)
 
 
-def train(run: "Run") -> int:
+def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
     """Trains until config.training.steps, from the newest checkpoint if there is one.
+
+    Args:
+      run: of `open_run`.
+      evaluations: besides the loss on the validation split. Those of a step make one record.
 
     Returns:
       The exit code of the process: 0 done, 1 stopped by an error that the log explains, 75 saved
@@ -70,7 +87,8 @@ def train(run: "Run") -> int:
                 return EXIT_DONE
             else:
                 log.info("resuming %s after step %d", run.workdir, int(state.step))
-            return _train_from(run, state, checkpoints)
+            every = Evaluation(run.config.training.eval_every, run.evaluate)
+            return _train_from(run, state, checkpoints, [every, *evaluations])
     except (OSError, CheckpointError, TooManySkippedSteps) as error:
         log.error("%s", error)
         hosts.end_the_others(str(error))
@@ -128,7 +146,9 @@ class Run:
         return metrics
 
 
-def _train_from(run: Run, state: TrainState, checkpoints: Checkpoints) -> int:
+def _train_from(
+    run: Run, state: TrainState, checkpoints: Checkpoints, evaluations: Sequence[Evaluation]
+) -> int:
     """The steps that are left, with metrics and signals looked after."""
     config, step = run.config, int(state.step)
     writer = make_writer(
@@ -144,7 +164,7 @@ def _train_from(run: Run, state: TrainState, checkpoints: Checkpoints) -> int:
     )
     try:
         with preemption.watch() as preempted:
-            return _run_steps(run, state, checkpoints, writer, report, preempted)
+            return _run_steps(run, state, checkpoints, evaluations, writer, report, preempted)
     finally:
         writer.close()
 
@@ -153,6 +173,7 @@ def _run_steps(
     run: Run,
     state: TrainState,
     checkpoints: Checkpoints,
+    evaluations: Sequence[Evaluation],
     writer: MetricsWriter,
     report: Report,
     preempted: preemption.Preemption,
@@ -164,9 +185,11 @@ def _run_steps(
             state, metrics = run.program.train_step(state, batch)
             done = step + 1
             report.push(done, metrics, batches.seconds_waited)
-            if _due(done, config.training.eval_every, steps):
+            due = [evaluation for evaluation in evaluations if _due(done, evaluation.every, steps)]
+            if due:
                 report.flush()
-                writer.write(done, report.off_the_clock(functools.partial(run.evaluate, state)))
+                evaluate = functools.partial(_evaluate, due, state)
+                writer.write(done, report.off_the_clock(evaluate))
             leave = preempted.stops_after(done)
             if _due(done, config.checkpoint.every, steps) or leave:
                 report.flush()
@@ -177,6 +200,10 @@ def _run_steps(
                 return EXIT_PREEMPTED
     checkpoints.wait()
     return EXIT_DONE
+
+
+def _evaluate(due: Sequence[Evaluation], state: TrainState) -> dict[str, float]:
+    return {name: x for evaluation in due for name, x in evaluation.metrics(state).items()}
 
 
 def _due(done: int, every: int, steps: int) -> bool:

@@ -11,7 +11,7 @@ is not JSON.
     mfu                         model FLOPs utilisation, 0 to 1; causal attention counted half
     data_wait_seconds           per step, of the loop    memory_gib    most in use on a device
     skipped_steps               so far, in the run       attention_range    largest, nats
-    eval/loss, eval/bits_per_byte
+    eval/loss, eval/bits_per_byte                    eval/TASK/METRIC    a fraction
 """
 
 import json
@@ -187,6 +187,11 @@ class TerminalLine:
             "tokens_per_second": "{:,.0f} tokens/s",
         }
         parts += [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
+        parts += [
+            f"{name.removeprefix('eval/')} {value:.4f}"
+            for name, value in metrics.items()
+            if name.startswith("eval/") and name not in formats
+        ]
         if "mfu" in metrics:
             parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
         if metrics.get("skipped_steps"):

@@ -171,6 +171,4 @@ def make_eval_step(config: RunConfig) -> Callable[[Parameters, Batch], Sums]:
     def sums(params, batch, share):
         return loss(params, batch, share)[1].over(share)
 
-    return lambda params, batch: over_batch(
-        sums, params, batch, lambda *_: PartitionSpec()
-    )
+    return lambda params, batch: over_batch(sums, params, batch, lambda *_: PartitionSpec())

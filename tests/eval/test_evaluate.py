@@ -106,11 +106,35 @@ def test_several_checkpoints_give_mean_and_deviation(workdir, data_dir, capsys):
     merged = results.over_checkpoints(both)["metrics"]["accuracy"]
     assert merged["values"] == values
     assert "over the checkpoints 2, 4: mean and deviation" in out
+    written = json.loads((workdir / "eval/checkpoints/gpt3-0shot/results.json").read_text())
+    assert written["steps"] == [2, 4]
+    assert written["tasks"]["copa"]["metrics"]["accuracy"] == merged
+    row = next(line.split() for line in out.splitlines()[::-1] if line.startswith("copa "))
+    assert row[3:5] == [f"{100 * merged[name]:.2f}" for name in ("mean", "std")]
     one = {"metrics": {"accuracy": {"mean": 0.2}}}
     other = {"metrics": {"accuracy": {"mean": 0.6}}}
     spread = results.over_checkpoints([one, other])["metrics"]["accuracy"]
     assert spread["mean"] == pytest.approx(0.4)
     assert spread["std"] == pytest.approx(0.08**0.5)
+
+
+def test_the_newest_checkpoints_are_taken_and_finished_ones_not_repeated(
+    workdir, data_dir, capsys, monkeypatch
+):
+    flags = ("--tasks=copa", "--shots=0")
+    assert run(capsys, workdir, data_dir, *flags, "--step=2")[0] == 0
+    loaded = []
+    original = evaluate.open_model
+
+    def counted(folder, step):
+        loaded.append(step)
+        return original(folder, step)
+
+    monkeypatch.setattr(evaluate, "open_model", counted)
+    code, out, _ = run(capsys, workdir, data_dir, *flags, "--last=2")
+    assert code == 0
+    assert loaded == [4]
+    assert "over the checkpoints 2, 4" in out
 
 
 def test_show_prints_prompts_and_needs_no_model(workdir, data_dir, capsys, monkeypatch):
@@ -127,6 +151,8 @@ def test_show_prints_prompts_and_needs_no_model(workdir, data_dir, capsys, monke
         (["--tasks=hellaswg"], "tasks=hellaswg: unknown task 'hellaswg'; did you mean 'hellaswag'"),
         (["--tasks=copa", "--step=3"], "there is no checkpoint 3, only [2, 4]"),
         (["--tasks=copa", "--step=new"], "step=new: must be a number"),
+        (["--tasks=copa", "--last=3"], "last=3: there are 2 checkpoints: [2, 4]"),
+        (["--tasks=copa", "--last=1", "--step=2"], "step=2, last=1: give one of the two"),
         (["--tasks=copa", "--shots=-1"], "shots=-1: must be at least 0"),
         (["--tasks=copa", "--shots=3"], "copa: shots=3: copa has only 3 to draw from"),
         (["--data_dir=/nowhere"], "data_dir=/nowhere: no such folder"),

@@ -136,9 +136,7 @@ def train_on_hosts(
         own = {"JAX_PROCESS_ID": str(index)} if hosts > 1 else {}
         own |= env[index] if env else {}
         more = extra[index] if extra else []
-        return train(
-            [*arguments, *more], workdir, event=event, env=common | own, timeout=timeout
-        )
+        return train([*arguments, *more], workdir, event=event, env=common | own, timeout=timeout)
 
     with concurrent.futures.ThreadPoolExecutor(hosts) as pool:
         return list(pool.map(start, range(hosts)))
