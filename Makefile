@@ -16,13 +16,15 @@ PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-
 ONLY_NEWS := sed -u -n -E -e 's/^Collecting /  fetching /p' -e '/^(Installing collected|Success)/p' \
 	-e '/^(ERROR|WARNING)/p'
 
-.PHONY: help quickstart test lint types format clean
+.PHONY: help quickstart tpu test lint types format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
 quickstart: .venv/.runtime  ## train a small model on an embedded text and show what it learned
 	.venv/bin/python scripts/quickstart.py
+
+tpu: .venv/.tpu  ## install what training on this TPU VM needs
 
 test: lint types  ## ruff, mypy and every test, the slow ones too
 	.venv/bin/python -m pytest
@@ -59,4 +61,9 @@ clean:  ## remove .venv and caches; runs/ and stores/ stay
 .venv/.dev: requirements-dev.txt .venv/.runtime
 	@echo "Installing requirements-dev.txt into .venv"
 	@$(PIP_INSTALL) -r requirements-dev.txt | $(ONLY_NEWS)
+	@touch $@
+
+.venv/.tpu: requirements-tpu.txt .venv/.runtime
+	@echo "Installing requirements-tpu.txt into .venv"
+	@$(PIP_INSTALL) -r requirements-tpu.txt | $(ONLY_NEWS)
 	@touch $@

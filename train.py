@@ -3,7 +3,8 @@
     python train.py --config=configs/c4.py:size=301m,attention=laser --workdir=runs/laser
     python train.py --config=... --workdir=... --config.optimizer.learning_rate=3e-3
 
-Starting it again with the same --workdir resumes from the newest checkpoint.
+Starting it again with the same --workdir resumes from the newest checkpoint. On several hosts start
+it on each: see laser/training/hosts.py.
 Exit codes: 0 done, 2 mistake in the command line or the config, 75 saved on preemption (start it
 again), 1 anything else.
 """

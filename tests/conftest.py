@@ -40,8 +40,14 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture
-def arguments(store):
+def arguments(module_arguments):
     """Command line for a run of 20 steps on it, without --workdir."""
+    return list(module_arguments)
+
+
+@pytest.fixture(scope="session")
+def module_arguments(store):
+    """The same for fixtures that outlive a test; don't change it."""
     fields = {
         "model.vocab_size": 400,
         "model.num_layers": 2,

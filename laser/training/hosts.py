@@ -29,7 +29,7 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 MEETING_SECONDS = 300  # hosts of a slice may be this far apart when they start
 BEAT_SECONDS = 2.0  # between signs of life
 SILENCE_SECONDS = 30.0  # a host without one for so long is gone
-HEARTBEAT_SECONDS = 45  # the same of jax itself, should our thread not get to run
+HEARTBEAT_SECONDS = 100  # the same of jax, which is less clear about it: it comes second
 PATIENCE_SECONDS = 10.0  # a wait that is longer than this is explained in the log
 EXPLAIN_SECONDS = 30.0  # and again after each of these
 
@@ -56,7 +56,6 @@ def joined() -> Iterator[None]:
         _here.leave_together()
         raise
     except BaseException as error:
-        traceback.print_exc()
         _here.leave_alone(error)
     _here.leave_together()
 
@@ -151,12 +150,13 @@ class _Connection:
         import jax
         from jax._src.distributed import global_state
 
-        log.info("waiting for all hosts: start")
+        where = cluster.get("coordinator_address", "the first host of the slice")
+        log.info("waiting up to %d seconds for all hosts: start, at %s", MEETING_SECONDS, where)
         jax.distributed.initialize(
             **cluster,
             initialization_timeout=MEETING_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
         self.index, self.count = global_state.process_id, global_state.num_processes
         self._store: Any = global_state.client
@@ -213,6 +213,7 @@ class _Connection:
             # Most often another host is gone. Then the other thread finds out, and ends this one.
             log.error("%s; waiting for news of the other hosts", reason)
             time.sleep(SILENCE_SECONDS + 2 * BEAT_SECONDS)
+        traceback.print_exception(error)
         with contextlib.suppress(JaxRuntimeError):  # host 0 may be gone
             self.announce(reason)
         _exit()

@@ -49,11 +49,14 @@ def open_run_folder(workdir: str, config: RunConfig, store: TokenStore, allow_ch
       ValueError: the folder holds a run of another config or other data, and the message shows
       what differs; or it is not one folder for all hosts.
     """
+    path = Path(workdir) / "config.json"
     with hosts.together("open the run's folder"):
         if hosts.is_first():
             _open(Path(workdir), config, store, allow_change)
+    own = path.read_text() if hosts.is_first() else ""
+    written = hosts.exchange("read the run's folder", own)[0]
     with hosts.together("see the run's folder"):
-        _wait_for(Path(workdir) / "config.json")
+        _wait_for(path, written)
 
 
 def _open(folder: Path, config: RunConfig, store: TokenStore, allow_change: bool) -> None:
@@ -78,12 +81,12 @@ def _record(config: RunConfig, store: TokenStore) -> dict[str, Any]:
     return {"config": to_dict(config), "data": {"fingerprint": store.fingerprint}}
 
 
-def _wait_for(path: Path) -> None:
+def _wait_for(path: Path, text: str) -> None:
     deadline = time.monotonic() + SEEN_SECONDS
-    while not path.exists():
+    while not (path.exists() and path.read_text() == text):
         if time.monotonic() > deadline:
             raise ValueError(
-                f"{path}: written by host 0, not seen here; workdir must be one folder that all "
+                f"{path}: not what host 0 has written there; workdir must be one folder that all "
                 "hosts share, such as a mounted bucket"
             )
         time.sleep(0.2)

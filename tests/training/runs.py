@@ -59,6 +59,25 @@ def push_and_signal(self, done, *rest):
 Report.push = push_and_signal
 """
 
+HOST_1_CANNOT_READ_12 = """
+import orbax.checkpoint as ocp
+restore = ocp.Checkpointer.restore
+def restore_or_fail(self, directory, *rest, **more):
+    if this == 1 and Path(directory).parent.name == "12":
+        raise OSError("this disk is broken")
+    return restore(self, directory, *rest, **more)
+ocp.Checkpointer.restore = restore_or_fail
+"""
+
+DISK_ERROR_ON_HOST_1 = """
+save = Checkpoints.save
+def save_or_fail(self, step, state):
+    if this == 1:
+        raise OSError("no space left on device")
+    save(self, step, state)
+Checkpoints.save = save_or_fail
+"""
+
 RECORD_READING = """
 loader_rows, read_rows = data.loader.row_ids, data.store.Split.rows
 restore_latest = Checkpoints.restore_latest
@@ -73,7 +92,8 @@ def read_and_record(self, ids, seq_len):
     return read_rows(self, ids, seq_len)
 def restore_and_record(self, abstract):
     state = restore_latest(self, abstract)
-    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    name = "/tensorstore/kvstore/file/bytes_read"
+    metrics = tensorstore.experimental_collect_matching_metrics(name)
     (record / f"bytes-{this}").write_text(str(sum(m["values"][0]["value"] for m in metrics)))
     return state
 data.loader.row_ids, data.store.Split.rows = rows_of_step, read_and_record
@@ -118,23 +138,21 @@ def train_on_hosts(
 ):
     """The finished processes of one run on this machine, each with its simulated devices.
 
-    With `record`, a folder, every host writes there what it reads; `env` is a list, by host.
+    With `record`, a folder, every host writes there what it reads. `env` by host says how they
+    find each other; by jax's variables if it is None.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     common = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     if record is not None:
         record.mkdir()
         event += RECORD_READING
         common["RECORD"] = str(record)
-    if hosts > 1:
-        common["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
-        common["JAX_NUM_PROCESSES"] = str(hosts)
+    if hosts > 1 and env is None:
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        meeting = f"localhost:{free_port()}"
+        env = [dict(zip(names, (meeting, str(hosts), str(i)))) for i in range(hosts)]
 
     def start(index):
-        own = {"JAX_PROCESS_ID": str(index)} if hosts > 1 else {}
-        own |= env[index] if env else {}
+        own = env[index] if env else {}
         more = extra[index] if extra else []
         return train([*arguments, *more], workdir, event=event, env=common | own, timeout=timeout)
 
@@ -142,13 +160,19 @@ def train_on_hosts(
         return list(pool.map(start, range(hosts)))
 
 
-def rows_read(record):
-    """Step → for each host the ids that it read."""
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def rows_read(record, host="*"):
+    """Step → the row ids that were read for it, those of host 0 first."""
     rows = {}
-    for path in sorted(record.glob("rows-*")):
+    for path in sorted(record.glob(f"rows-{host}.jsonl")):
         for line in path.open():
             read = json.loads(line)
-            rows.setdefault(read["step"], []).append(read["ids"])
+            rows.setdefault(read["step"], []).extend(read["ids"])
     return rows
 
 

@@ -1,0 +1,265 @@
+"""The launcher against a stand-in for gcloud whose workers are folders on this machine.
+
+What the workers are sent is run for real there, by scripts/tpu_worker.sh; only make, git and the
+train.py of the copy are played.
+"""
+
+import os
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "scripts" / "launch_tpu.sh")
+OPTIONS = ["--name=laser", "--zone=us-west4-a", "--type=v5litepod-16"]
+TRAIN = ["--", "--config=configs/c4.py:size=2p2b,attention=laser", "--workdir=bucket/runs/it's a"]
+
+# $CLOUD/state holds the queued resource's state, $CLOUD/NODE-WORKER is a worker's home folder.
+GCLOUD = r"""#!/usr/bin/env bash
+set -eu
+echo "$*" >>"$CLOUD/calls"
+shift 2
+for argument; do
+  case $argument in
+    --worker=*) worker=${argument#*=} ;;
+    --command=*) command=${argument#*=} ;;
+    --node-count=*) count=${argument#*=} ;;
+  esac
+done
+case "$1 $2" in
+  "queued-resources describe")
+    [ -f "$CLOUD/state" ] || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; }
+    cat "$CLOUD/state" ;;
+  "queued-resources create")
+    [ ! -f "$CLOUD/full" ] || { echo "ERROR: quota exceeded" >&2; exit 1; }
+    echo ACTIVE >"$CLOUD/state"
+    for node in $([ ${count:-1} = 1 ] && echo laser || seq -f laser-%g 0 $((count - 1))); do
+      mkdir -p "$CLOUD/$node-0" "$CLOUD/$node-1"
+    done ;;
+  "queued-resources delete") rm -r "$CLOUD/state" "$CLOUD"/laser*-[0-9] ;;
+  "tpu-vm scp") for home in "$CLOUD/${4%%:*}"-[01]; do cp "$3" "$home/${4#*:}"; done ;;
+  "tpu-vm ssh")
+    [ "$worker" = all ] && worker="[01]"
+    for home in "$CLOUD/$3"-$worker; do (cd "$home" && HOME=$home bash -c "$command"); done ;;
+  *) exit 9 ;;
+esac
+"""
+
+GIT = f"""#!/usr/bin/env bash
+for argument; do case $argument in --output=*) output=${{argument#*=}} ;; esac; done
+[ -z "${{output:-}}" ] || tar czf "$output" -C {ROOT} scripts/tpu_worker.sh
+"""
+
+# Stands for `make tpu`: train.py of this installation does what the next line of the play says.
+MAKE = r"""#!/usr/bin/env bash
+mkdir -p .venv/bin
+cat >.venv/bin/python <<'END'
+#!/bin/bash
+case $PWD in *-0/laser) ;; *) exit 0 ;; esac  # the first worker speaks
+case $PWD in */laser-1-0/*) exit 0 ;; esac
+echo "$@" >>"$CLOUD/started"
+number=$(wc -l <"$CLOUD/started")
+echo "log of start $number"
+eval "$(sed -n "${number}p" "$CLOUD/play")"
+END
+chmod +x .venv/bin/python
+"""
+
+
+class Cloud:
+    """A folder in which the stand-ins live and leave what happened."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name, text in {"gcloud": GCLOUD, "git": GIT, "make": MAKE}.items():
+            path = folder / "bin" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def launch(self, *arguments, play=()):
+        (self.folder / "play").write_text("".join(line + "\n" for line in play))
+        environment = {
+            **os.environ,
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "CLOUD": str(self.folder),
+            "LAUNCH_TPU_WAIT": "0.2",
+        }
+        return subprocess.run(
+            [SCRIPT, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def calls(self):
+        """What gcloud was asked for: "create", "scp" and so on, without the looks at the state."""
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [line.split()[3] for line in lines if " describe " not in line]
+
+    def started(self):
+        return (self.folder / "started").read_text().splitlines()
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    return Cloud(tmp_path)
+
+
+def dry_run(*arguments):
+    result = subprocess.run(
+        [SCRIPT, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_dry_run_prints_the_commands():
+    where = "laser --zone=us-west4-a"
+    connection = "-- -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+    ssh = f"gcloud compute tpus tpu-vm ssh {where}"
+    worker = "laser/scripts/tpu_worker.sh"
+    assert dry_run(
+        "run", *OPTIONS, "--spot", "--bucket=gs://mine", "--delete", "--dry-run", *TRAIN
+    ) == [
+        f"gcloud compute tpus queued-resources create {where} --accelerator-type=v5litepod-16 "
+        "--runtime-version=v2-alpha-tpuv5-lite --node-id=laser --spot",
+        f"git -C {ROOT} archive --format=tar.gz --output=laser.tar.gz HEAD",
+        "gcloud compute tpus tpu-vm scp laser.tar.gz laser:laser.tar.gz --zone=us-west4-a "
+        "--worker=all",
+        f"{ssh} --worker=all '--command=mkdir -p laser && tar xzf laser.tar.gz -C laser && "
+        f"{worker} install mine' {connection}",
+        f"{ssh} --worker=all '--command={worker} start "
+        "--config=configs/c4.py:size=2p2b,attention=laser "
+        r"'\''--workdir=bucket/runs/it'\''\'\'''\''s a'\''' " + connection,
+        f"{ssh} --worker=0 '--command={worker} follow' {connection}",
+        f"gcloud compute tpus queued-resources delete {where} --force --quiet",
+    ]
+
+
+def test_dry_run_of_several_slices_reaches_each():
+    lines = dry_run("run", *OPTIONS, "--slices=2", "--project=p", "--dry-run", *TRAIN)
+    assert "--project=p" in lines[0]
+    assert lines[0].endswith("--node-count=2 --node-prefix=laser")
+    for what in (" scp ", " install", " start "):
+        assert [f"laser-{i}" in line for line in lines for i in (0, 1) if what in line] == [
+            True, False, False, True,
+        ]  # fmt: skip
+    assert "laser-0 " in lines[-1]
+    assert lines[-1].count("follow") == 1
+
+
+def test_every_shell_word_of_train_arrives_whole(cloud):
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert cloud.started() == [f"train.py {TRAIN[1]} {TRAIN[2]}"]
+    assert "log of start 1" in done.stdout
+    assert cloud.calls() == ["create", "scp", "ssh", "ssh", "ssh"]
+    assert cloud.launch("status", *OPTIONS).stdout == "READY\n"
+
+
+def test_preempted_run_goes_on_on_a_new_slice(cloud):
+    play = ["echo SUSPENDED >$CLOUD/state; exit 75", "exit 0"]
+    done = cloud.launch("run", *OPTIONS, "--spot", "--delete", *TRAIN, play=play)
+    assert done.returncode == 0, done.stderr
+    assert "saved on preemption" in done.stderr
+    assert done.stdout.splitlines() == ["log of start 1", "log of start 2"]
+    one_slice = ["create", "scp", "ssh", "ssh", "ssh"]
+    assert cloud.calls() == [*one_slice, "delete", *one_slice, "delete"]
+
+
+def test_slice_that_vanishes_without_a_word_is_made_again(cloud):
+    """train.py and its shell are killed with the machine: no exit code is left."""
+    play = ["echo FAILED >$CLOUD/state; kill -KILL $PPID $$", "exit 0"]
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=play)
+    assert done.returncode == 0, done.stderr
+    assert "the connection or the slice is lost" in done.stderr
+    assert cloud.calls().count("create") == 2
+
+
+def test_saved_run_goes_on_where_the_slice_is_still_there(cloud):
+    done = cloud.launch("run", *OPTIONS, "--slices=2", *TRAIN, play=["exit 75", "exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls().count("create") == 1
+    assert len(cloud.started()) == 2
+
+
+def test_called_again_it_follows_the_run_that_is_there(cloud):
+    assert cloud.launch("create", *OPTIONS).returncode == 0
+    assert cloud.launch("install", *OPTIONS[:2]).returncode == 0
+    play = ["sleep 4; exit 0"]
+    assert cloud.launch("start", *OPTIONS[:2], *TRAIN, play=play).returncode == 0
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=play)
+    assert done.returncode == 0, done.stderr
+    assert "is running: following it" in done.stderr
+    assert len(cloud.started()) == 1
+
+
+def test_mistake_in_the_config_ends_at_once(cloud):
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=["echo 'unknown field'; exit 2"])
+    assert done.returncode == 2
+    assert "unknown field" in done.stdout
+    assert len(cloud.started()) == 1
+
+
+def test_failures_are_tried_again_so_often_and_no_more(cloud):
+    done = cloud.launch("run", *OPTIONS, "--restarts=2", *TRAIN, play=["exit 1"] * 9)
+    assert done.returncode == 1
+    assert "failed 3 times, last with exit code 1" in done.stderr
+    assert len(cloud.started()) == 3
+
+
+def test_stop_reaches_train_alone(cloud):
+    """SIGTERM to the program and not to the shell that writes down its exit code."""
+    for command in (["create", *OPTIONS], ["install", *OPTIONS[:2]]):
+        assert cloud.launch(*command).returncode == 0
+    play = ["trap 'exit 75' TERM; while true; do sleep 0.1; done"]
+    cloud.launch("start", *OPTIONS[:2], *TRAIN, play=play)
+    deadline = time.monotonic() + 30
+    while not (cloud.folder / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stopped = cloud.launch("stop", *OPTIONS[:2], play=play)
+    assert stopped.returncode == 0, stopped.stderr
+    assert cloud.launch("follow", *OPTIONS[:2], play=play).returncode == 75
+
+
+def test_creation_that_is_refused_ends_with_the_reason(cloud):
+    (cloud.folder / "full").touch()
+    done = cloud.launch("run", *OPTIONS, *TRAIN)
+    assert done.returncode == 1
+    assert "quota exceeded" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["launch"], "unknown command 'launch'"),
+        (["run", *OPTIONS[1:], *TRAIN], "--name='': needed"),
+        (["run", OPTIONS[0], OPTIONS[2], *TRAIN], "--zone is missing"),
+        (["run", *OPTIONS[:2], *TRAIN], "--type is missing"),
+        (["run", *OPTIONS[:2], "--type=v9-8", *TRAIN], "--type=v9-8: not known here"),
+        (["run", *OPTIONS], "--config is missing among the arguments of train.py"),
+        (["start", *OPTIONS, *TRAIN[:2]], "--workdir is missing"),
+        (["run", *OPTIONS, "--slices=two", *TRAIN], "--slices=two: must be a number"),
+        (["run", *OPTIONS, "--bucket=gs://a/b", *TRAIN], "--bucket=a/b: the name"),
+        (["run", *OPTIONS, "--bucket", "a", *TRAIN], "--bucket: write --bucket=VALUE"),
+        (["run", *OPTIONS, "--workdir=x"], "unknown option '--workdir=x'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(cloud, arguments, message):
+    refused = cloud.launch(*arguments)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert not (cloud.folder / "calls").exists()
+
+
+def test_help_names_every_option():
+    text = "\n".join(dry_run("--help"))
+    for option in ("--slices", "--spot", "--bucket", "--dry-run", "--restarts", "--delete"):
+        assert option in text

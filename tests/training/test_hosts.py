@@ -1,0 +1,263 @@
+"""Runs over several hosts: real processes on this machine, which talk as hosts of a slice do."""
+
+import http.server
+import json
+import shutil
+import threading
+
+import jax
+import numpy as np
+import pytest
+from jax._src.clusters import cloud_tpu_cluster
+
+from data.order import row_ids
+from data.store import TokenStore
+from eval.generation import load_model
+from laser.training import hosts
+from tests.training import runs
+
+STEPS = 12
+SHORT_SILENCE = "from laser.training import hosts; hosts.SILENCE_SECONDS = 6.0\n"
+
+
+@pytest.fixture(scope="module")
+def over_hosts(store, module_arguments):
+    """A run whose parameters are split over all 8 devices, and so over all hosts."""
+    fields = {
+        "training.steps": STEPS,
+        "training.eval_every": STEPS,
+        "checkpoint.every": 4,
+        "mesh.data": 1,
+        "mesh.fsdp": 8,
+    }
+    return [*module_arguments, *[f"--config.{name}={value}" for name, value in fields.items()]]
+
+
+@pytest.fixture(scope="module")
+def whole(over_hosts, tmp_path_factory):
+    """(workdir, record) of a run on 2 hosts with 4 devices each that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    finished = runs.train_on_hosts(
+        over_hosts, folder / "run", hosts=2, devices=4, record=folder / "record"
+    )
+    assert [process.returncode for process in finished] == [0, 0], finished[0].stderr
+    return folder / "run", folder / "record"
+
+
+@pytest.fixture(scope="module")
+def killed(over_hosts, tmp_path_factory):
+    """Workdir of a run of the same two hosts, of which one was killed after step 7."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    event = SHORT_SILENCE + runs.KILL_HOST_1_AFTER_7
+    survivor, victim = runs.train_on_hosts(over_hosts, workdir, hosts=2, devices=4, event=event)
+    assert victim.returncode == -9
+    assert survivor.returncode == 1, survivor.stderr
+    assert "host 1 (" in survivor.stdout
+    assert "gave no sign of life for 6 seconds" in survivor.stdout
+    assert "start all again" in survivor.stdout
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
+    return workdir
+
+
+def final_parameters(workdir):
+    return jax.tree.map(np.asarray, load_model(workdir, STEPS)[1])
+
+
+@pytest.mark.slow
+def test_each_host_reads_only_its_own_rows(whole, store, over_hosts):
+    num_rows = TokenStore(store).split("train").num_rows(32)
+    read = [runs.rows_read(whole[1], host=i) for i in range(2)]
+    for step in range(STEPS):
+        ids = row_ids(0, step, 8, num_rows).tolist()
+        assert [read[0][step], read[1][step]] == [ids[:4], ids[4:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_hosts, devices", [(2, 4), (1, 8), (4, 2)])
+def test_killed_run_goes_on_on_other_hosts(whole, killed, over_hosts, tmp_path, num_hosts, devices):
+    workdir, record = tmp_path / "run", tmp_path / "record"
+    shutil.copytree(killed, workdir)
+    resumed = runs.train_on_hosts(
+        over_hosts, workdir, hosts=num_hosts, devices=devices, record=record
+    )
+    assert {process.returncode for process in resumed} == {0}, resumed[0].stderr
+    assert "after step 4" in resumed[0].stdout
+    rows, expected = runs.rows_read(record), runs.rows_read(whole[0].parent / "record")
+    assert rows == {step: ids for step, ids in expected.items() if step >= 4}
+    assert len(rows) == STEPS - 4
+    losses, undisturbed = runs.losses(workdir), runs.losses(whole[0])
+    if num_hosts == 2:
+        assert losses == undisturbed
+        jax.tree.map(
+            np.testing.assert_array_equal, final_parameters(workdir), final_parameters(whole[0])
+        )
+    assert losses.keys() == undisturbed.keys()
+    np.testing.assert_allclose([*losses.values()], [*undisturbed.values()], rtol=1e-5)
+    # A host reads its share of the state, the JSON beside it, and little more.
+    read = [int((record / f"bytes-{i}").read_text()) for i in range(num_hosts)]
+    state = sum(path.stat().st_size for path in (workdir / "checkpoints/4/state").rglob("d/*"))
+    assert state / num_hosts * 0.5 < max(read)
+    assert max(read) < state / num_hosts * 1.5 + 100_000
+
+
+@pytest.mark.slow
+def test_signal_to_one_host_stops_all_after_the_same_step(over_hosts, tmp_path):
+    finished = runs.train_on_hosts(
+        over_hosts, tmp_path, hosts=2, devices=4, event=runs.SIGTERM_TO_HOST_1_AFTER_3
+    )
+    assert [process.returncode for process in finished] == [75, 75], finished[0].stderr
+    steps = sorted(runs.losses(tmp_path))
+    assert 3 <= steps[-1] < STEPS
+    for process in finished:
+        assert f"SIGTERM on one of the hosts: saved step {steps[-1]};" in process.stdout
+    assert (tmp_path / "checkpoints" / str(steps[-1])).is_dir()
+
+
+@pytest.mark.slow
+def test_checkpoint_that_one_host_cannot_read_is_left_by_all(whole, over_hosts, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    finished = runs.train_on_hosts(
+        over_hosts, workdir, hosts=2, devices=4, event=runs.HOST_1_CANNOT_READ_12
+    )
+    assert [process.returncode for process in finished] == [0, 0], finished[0].stderr
+    assert "host 1 (" in finished[0].stdout
+    assert "OSError: this disk is broken): moved to 12.unreadable" in finished[0].stdout
+    assert "after step 8" in finished[0].stdout
+    assert runs.losses(workdir) == runs.losses(whole[0])
+
+
+@pytest.mark.slow
+def test_error_of_one_host_is_told_by_all(over_hosts, tmp_path):
+    finished = runs.train_on_hosts(
+        over_hosts, tmp_path, hosts=2, devices=4, event=runs.DISK_ERROR_ON_HOST_1
+    )
+    assert [process.returncode for process in finished] == [1, 1], finished[0].stderr
+    assert "ended: no space left on device" in finished[0].stdout
+
+
+def spoilt_copy(store, folder):
+    shutil.copytree(store, folder)
+    shard = folder / "train-00000.bin"
+    shard.write_bytes(b"xx" + shard.read_bytes()[2:])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("config", "optimizer.learning_rate: 0.01 -> 0.02"),
+        ("store", "train-00000.bin is corrupt"),
+        ("missing", "data.store='/nowhere': no such folder"),
+    ],
+)
+def test_one_host_that_differs_is_named_by_all(over_hosts, store, tmp_path, what, message):
+    override = {
+        "config": lambda: "--config.optimizer.learning_rate=0.02",
+        "store": lambda: f"--config.data.store={spoilt_copy(store, tmp_path / 'spoilt')}",
+        "missing": lambda: "--config.data.store=/nowhere",
+    }[what]()
+    workdir = tmp_path / "run"
+    refused = runs.train_on_hosts(over_hosts, workdir, [], [override], hosts=2, devices=4)
+    for process in refused:
+        assert process.returncode == 2, process.stdout
+        assert "host 1 (" in process.stderr
+        assert message in process.stderr
+        assert "Traceback" not in process.stderr
+    assert not workdir.exists()
+
+
+def test_workdir_of_another_config_is_refused_by_all(over_hosts, tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"a": 1}, "data": {"fingerprint": "x"}}')
+    refused = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=4)
+    for process in refused:
+        assert process.returncode == 2, process.stdout
+        assert "holds a run of another config" in process.stderr
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == {"a": 1}
+
+
+def test_hosts_of_a_slice_find_each_other_without_flags(over_hosts, tmp_path):
+    """As on Google Kubernetes Engine; two differing configs end before any device is needed."""
+    slices = [
+        {"JAX_FORCE_TPU_INIT": "1", "TPU_WORKER_HOSTNAMES": "localhost,localhost"}
+        | {"TPU_WORKER_ID": str(i), "JAX_COORDINATOR_PORT": str(runs.free_port())}
+        for i in range(2)
+    ]
+    slices[1]["JAX_COORDINATOR_PORT"] = slices[0]["JAX_COORDINATOR_PORT"]
+    refused = runs.train_on_hosts(
+        over_hosts,
+        tmp_path / "run",
+        [],
+        ["--config.training.seed=1"],
+        hosts=2,
+        devices=4,
+        env=slices,
+    )
+    for process in refused:
+        assert process.returncode == 2, process.stderr
+        assert "training.seed: 0 -> 1" in process.stderr
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """Sets what a stand-in for the metadata server of a TPU VM answers, by attribute."""
+    answers = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer = answers.get(self.path.rpartition("/")[2])
+            self.send_response(200 if answer is not None else 404)
+            self.end_headers()
+            self.wfile.write((answer or "").encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    yield answers
+    server.shutdown()
+    server.server_close()
+
+
+def test_pod_is_told_from_a_single_tpu_vm(metadata):
+    metadata |= {"agent-worker-number": "0", "tpu-env": "", "worker-network-endpoints": "a:b:c"}
+    assert hosts._cluster() is None
+    metadata["worker-network-endpoints"] = "a:b:c,d:e:f"
+    assert hosts._cluster() == {"cluster_detection_method": "gcetpu"}
+    metadata |= {"worker-network-endpoints": "a:b:c", "tpu-env": "MEGASCALE_NUM_SLICES: '2'\n"}
+    assert hosts._cluster() == {"cluster_detection_method": "gcetpu"}
+
+
+def test_tpu_without_metadata_is_taken_as_alone(metadata, monkeypatch, caplog):
+    monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{runs.free_port()}")
+    assert hosts._cluster() is None
+    assert "taking this host as alone" in caplog.text
+
+
+def test_machine_without_tpu_is_alone():
+    assert hosts._cluster() is None
+    assert hosts.is_first()
+    assert not hosts.several()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (["localhost:1", "2", None], "JAX_PROCESS_ID is not set"),
+        ([None, None, "0"], "JAX_COORDINATOR_ADDRESS is not set"),
+        (["localhost", "2", "0"], "JAX_COORDINATOR_ADDRESS=localhost: must be HOST:PORT"),
+        (["localhost:1", "2", "2"], "JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=2"),
+        (["localhost:1", "two", "0"], "JAX_NUM_PROCESSES=two"),
+    ],
+)
+def test_variables_that_contradict_each_other_are_named(monkeypatch, values, message):
+    for name, value in zip(hosts.VARIABLES, values):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as error:
+        hosts._cluster()
+    assert message in str(error.value)
