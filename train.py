@@ -41,7 +41,6 @@ def main(argv: list[str]) -> int:
     tune_cpu()
 
     # These import jax: only after the config was found to be right.
-    from data.store import TokenStore
     from data.tokenizer import Tokenizer
     from eval.during_training import load_tasks, make_evaluation
     from laser.training import hosts, loop
@@ -49,11 +48,11 @@ def main(argv: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(hosts.joined())
-            tokenizer = Tokenizer(TokenStore(config.data.store).tokenizer_path)
-            tasks = load_tasks(config, tokenizer)
-            run = loop.open_run(
-                config, values.workdir, allow_config_change=values.allow_config_change
-            )
+            with hosts.together("open the data"):
+                store = loop.open_store(config)
+                tokenizer = Tokenizer(store.tokenizer_path)
+                tasks = load_tasks(config, tokenizer)
+            run = loop.open_run(config, store, values.workdir, values.allow_config_change)
         except ValueError as error:
             exit_with(argv[0], str(error))
         evaluations = []

@@ -38,8 +38,8 @@ EXPLAIN_SECONDS = 30.0  # and again after each of these
 def joined() -> Iterator[None]:
     """Meets the other hosts, if there are any, and leaves together with them.
 
-    While it is open an exception on one host ends them all with exit code 1; a ValueError inside
-    `together` is raised on all of them.
+    While it is open an exception on one host ends them all with exit code 1, and so does a host
+    that exits without the others; a ValueError inside `together` is raised on all of them.
 
     Raises:
       ValueError: the variables contradict each other.
@@ -52,7 +52,10 @@ def joined() -> Iterator[None]:
     _here = _Connection(cluster)
     try:
         yield
-    except SystemExit:
+    except SystemExit as end:
+        if not _here.all_were_told:
+            _here.announce(f"it left with exit code {end.code}")
+            _exit(end.code)
         _here.leave_together()
         raise
     except BaseException as error:
@@ -92,6 +95,7 @@ def together(what: str) -> Iterator[None]:
     except ValueError as error:
         problem = str(error)
     problems = _here.exchange(what, problem)
+    _here.all_were_told = any(problems)
     if len(set(problems)) == 1 and problem:
         raise ValueError(problem)
     lines = [f"{_here.name(i)}: {text}" for i, text in enumerate(problems) if text]
@@ -163,6 +167,7 @@ class _Connection:
         self._numbers = itertools.count()
         self._names: list[str] = []
         self._names = self.exchange("names", socket.gethostname())
+        self.all_were_told = False  # of a mistake that ends them all
         self._failed = False
         self._left = threading.Event()
         self._watch = threading.Thread(target=self._watch_others, name="hosts", daemon=True)
@@ -258,12 +263,12 @@ class _Connection:
         _exit()
 
 
-def _exit() -> NoReturn:
-    """Exit code 1 at once: jax's own leave-taking would wait for the hosts that are gone."""
+def _exit(code: Any = 1) -> NoReturn:
+    """Ends at once: jax's own leave-taking would wait for the hosts that are gone."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code if isinstance(code, int) else 1)
 
 
 _here: _Connection | None = None

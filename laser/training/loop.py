@@ -49,15 +49,38 @@ class Evaluation:
     metrics: Callable[[TrainState], dict[str, float]]
 
 
-def open_run(config: RunConfig, workdir: str, *, allow_config_change: bool = False) -> "Run":
-    """Checks that config, data, devices and workdir fit together, and makes the run's folder.
+def open_store(config: RunConfig) -> TokenStore:
+    """The config's data. Raises ValueError if they are not there, damaged, or do not fit it."""
+    if not Path(config.data.store).is_dir():
+        raise ValueError(
+            f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py"
+        )
+    store = TokenStore(config.data.store)
+    if config.model.vocab_size < store.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer of {config.data.store} has "
+            f"{store.vocab_size} entries; set it to that or more"
+        )
+    for name in ("train", "validation"):
+        tokens, length = store.split(name).num_tokens, config.data.seq_len
+        if tokens <= length:
+            raise ValueError(
+                f"data.seq_len={length}: the {name} split of {config.data.store} has only {tokens} "
+                "tokens; use shorter rows or more text"
+            )
+    return store
+
+
+def open_run(
+    config: RunConfig, store: TokenStore, workdir: str, allow_config_change: bool
+) -> "Run":
+    """Checks that config, devices and workdir fit together, and makes the run's folder.
 
     Raises:
       ValueError: they do not, on this host or another one; nothing was changed.
     """
-    with hosts.together("open the data"):
-        store = _open_store(config)
-    check_hosts_agree(config, store)
+    with hosts.together("compare config and data"):
+        check_hosts_agree(config, store)
     with hosts.together("lay out the program"):
         program = Program(config, sharding.make_mesh(config))
     open_run_folder(workdir, config, store, allow_config_change)
@@ -230,24 +253,3 @@ def _record_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
             f"training.max_skipped_steps={limit}): lower optimizer.learning_rate, or look at the "
             f"rows in {run.workdir / 'skipped.jsonl'}"
         )
-
-
-def _open_store(config: RunConfig) -> TokenStore:
-    if not Path(config.data.store).is_dir():
-        raise ValueError(
-            f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py"
-        )
-    store = TokenStore(config.data.store)
-    if config.model.vocab_size < store.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size}: the tokenizer of {config.data.store} has "
-            f"{store.vocab_size} entries; set it to that or more"
-        )
-    for name in ("train", "validation"):
-        tokens, length = store.split(name).num_tokens, config.data.seq_len
-        if tokens <= length:
-            raise ValueError(
-                f"data.seq_len={length}: the {name} split of {config.data.store} has only {tokens} "
-                "tokens; use shorter rows or more text"
-            )
-    return store

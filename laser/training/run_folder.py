@@ -24,7 +24,7 @@ SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as la
 def check_hosts_agree(config: RunConfig, store: TokenStore) -> None:
     """Raises ValueError, on all hosts, if one was started with another config or other data."""
     text = json.dumps(_record(config, store))
-    records = [json.loads(other) for other in hosts.exchange("compare config and data", text)]
+    records = [json.loads(other) for other in hosts.exchange("describe config and data", text)]
     lines = [
         f"{hosts.name(i)}: {line}"
         for i, record in enumerate(records)
