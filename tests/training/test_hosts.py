@@ -12,7 +12,7 @@ from jax._src.clusters import cloud_tpu_cluster
 
 from data.order import row_ids
 from data.store import TokenStore
-from eval.generation import load_model
+from eval.run import open_model
 from laser.training import hosts
 from tests.training import runs
 
@@ -60,7 +60,7 @@ def killed(over_hosts, tmp_path_factory):
 
 
 def final_parameters(workdir):
-    return jax.tree.map(np.asarray, load_model(workdir, STEPS)[1])
+    return jax.tree.map(np.asarray, open_model(workdir, STEPS).params)
 
 
 @pytest.mark.slow
