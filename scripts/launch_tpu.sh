@@ -16,8 +16,8 @@ Commands
   install  copies the committed files of this repository and installs requirements-tpu.txt, on all workers
   start    starts train.py on all workers, where it goes on without this terminal; what follows `--`
            are its arguments, --config and --workdir at least
-  follow   shows the log of worker 0 until train.py ends; leaves with its exit code
-  stop     sends SIGTERM to worker 0: all workers save the same step and end with exit code 75
+  follow   shows the log of a worker until train.py ends; leaves with its exit code
+  stop     sends SIGTERM to one worker: all workers save the same step and end with exit code 75
   status   prints the state of the queued resource
   delete   deletes it with all that is on its disks
 
@@ -31,6 +31,7 @@ Options
   --spot           cheaper, and may be taken away at any time
   --bucket=NAME    mounted by gcsfuse as the folder `bucket` of the repository, on all workers
   --restarts=N     how often to start again after a failure that is no preemption [3]
+  --slice=I --worker=N    whose log to follow [0 and 0, which speaks for all; the others tell of errors]
   --delete         delete the queued resource when the run is done
   --dry-run        print the commands and run none
 
@@ -55,7 +56,7 @@ case $command in
   *) fail "unknown command '$command'; see --help" ;;
 esac
 
-name="" zone="" type="" version="" project="" slices=1 spot="" bucket="" restarts=3 delete="" dry=""
+name="" zone="" type="" version="" project="" slices=1 slice=0 worker=0 spot="" bucket="" restarts=3 delete="" dry=""
 while (($#)); do
   case $1 in
     --name=*) name=${1#*=} ;;
@@ -64,6 +65,8 @@ while (($#)); do
     --version=*) version=${1#*=} ;;
     --project=*) project=${1#*=} ;;
     --slices=*) slices=${1#*=} ;;
+    --slice=*) slice=${1#*=} ;;
+    --worker=*) worker=${1#*=} ;;
     --bucket=*) bucket=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
     --spot) spot=1 ;;
@@ -82,6 +85,8 @@ train=("$@")
 [[ $name =~ ^[a-z][-a-z0-9]*$ ]] || fail "--name='$name': needed; lower-case letters, digits and -"
 [[ $zone ]] || fail "--zone is missing, such as --zone=us-west4-a"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices: must be a number from 1"
+[[ $slice =~ ^[0-9]+$ ]] && ((slice < slices)) || fail "--slice=$slice: must be below --slices=$slices"
+[[ $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker: must be a number"
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: must be a number"
 bucket=${bucket#gs://}
 [[ $bucket != */* ]] || fail "--bucket=$bucket: the name of the bucket alone, without a folder"
@@ -209,7 +214,7 @@ start_all() {
 
 # Shows the log and leaves with the code of train.py; 255 where the connection ended first.
 follow() {
-  if [[ $dry ]]; then remote "${nodes[0]}" 0 "$WORKER follow"; return 0; fi
+  if [[ $dry ]]; then remote "${nodes[slice]}" "$worker" "$WORKER follow"; return 0; fi
   local line code=255
   while IFS= read -r line; do
     case $line in
@@ -217,11 +222,11 @@ follow() {
       "train.py: exit code "*) code=${line##* } ;;
       *) printf '%s\n' "$line" ;;
     esac
-  done < <(remote "${nodes[0]}" 0 "$WORKER follow" </dev/null)
+  done < <(remote "${nodes[slice]}" "$worker" "$WORKER follow" </dev/null)
   return "$code"
 }
 
-stop() { remote "${nodes[0]}" 0 "$WORKER stop"; }
+stop() { remote "${nodes[slice]}" "$worker" "$WORKER stop"; }
 
 running() { remote "${nodes[0]}" 0 "$WORKER running" </dev/null >/dev/null 2>&1; }
 

@@ -31,6 +31,7 @@ install() {
 start() {
   if [[ -f train.pid ]]; then kill -KILL -- "-$(cat train.pid)" 2>/dev/null || true; fi
   rm -f train.pid train.exit
+  if [[ -f train.log ]]; then mv train.log train.previous.log; fi
   # The shell's number is that of the session. It writes the exit code when train.py has ended.
   # shellcheck disable=SC2016
   setsid nohup bash -c 'echo $$ >train.pid; .venv/bin/python train.py "$@" >train.log 2>&1; echo $? >train.exit' \

@@ -214,6 +214,15 @@ def test_failures_are_tried_again_so_often_and_no_more(cloud):
     assert len(cloud.started()) == 3
 
 
+def test_log_of_any_worker_can_be_followed(cloud):
+    done = cloud.launch("run", *OPTIONS, "--slices=2", *TRAIN, play=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    log = cloud.folder / "laser-1-1" / "laser" / "train.log"
+    log.write_text("what worker 1 of slice 1 had to say\n")
+    shown = cloud.launch("follow", *OPTIONS, "--slices=2", "--slice=1", "--worker=1")
+    assert (shown.returncode, shown.stdout) == (0, log.read_text())
+
+
 def test_stop_reaches_train_alone(cloud):
     """SIGTERM to the program and not to the shell that writes down its exit code."""
     for command in (["create", *OPTIONS], ["install", *OPTIONS[:2]]):
@@ -246,6 +255,7 @@ def test_creation_that_is_refused_ends_with_the_reason(cloud):
         (["run", *OPTIONS[:2], "--type=v9-8", *TRAIN], "--type=v9-8: not known here"),
         (["run", *OPTIONS], "--config is missing among the arguments of train.py"),
         (["start", *OPTIONS, *TRAIN[:2]], "--workdir is missing"),
+        (["follow", *OPTIONS, "--slice=1"], "--slice=1: must be below --slices=1"),
         (["run", *OPTIONS, "--slices=two", *TRAIN], "--slices=two: must be a number"),
         (["run", *OPTIONS, "--bucket=gs://a/b", *TRAIN], "--bucket=a/b: the name"),
         (["run", *OPTIONS, "--bucket", "a", *TRAIN], "--bucket: write --bucket=VALUE"),

@@ -1,6 +1,7 @@
 """Runs over several hosts: real processes on this machine, which talk as hosts of a slice do."""
 
 import http.server
+import itertools
 import json
 import shutil
 import threading
@@ -176,22 +177,20 @@ def test_workdir_of_another_config_is_refused_by_all(over_hosts, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["config"] == {"a": 1}
 
 
-def test_hosts_of_a_slice_find_each_other_without_flags(over_hosts, tmp_path):
-    """As on Google Kubernetes Engine; two differing configs end before any device is needed."""
-    slices = [
-        {"JAX_FORCE_TPU_INIT": "1", "TPU_WORKER_HOSTNAMES": "localhost,localhost"}
-        | {"TPU_WORKER_ID": str(i), "JAX_COORDINATOR_PORT": str(runs.free_port())}
-        for i in range(2)
-    ]
-    slices[1]["JAX_COORDINATOR_PORT"] = slices[0]["JAX_COORDINATOR_PORT"]
+def test_hosts_of_slices_find_each_other_without_flags(over_hosts, tmp_path):
+    """Two slices of one host, as Google Kubernetes Engine tells them what they are."""
+    common = {
+        "JAX_FORCE_TPU_INIT": "1",
+        "JAX_COORDINATOR_PORT": str(runs.free_port()),
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        "MEGASCALE_NUM_SLICES": "2",
+    }
+    slices = [common | {"MEGASCALE_SLICE_ID": str(i)} for i in range(2)]
+    different = ["--config.training.seed=1"]  # ends before any device is needed
     refused = runs.train_on_hosts(
-        over_hosts,
-        tmp_path / "run",
-        [],
-        ["--config.training.seed=1"],
-        hosts=2,
-        devices=4,
-        env=slices,
+        over_hosts, tmp_path / "run", [], different, hosts=2, devices=4, env=slices
     )
     for process in refused:
         assert process.returncode == 2, process.stderr
@@ -236,6 +235,32 @@ def test_tpu_without_metadata_is_taken_as_alone(metadata, monkeypatch, caplog):
     monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{runs.free_port()}")
     assert hosts._cluster() is None
     assert "taking this host as alone" in caplog.text
+
+
+class Store:
+    """The part of jax.distributed's key-value store that hosts use."""
+
+    def __init__(self):
+        self.pairs = {}
+
+    def key_value_set(self, key, value):
+        self.pairs[key] = value
+
+    def key_value_dir_get(self, key):
+        return [pair for pair in self.pairs.items() if pair[0].startswith(key)]
+
+
+def test_wait_says_for_what_and_for_whom(monkeypatch, caplog):
+    monkeypatch.setattr(hosts, "PATIENCE_SECONDS", 0.1)
+    here = object.__new__(hosts._Connection)
+    here.index, here.count, here._names = 0, 3, ["a", "b", "c"]
+    here._store, here._numbers = Store(), itertools.count()
+    here._store.key_value_set("laser/0-read checkpoint 4/2", "two")
+    late = threading.Timer(0.6, here._store.key_value_set, ("laser/0-read checkpoint 4/1", "one"))
+    late.start()
+    assert here.exchange("read checkpoint 4", "zero") == ["zero", "one", "two"]
+    assert "waiting for all hosts: read checkpoint 4; missing host 1 (b)" in caplog.text
+    assert "host 2" not in caplog.text
 
 
 def test_machine_without_tpu_is_alone():
