@@ -6,14 +6,16 @@ usage() {
   cat <<'END'
 Runs train.py on a TPU slice of Google Cloud, or on several, until the run is done.
 
-    scripts/launch_tpu.sh run --name=laser --zone=us-west4-a --type=v5litepod-256 --spot --bucket=my-bucket \
-        -- --config=configs/c4.py:size=2p2b,attention=laser --config.data.store=bucket/c4 --workdir=bucket/runs/laser
+    scripts/launch_tpu.sh run --name=laser --zone=us-west4-a --type=v5litepod-256 --spot \
+        --bucket=my-bucket -- --config=configs/c4.py:size=2p2b,attention=laser \
+        --config.data.store=bucket/c4 --workdir=bucket/runs/laser
 
 Commands
   run      all of the following but delete: creates, installs, starts, follows the log, and starts again
            after a preemption, on a new slice if the old one is gone. Called again it goes on following.
   create   asks for a queued resource and waits until it is there
-  install  copies the committed files of this repository and installs requirements-tpu.txt, on all workers
+  install  copies the committed files of this repository to all workers, and installs
+           requirements-tpu.txt there
   start    starts train.py on all workers, where it goes on without this terminal; what follows `--`
            are its arguments, --config and --workdir at least
   follow   shows the log of a worker until train.py ends; leaves with its exit code
@@ -47,7 +49,7 @@ fail() { echo "launch_tpu.sh: error: $*" >&2; exit 2; }
 say() { echo "launch_tpu.sh: $*" >&2; }
 
 WORKER="laser/scripts/tpu_worker.sh"  # of the copy on every worker
-QUOTE="'\\''"  # how a quote is written inside of quotes
+MARK="'" QUOTE="'\\''"  # a quote, and how it is written inside of quotes
 WAIT=${LAUNCH_TPU_WAIT:-30}  # seconds between two looks at the state
 command=${1:-}
 case $command in
@@ -56,7 +58,8 @@ case $command in
   *) fail "unknown command '$command'; see --help" ;;
 esac
 
-name="" zone="" type="" version="" project="" slices=1 slice=0 worker=0 spot="" bucket="" restarts=3 delete="" dry=""
+name="" zone="" type="" version="" project="" bucket="" spot="" delete="" dry=""
+slices=1 slice=0 worker=0 restarts=3
 while (($#)); do
   case $1 in
     --name=*) name=${1#*=} ;;
@@ -104,8 +107,10 @@ if [[ $command == run || $command == create ]]; then
 fi
 if [[ $command == run || $command == start ]]; then
   for flag in config workdir; do
-    [[ " ${train[*]-}" =~ \ --?$flag[=\ ] ]] || fail "--$flag is missing among the arguments of train.py, after --"
+    [[ " ${train[*]-}" =~ \ --?$flag[=\ ] ]] ||
+      fail "--$flag is missing among the arguments of train.py, after --"
   done
+  [[ $bucket || ! $spot ]] || say "no --bucket: what train.py writes on the slice goes with it"
 fi
 
 where=(--zone="$zone")
@@ -125,7 +130,7 @@ run() {
 quoted() {
   local argument space=""
   for argument in "$@"; do
-    [[ $argument =~ ^[-A-Za-z0-9_./:=,@%+]+$ ]] || argument="'${argument//\'/$QUOTE}'"
+    [[ $argument =~ ^[-A-Za-z0-9_./:=,@%+]+$ ]] || argument="'${argument//$MARK/$QUOTE}'"
     printf '%s%s' "$space" "$argument"
     space=" "
   done
@@ -137,11 +142,13 @@ remote() {
     -- -o ServerAliveInterval=15 -o ServerAliveCountMax=4
 }
 
+describe=(gcloud compute tpus queued-resources describe "$name" "${where[@]}"
+  --format="value(state.state)")
+
 # READY, WAITING (not yet), GONE (preempted or failed), MISSING (never there), UNKNOWN (no answer)
 state() {
   local answer
-  if ! answer=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
-    --format='value(state.state)' 2>&1); then
+  if ! answer=$("${describe[@]}" 2>&1); then
     if [[ $answer == *NOT_FOUND* ]]; then echo MISSING; else say "$answer"; echo UNKNOWN; fi
     return
   fi
@@ -203,13 +210,16 @@ install_all() {
 }
 
 install_one() {
+  local unpack="mkdir -p laser && tar xzf laser.tar.gz -C laser"
   run gcloud compute tpus tpu-vm scp "$2" "$1:laser.tar.gz" "${where[@]}" --worker=all &&
-    remote "$1" all "mkdir -p laser && tar xzf laser.tar.gz -C laser && $WORKER install${bucket:+ $bucket}"
+    remote "$1" all "$unpack && $WORKER install${bucket:+ $bucket}"
 }
 
 start_all() {
   local node
-  for node in "${nodes[@]}"; do remote "$node" all "$WORKER start $(quoted "${train[@]}")" || return 1; done
+  for node in "${nodes[@]}"; do
+    remote "$node" all "$WORKER start $(quoted "${train[@]}")" || return 1
+  done
 }
 
 # Shows the log and leaves with the code of train.py; 255 where the connection ended first.
@@ -262,7 +272,10 @@ run_until_done() {
       *)
         sleep "$WAIT"  # a slice that is taken away without notice may show it late
         if [[ $(state) == READY ]]; then
-          ((failures++ < restarts)) || { say "train.py failed $failures times, last with exit code $code"; return 1; }
+          if ((failures++ >= restarts)); then
+            say "train.py failed $failures times, last with exit code $code"
+            return 1
+          fi
         fi
         say "train.py left with exit code $code" ;;
     esac
@@ -278,6 +291,6 @@ case $command in
   start) start_all ;;
   follow) follow ;;
   stop) stop ;;
-  status) if [[ $dry ]]; then run gcloud compute tpus queued-resources describe "$name" "${where[@]}"; else state; fi ;;
+  status) if [[ $dry ]]; then run "${describe[@]}"; else state; fi ;;
   delete) delete_all ;;
 esac

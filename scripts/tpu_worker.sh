@@ -34,8 +34,11 @@ start() {
   if [[ -f train.log ]]; then mv train.log train.previous.log; fi
   # The shell's number is that of the session. It writes the exit code when train.py has ended.
   # shellcheck disable=SC2016
-  setsid nohup bash -c 'echo $$ >train.pid; .venv/bin/python train.py "$@" >train.log 2>&1; echo $? >train.exit' \
-    train "$@" </dev/null >/dev/null 2>&1 &
+  setsid nohup bash -c '
+    echo $$ >train.pid
+    .venv/bin/python train.py "$@" >train.log 2>&1
+    echo $? >train.exit
+  ' train "$@" </dev/null >/dev/null 2>&1 &
 }
 
 running() { [[ -f train.pid && ! -f train.exit ]] && kill -0 "$(cat train.pid)" 2>/dev/null; }
