@@ -4,6 +4,7 @@ scripts/check_lm_eval.py shows it on the real data of seven tasks; here the harn
 rows of all tasks that it has, and our checkpoints as a model.
 """
 
+import json
 import subprocess
 import sys
 from unittest import mock
@@ -21,6 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from eval.lm_eval_adapter import LaserLM
 from eval.scoring import encode_pairs
+from scripts import check_lm_eval
 from tests.eval.test_prompts import EXPECTED, MULTIRC, RACE, RAW, RECORD
 from tests.training.runs import ROOT
 
@@ -141,6 +143,32 @@ def test_the_harness_asks_the_same(name, task_manager):
     metric = "em" if name == "record" else "acc"
     right = (gold == 0) != (name == "multirc")  # whose gold is inverted there
     assert sample[metric] == right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shots", [0, 1])
+def test_log_likelihoods_are_the_harnesss_by_the_oracle(trained_run, tmp_path, capsys, shots):
+    """The script's comparison, on written rows; it takes the real ones where they are."""
+    names = {
+        "copa": ("COPA", [0, 1]),
+        "cb": ("CB", ["entailment", "neutral"]),
+        "rte": ("RTE", ["entailment", "not_entailment"]),
+    }
+    for name, (archive, labels) in names.items():
+        (tmp_path / archive).mkdir()
+        for split in ("train", "val"):
+            rows = [
+                {**RAW[name], "premise": f"{split} {'in the beginning ' * i}{i}.", "label": label}
+                for i, label in enumerate(labels * 3)
+            ]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / archive / f"{split}.jsonl").write_text(lines)
+    flags = [f"--workdir={trained_run}", f"--data_dir={tmp_path}", f"--shots={shots}"]
+    code = check_lm_eval.main([*flags, f"--tasks={','.join(names)}"])
+    shown = capsys.readouterr().out
+    assert "3 of 3 tasks agree" in shown, shown
+    assert code == 0
+    assert shown.count("    6 documents") == 3
 
 
 @pytest.fixture(scope="module")
