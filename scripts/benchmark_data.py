@@ -5,8 +5,7 @@
   preparation  CPU time of all processes, and wall time, over those of SentencePiece's own encode
                for the same documents in memory on as many cores; from .json.gz as C4's and from
                TFDS's two formats. In turns, so that other work on the machine meets all of them;
-               the median of the rounds. With several cores the start of the workers counts, which
-               for TFRecord files is 2 CPU seconds each, whatever the amount of text
+               the median of the rounds. With several cores the start of the workers counts
   memory       peak of a process that prepares, for several amounts of text
   loader       rows/s of 1,024 tokens in batches of 1,024 rows, put on the device, over what a host
                of the 301m model on TPU v5e could consume at the peak of its chips; and the seconds

@@ -210,7 +210,8 @@ def offline_datasets(name: str, data_dir: Path) -> Iterator[None]:
     splits = {}
     source, asking = TASKS[name].source, TASKS[name].protocols["lm_eval"]
     for split in ("train", "validation", "test"):
-        files = list(data_dir.glob(source.files.get(split, ["-"])[-1]))
+        patterns = source.files.get(split, ())
+        files = [file for pattern in patterns for file in data_dir.glob(pattern)]
         if files:
             lines = [json.loads(line) for line in files[0].open(encoding="utf-8")]
             splits[split] = datasets.Dataset.from_list(HUB_ROWS[name](lines))

@@ -62,6 +62,21 @@ def test_epochs_and_seeds_differ_and_neighbours_are_unrelated():
         assert np.unique(steps, return_counts=True)[1].max() < 12  # one is expected
 
 
+@pytest.mark.parametrize("num_rows", [50_000, 2**16, 2**16 + 1])
+def test_the_ranks_of_rows_that_lie_together_are_unrelated(num_rows):
+    # Rows of one document are neighbours in the store: they must not meet in a batch more often
+    # than any others do.
+    for epoch in range(3):
+        ranks = np.argsort(_positions(5, epoch * num_rows, (epoch + 1) * num_rows, num_rows))
+        limit = 5 / np.sqrt(num_rows)
+        for distance in (1, 2, 3, 8, 256, 1024):
+            near, far = ranks[:-distance], ranks[distance:]
+            assert abs(np.corrcoef(near, far)[0, 1]) < limit
+            same_batch = near // 1024 == far // 1024
+            expected = len(near) * 1024 / num_rows
+            assert abs(same_batch.sum() - expected) < 5 * np.sqrt(expected)
+
+
 def test_all_orders_of_few_rows_are_equally_frequent():
     orders = _positions(0, 0, 6000 * 3, 3).reshape(6000, 3)
     counts = np.unique(orders, axis=0, return_counts=True)[1]

@@ -3,6 +3,8 @@
 import gzip
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from data.prepare import prepare
 from data.sources import open_source
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -112,12 +116,32 @@ def test_workers_read_tfds_as_one_process_does(tmp_path, tfds_folder, tokenizer_
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
+WITHOUT = """
+import sys
+from data.config import StoreConfig
+from data.prepare import prepare
+prepare(StoreConfig("c4", tokenizer=sys.argv[1]), sys.argv[2], workers=1)
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_tfds_is_prepared_without_tensorflow(tmp_path, tfds_folder, tokenizer_path, file_format):
+    _write_tfds(tfds_folder, file_format=file_format)
+    command = [sys.executable, "-c", WITHOUT, tokenizer_path, tmp_path / "store"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "data.tfds_files" in loaded
+    assert not loaded & {"tensorflow", "seqio", "jax"}
+    assert TokenStore(tmp_path / "store").split("train").num_documents == 80
+
+
 def test_other_sets_of_tfds_are_found_by_name(tfds_folder):
-    _write_tfds(tfds_folder, "c4/realnewslike:3.1.0")
     languages = {"af": ["een", "twee"], "af-validation": ["drie"], "am": ["x"]}
     _write_tfds(tfds_folder, "c4/multilingual:3.1.0", documents=languages)
-    _write_tfds(tfds_folder, "c4/en:2.3.1")
-    for name in ("c4/realnewslike:3.1.0", "c4/en:2.3.1"):
+    variants = ("realnewslike:3.1.0", "en.noclean:3.1.0", "webtextlike:3.1.0", "en:2.3.1")
+    for name in (f"c4/{variant}" for variant in variants):
+        _write_tfds(tfds_folder, name)
         source = open_source(f"tfds:{name}")
         assert list(texts(source, "train")) == C4_DOCUMENTS["train"]
         assert source.description()["name"] == name.replace(":", "/")
