@@ -1,10 +1,11 @@
 """Log-likelihoods of continuations under a model, in batches.
 
-Context and continuation are tokenised as one string. Requests are sorted by length into buckets,
-so that a row is padded to the next bucket and not to the longest of all; rows are never packed. A
-request whose input is the beginning of another one's rides along in that row: the model is causal,
-so one forward pass has the answers to both, and candidates of one token (yes, no) share all of it.
-Logits are formed only where something is read.
+Context and continuation are tokenised as one string. Requests with the same context share a row:
+the context once, then each continuation as a branch that sees the context and itself. A
+continuation that is the beginning of another one rides along with it, and one of a single token
+(yes, no) needs no branch: the context's last position has its answer. Rows are sorted by length
+into buckets, so that one is padded to the next bucket and not to the longest of all; different
+contexts are never packed together. Logits are formed only where something is read.
 
 Shapes: B rows, T positions, M model dim, E scored tokens, V vocabulary.
 """
@@ -83,12 +84,39 @@ def encode_pairs(
     return requests
 
 
+_Fed = tuple[tuple[int, ...], tuple[int, ...]]  # context and continuation, as the model reads them
+TRUNK, PADDING = 0, -1  # segment ids; branches count from 1
+
+
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """Tokens to feed, and what is read from them: (request, its scored tokens' last position)."""
+    """A context and branches that go on from it.
 
-    tokens: tuple[int, ...]
+    Attributes:
+      trunk: the context's tokens.
+      branches: what is fed of continuations, all but their last token.
+      riders: (request, its branch) for all that are read here.
+    """
+
+    trunk: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...]
     riders: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.trunk) + sum(map(len, self.branches))
+
+    def tokens_and_segments(self) -> tuple[list[int], list[int]]:
+        tokens, segments = list(self.trunk), [TRUNK] * len(self.trunk)
+        for number, branch in enumerate(self.branches, 1):
+            tokens += branch
+            segments += [number] * len(branch)
+        return tokens, segments
+
+    def positions(self, branch: int, count: int) -> list[int]:
+        """Where `count` tokens are predicted that follow the context along a branch."""
+        start = len(self.trunk) + sum(map(len, self.branches[:branch]))
+        return [len(self.trunk) - 1, *range(start, start + count - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +153,12 @@ class Scorer:
         self._rows_sharding = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, PartitionSpec())
         graph = structure(config)
-        self._hidden = jax.jit(
-            sharding.on_mesh(
-                mesh, lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT)[0]
-            ),
-            out_shardings=self._rows_sharding,
-        )
+
+        def hidden(params, tokens_BT, segment_ids_BT=None):
+            shared = None if segment_ids_BT is None else TRUNK
+            return nnx.merge(graph, params)(tokens_BT, segment_ids_BT, shared)[0]
+
+        self._hidden = jax.jit(sharding.on_mesh(mesh, hidden), out_shardings=self._rows_sharding)
         self._read = jax.jit(
             functools.partial(_read_scores, soft_cap=config.logits_soft_cap),
             out_shardings=self._replicated,
@@ -145,7 +173,7 @@ class Scorer:
           ValueError: a request with nothing to score or to condition on, a continuation longer
             than the model's length, or a score that is not finite.
         """
-        rows = _share_rows([self._input(request) for request in requests])
+        rows = _share_rows([self._fed(request) for request in requests], self.max_length)
         results: dict[int, Score] = {}
         pending: list[_Pass] = []
         for batch, length in self._batches(rows):
@@ -169,21 +197,22 @@ class Scorer:
             truncated = requests[index].length > self.max_length
             results[index] = Score(total, stop - start, bool(greedy[start:stop].all()), truncated)
 
-    def _input(self, request: Request) -> tuple[int, ...]:
-        """The tokens to feed: all but the last one, the newest `max_length` of them."""
+    def _fed(self, request: Request) -> "_Fed":
+        """All tokens but the last one, the newest `max_length` of them."""
         scored = len(request.continuation)
         if not request.context or not 0 < scored <= self.max_length:
             raise ValueError(
                 f"a context of {len(request.context)} tokens and a continuation of {scored}: both "
                 f"need at least 1, and the continuation at most the model's {self.max_length}"
             )
-        return (request.context + request.continuation)[:-1][-self.max_length :]
+        kept = self.max_length - (scored - 1)
+        return request.context[-kept:], request.continuation[:-1]
 
     def _batches(self, rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], int]]:
         """Rows of one bucket, the longest first, and the length they are padded to."""
         buckets: dict[int, list[_Row]] = {}
         for row in rows:
-            buckets.setdefault(self._padded(len(row.tokens)), []).append(row)
+            buckets.setdefault(self._padded(row.length), []).append(row)
         for length in sorted(buckets, reverse=True):
             size = self._batch_size(length)
             for start in range(0, len(buckets[length]), size):
@@ -199,18 +228,23 @@ class Scorer:
         self, params: Parameters, requests: Sequence[Request], batch: list[_Row], length: int
     ) -> "_Pass":
         """Starts one forward pass."""
-        tokens_BT = np.zeros((self._batch_size(length), length), np.int32)
+        shape = (self._batch_size(length), length)
+        tokens_BT, segment_ids_BT = np.zeros(shape, np.int32), np.full(shape, PADDING, np.int32)
         places: list[tuple[int, int, int]] = []  # row, position, target
         owners: list[tuple[int, int, int]] = []
         for i, row in enumerate(batch):
-            tokens_BT[i, : len(row.tokens)] = row.tokens
-            for request, end in row.riders:
+            tokens, segments = row.tokens_and_segments()
+            tokens_BT[i, : len(tokens)], segment_ids_BT[i, : len(tokens)] = tokens, segments
+            for request, branch in row.riders:
                 targets = requests[request].continuation
                 owners.append((request, len(places), len(places) + len(targets)))
-                positions = range(end - len(targets), end)
+                positions = row.positions(branch, len(targets))
                 places += [(i, at, target) for at, target in zip(positions, targets)]
         places += [(0, 0, 0)] * (-len(places) % READ_CHUNK)
-        hidden_BTM = self._hidden(params, self._placed(tokens_BT, self._rows_sharding))
+        arrays = [self._placed(tokens_BT, self._rows_sharding)]
+        if any(len(row.branches) > 1 for row in batch):
+            arrays.append(self._placed(segment_ids_BT, self._rows_sharding))
+        hidden_BTM = self._hidden(params, *arrays)
         places_E3 = self._placed(np.array(places, np.int32), self._replicated)
         logprobs_E, greedy_E = self._read(hidden_BTM, params["embedding"], places_E3)
         return _Pass(logprobs_E, greedy_E, owners)
@@ -220,19 +254,27 @@ class Scorer:
         return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
-def _share_rows(inputs: Sequence[tuple[int, ...]]) -> list[_Row]:
-    """One row for each input that is not the beginning of another one, with all that are.
-
-    In sorted order an input comes right before those that it begins.
-    """
-    order = sorted(range(len(inputs)), key=lambda i: inputs[i], reverse=True)
-    rows: list[tuple[tuple[int, ...], list[tuple[int, int]]]] = []
-    for i in order:
-        tokens = inputs[i]
-        if not rows or rows[-1][0][: len(tokens)] != tokens:
-            rows.append((tokens, []))
-        rows[-1][1].append((i, len(tokens)))
-    return [_Row(tokens, tuple(riders)) for tokens, riders in rows]
+def _share_rows(fed: Sequence[_Fed], max_tokens: int) -> list[_Row]:
+    """Rows in which all requests are read; one of several contexts has at most `max_tokens`."""
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for i, (context, _) in enumerate(fed):
+        by_context.setdefault(context, []).append(i)
+    rows = []
+    for trunk, members in by_context.items():
+        branches: list[tuple[int, ...]] = []
+        riders: list[tuple[int, int]] = []
+        # In this order an input comes right before those that it begins.
+        for i in sorted(members, key=lambda i: fed[i][1], reverse=True):
+            branch = fed[i][1]
+            if not branches or branches[-1][: len(branch)] != branch:
+                used = len(trunk) + sum(map(len, branches))
+                if branches and used + len(branch) > max_tokens:
+                    rows.append(_Row(trunk, tuple(branches), tuple(riders)))
+                    branches, riders = [], []
+                branches.append(branch)
+            riders.append((i, len(branches) - 1))
+        rows.append(_Row(trunk, tuple(branches), tuple(riders)))
+    return rows
 
 
 def _read_scores(hidden_BTM, embedding_VM, places_E3, soft_cap: float) -> tuple[Any, Any]:

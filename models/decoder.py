@@ -55,6 +55,7 @@ class Decoder(nnx.Module):
         self,
         tokens_BT: Array,
         segment_ids_BT: Array | None = None,
+        shared_segment: int | None = None,
         whole: Callable[[str, Any], Any] | None = None,
     ) -> tuple[Array, Array]:
         """Runs the blocks.
@@ -62,7 +63,9 @@ class Decoder(nnx.Module):
         Args:
           tokens_BT: (B, T) int32.
           segment_ids_BT: (B, T) int32; tokens attend within their segment and positions restart
-          there.
+            there.
+          shared_segment: id of a segment at the row's beginning that those after it go on from,
+            each by itself: they attend to it too, and their positions count from its end.
           whole: where the parameters are parts that devices share: from 'embedding' and its part,
             or 'blocks' and the parts of one layer, to the whole of it. The backward pass asks again
             in place of keeping it.
@@ -71,15 +74,17 @@ class Decoder(nnx.Module):
           (B, T, M) hidden states after the final norm, in the config's dtype, and per layer the
           attention range in nats, (L,) float32.
         """
-        positions_BT = positions(tokens_BT.shape, segment_ids_BT)
+        positions_BT = positions(tokens_BT.shape, segment_ids_BT, shared_segment)
         embedding_VM = self.embedding[...]
         if whole is not None:
             embedding_VM = whole("embedding", embedding_VM)
         x_BTM = embed(self.config, embedding_VM, tokens_BT, positions_BT)
-        x_BTM, ranges_L = self._run_blocks(x_BTM, positions_BT, segment_ids_BT, whole)
+        x_BTM, ranges_L = self._run_blocks(
+            x_BTM, positions_BT, segment_ids_BT, shared_segment, whole
+        )
         return self.final_norm(x_BTM), ranges_L
 
-    def _run_blocks(self, x_BTM, positions_BT, segment_ids_BT, whole):
+    def _run_blocks(self, x_BTM, positions_BT, segment_ids_BT, shared_segment, whole):
         graph = nnx.graphdef(self.blocks)
         stacked = nnx.to_pure_dict(nnx.state(self.blocks))
 
@@ -87,7 +92,8 @@ class Decoder(nnx.Module):
             index, params = xs
             if whole is not None:
                 params = whole("blocks", params)
-            return nnx.merge(graph, params)(x, index, positions_BT, segment_ids_BT)
+            block = nnx.merge(graph, params)
+            return block(x, index, positions_BT, segment_ids_BT, shared_segment)
 
         if self.config.remat != "none" or whole is not None:
             # The scan already keeps the recomputation apart from the forward pass.
@@ -126,13 +132,22 @@ def output_logits(hidden: Array, embedding_VM: Array, soft_cap: float) -> Array:
     return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
 
 
-def positions(shape: tuple[int, ...], segment_ids_BT: Array | None) -> Array:
-    """Position of each token in its row, or in its segment if there are any. (B, T) int32."""
+def positions(
+    shape: tuple[int, ...], segment_ids_BT: Array | None, shared_segment: int | None = None
+) -> Array:
+    """Position of each token in its row, or in its segment if there are any. (B, T) int32.
+
+    Those of segments that go on from a shared one count from its end.
+    """
     index_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     if segment_ids_BT is None:
         return index_BT
     starts = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
-    return index_BT - jax.lax.cummax(jnp.where(starts, index_BT, 0), axis=1)
+    in_segment_BT = index_BT - jax.lax.cummax(jnp.where(starts, index_BT, 0), axis=1)
+    if shared_segment is None:
+        return in_segment_BT
+    shared_BT = segment_ids_BT == shared_segment
+    return in_segment_BT + jnp.where(shared_BT, 0, shared_BT.sum(axis=1, keepdims=True))
 
 
 def sinusoidal(positions_BT: Array, dim: int) -> Array:

@@ -96,7 +96,12 @@ class Attention(nnx.Module):
             self.lambda_scalar = nnx.Param(jnp.zeros(()))
 
     def __call__(
-        self, x_BTM: Array, layer: Array, positions_BT: Array, segment_ids_BT: Array | None
+        self,
+        x_BTM: Array,
+        layer: Array,
+        positions_BT: Array,
+        segment_ids_BT: Array | None,
+        shared_segment: int | None,
     ) -> tuple[Array, Array]:
         """Returns (B, T, M) and the attention range in nats, see `laser.attention.attention`."""
         queries, keys, value = self._project(x_BTM, positions_BT)
@@ -107,6 +112,7 @@ class Attention(nnx.Module):
                     key,
                     value,
                     segment_ids=segment_ids_BT,
+                    shared_segment=shared_segment,
                     implementation=self.config.attention.implementation,
                     return_range=True,
                     **self._readout_options(),
@@ -210,10 +216,15 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def __call__(
-        self, x_BTM: Array, layer: Array, positions_BT: Array, segment_ids_BT: Array | None
+        self,
+        x_BTM: Array,
+        layer: Array,
+        positions_BT: Array,
+        segment_ids_BT: Array | None,
+        shared_segment: int | None,
     ) -> tuple[Array, Array]:
         out, range_nats = self.attention(
-            self.attention_norm(x_BTM), layer, positions_BT, segment_ids_BT
+            self.attention_norm(x_BTM), layer, positions_BT, segment_ids_BT, shared_segment
         )
         return self._add_mlp(x_BTM + out), range_nats
 

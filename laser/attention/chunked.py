@@ -48,6 +48,7 @@ def attention(
     causal: bool,
     segment_ids: Array | None,
     logits_soft_cap: float | None,
+    shared_segment: int | None = None,
 ) -> tuple[Array, Array]:
     """The interface's contract; see `laser.attention.attention`.
 
@@ -57,7 +58,11 @@ def attention(
       `RANGE_LIMIT_NATS` the exact log-space path was taken for the elements concerned.
     """
     chunk = functools.partial(
-        _chunk, kind=kind, logits_scale=logits_scale, logits_soft_cap=logits_soft_cap
+        _chunk,
+        kind=kind,
+        logits_scale=logits_scale,
+        logits_soft_cap=logits_soft_cap,
+        shared_segment=shared_segment,
     )
 
     @jax.checkpoint  # keeps query, key and value, and nothing that was made of them here
@@ -88,7 +93,7 @@ def attention(
 
 def _chunk(
     q_BHCD, k_BHSD, v_BHSD, exponent, q_segments, k_segments,
-    *, kind, logits_scale, logits_soft_cap, start, causal,
+    *, kind, logits_scale, logits_soft_cap, shared_segment, start, causal,
 ):  # fmt: skip
     """One chunk of queries, which begins at position `start`, against its keys."""
     logits = jnp.einsum("bhcd,bhsd->bhcs", q_BHCD, k_BHSD, preferred_element_type=jnp.float32)
@@ -101,11 +106,15 @@ def _chunk(
         logits = jnp.where(later, MASKED, logits)
     in_use = None
     if k_segments is not None:
-        other = q_segments[:, :, None] != k_segments[:, None, :]
-        logits = jnp.where(other[:, None], MASKED, logits)
+        seen = q_segments[:, :, None] == k_segments[:, None, :]
         in_use = (k_segments >= q_segments.min(1, keepdims=True)) & (
             k_segments <= q_segments.max(1, keepdims=True)
         )
+        if shared_segment is not None:
+            shared = k_segments == shared_segment
+            seen |= shared[:, None, :]
+            in_use |= shared
+        logits = jnp.where(seen[:, None], logits, MASKED)
     if kind == "standard":
         probs = jax.nn.softmax(logits, axis=-1)
         return jnp.einsum("bhcs,bhsd->bhcd", probs, v_BHSD), jnp.float32(0)

@@ -30,6 +30,7 @@ def attention(
     logits_scale: float | None = None,
     causal: bool = True,
     segment_ids: Array | None = None,
+    shared_segment: int | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation = "auto",
     return_range: bool = False,
@@ -47,6 +48,8 @@ def attention(
       logits_scale: factor of the logits; 1/√D_qk if None.
       causal: a query sees no later key.
       segment_ids: (B, T) int; a query sees only keys with its own id.
+      shared_segment: an id whose keys queries of every segment see: a common beginning with several
+        continuations in one row. Not by `pallas`.
       logits_soft_cap: c in c · tanh(logits / c), before masking; None or 0 for none.
       implementation: see the module's docstring.
       return_range: also return how far, in nats, an output lies below the reference that its values
@@ -71,6 +74,10 @@ def attention(
     if implementation == "auto":
         implementation = "chunked"
         _log_choice(kind, implementation, jax.default_backend())
+    if shared_segment is not None:
+        if implementation == "pallas":
+            raise ValueError("implementation='pallas' has no shared_segment; use 'chunked'")
+        options["shared_segment"] = shared_segment
     if implementation in ("pallas", "chunked"):
         module = fused if implementation == "pallas" else chunked
         out, range_nats = module.attention(query, key, value, kind=kind, **options)

@@ -12,13 +12,16 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def visible(length: int, causal: bool, segment_ids: Array | None) -> Array:
+def visible(
+    length: int, causal: bool, segment_ids: Array | None, shared_segment: int | None = None
+) -> Array:
     """Which key each query may see.
 
     Args:
       length: T.
       causal: a query sees no later key.
       segment_ids: (B, T) int, or None; a query sees keys of its own segment only.
+      shared_segment: and those of this one.
 
     Returns:
       (1 or B, 1, T, S) bool.
@@ -27,7 +30,10 @@ def visible(length: int, causal: bool, segment_ids: Array | None) -> Array:
     seen = (position[:, None] >= position) if causal else jnp.ones((length, length), bool)
     seen = seen[None, None]
     if segment_ids is not None:
-        seen &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        together = segment_ids[:, :, None] == segment_ids[:, None, :]
+        if shared_segment is not None:
+            together |= segment_ids[:, None, :] == shared_segment
+        seen &= together[:, None]
     return seen
 
 
@@ -39,12 +45,13 @@ def log_probabilities(
     causal: bool,
     segment_ids: Array | None,
     logits_soft_cap: float | None,
+    shared_segment: int | None = None,
 ) -> Array:
     """log softmax(M + scale · Q Kᵀ), -inf where a key is not visible. Returns (B, H, T, S)."""
     logits = jnp.einsum("bthd,bshd->bhts", query, key, precision="highest") * logits_scale
     if logits_soft_cap:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    seen = visible(query.shape[1], causal, segment_ids)
+    seen = visible(query.shape[1], causal, segment_ids, shared_segment)
     return jax.nn.log_softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
 
 

@@ -51,10 +51,11 @@ def oracle(inputs, **options):
         {},
         {"causal": False},
         {"segment_ids": make_segments()},
+        {"segment_ids": make_segments(), "shared_segment": 0},
         {"logits_soft_cap": 2.0},
         {"logits_scale": 0.7, "segment_ids": make_segments(), "logits_soft_cap": 5.0},
     ],
-    ids=["causal", "full", "segments", "soft-cap", "all"],
+    ids=["causal", "full", "segments", "shared-segment", "soft-cap", "all"],
 )
 def test_equals_the_oracle(kind, options):
     inputs = make_inputs(logits_scale=2.0)

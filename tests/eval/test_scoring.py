@@ -115,7 +115,7 @@ def test_scores_do_not_depend_on_order_and_company(params, requests, scores):
     scorer = Scorer(CONFIG, MAX_LENGTH, row_tokens=1)
     backwards = scorer.score(params, requests[::-1])[::-1]
     assert relative_gap(scores, backwards) < 1e-5
-    alone = [scorer.score(params, [request])[0] for request in requests]  # nothing is shared
+    alone = [scorer.score(params, [request])[0] for request in requests]  # no context is shared
     assert relative_gap(scores, alone) < 1e-5
 
 
@@ -145,7 +145,7 @@ def test_padding_changes_nothing_for_either_attention(requests, kind):
     assert relative_gap(alone, together) < 1e-5
 
 
-def test_requests_with_one_input_share_one_row(params, monkeypatch):
+def test_requests_with_one_context_share_one_row(params, monkeypatch):
     rows = []
     batches = Scorer._batches
     monkeypatch.setattr(
@@ -156,7 +156,7 @@ def test_requests_with_one_input_share_one_row(params, monkeypatch):
     shared.append(Request(context, (5, 9)))
     apart = [Request(context, (6, 9)), Request(context[1:], (5,))]
     Scorer(CONFIG, MAX_LENGTH).score(params, [*shared, *apart])
-    assert rows == [3]
+    assert rows == [2]
 
 
 def test_what_cannot_be_scored_is_refused(params):
@@ -210,3 +210,22 @@ def test_a_continuation_is_never_without_tokens(tokenizer):
 def test_an_empty_continuation_is_refused(tokenizer):
     with pytest.raises(ValueError, match="continuation is empty"):
         encode_pairs(tokenizer, ["a", "b"], [" c", ""])
+
+
+@pytest.mark.parametrize("kind", ["standard", "laser"])
+def test_a_shared_context_is_computed_once(kind):
+    config = dataclasses.replace(CONFIG, attention=AttentionConfig(kind=kind), positions="rotary")
+    params = jax.tree.map(lambda x: 2 * x, init_parameters(config, 1))
+    draw = random.Random(0)
+    context = tuple(draw.randrange(3, 400) for _ in range(40))
+    endings = [tuple(draw.randrange(3, 400) for _ in range(12)) for _ in range(6)]
+    requests = [Request(context, ending) for ending in (*endings, endings[0][:5])]
+    scorer = Scorer(config, MAX_LENGTH)
+    alone = [scorer.score(params, [request])[0] for request in requests]
+    fed = []
+    hidden = scorer._hidden
+    scorer._hidden = lambda params, *arrays: fed.append(arrays) or hidden(params, *arrays)
+    together = scorer.score(params, requests)
+    assert relative_gap(together, alone) < 1e-5
+    # 40 + 5 x 11 tokens fit into a row of 100 at most; the sixth continuation needs another one.
+    assert sum((np.asarray(tokens_BT) != 0).any(axis=1).sum() for tokens_BT, *_ in fed) == 2
