@@ -188,10 +188,12 @@ def _written(program: _Program, body: str, layers: int) -> float:
     root = program.computations[body][-1]
     names = re.findall(r"%([\w.\-]+)", root.rest.partition(")")[0])
     ops = {op.name: op for op in program.computations[body]}
+    carried = {op.name for op in program.computations[body] if op.opcode == "parameter"}
     total = 0.0
     for name in names:
-        op = ops.get(name)
-        if op is None or op.opcode in ("get-tuple-element", "parameter"):
+        op = ops[name]
+        source = op.rest.partition(")")[0].partition(",")[0].lstrip("%")
+        if op.opcode == "get-tuple-element" and source in carried:
             continue  # passed through unchanged
         for dtype, dims in ARRAY.findall(op.type):
             if dims.split(",")[0] == str(layers):
