@@ -78,7 +78,8 @@ class _Program:
     def walk(self, computation: str, times: int) -> Iterator[Collective]:
         for op in self.computations[computation]:
             if op.opcode == "while":
-                yield from self.walk(_called(op, "body"), times * self._trips(op))
+                if trips := self.trips(op):
+                    yield from self.walk(_called(op, "body"), times * trips)
             elif op.opcode == "conditional":
                 branches = [list(self.walk(name, times)) for name in _branches(op)]
                 yield from max(branches, key=lambda found: sum(c.bytes for c in found))
@@ -98,13 +99,17 @@ class _Program:
                     kind = "reduce-scatter" if scatters else inner.opcode
                     yield self._collective(inner, kind, times, whole=True)
 
-    def _trips(self, loop: _Instruction) -> int:
+    def trips(self, loop: _Instruction) -> int:
         """How often a loop runs; 0 if that depends on data (the exact path of attention)."""
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(known[1])
         condition = self.computations[_called(loop, "condition")]
-        compare = [op for op in condition if op.opcode == "compare" and "direction=LT" in op.rest]
+        root = condition[-1]
+        compare = self.computations[_called(root, "calls")][-1] if root.opcode == "fusion" else root
         bounds = [op for op in condition if op.opcode == "constant" and op.type.startswith("s32")]
-        counts = [int(op.rest.partition(")")[0]) for op in bounds]
-        return max(counts) if len(compare) == 1 and counts else 0
+        if compare.opcode != "compare" or "direction=LT" not in compare.rest or len(bounds) != 1:
+            return 0
+        return int(bounds[0].rest.partition(")")[0])
 
     def _collective(self, op: _Instruction, kind: str, times: int, whole=False) -> Collective:
         arrays = [(dtype, _bytes(dtype, dims)) for dtype, dims in ARRAY.findall(op.type)]
@@ -179,7 +184,7 @@ def kept_for_backward(hlo: str, layers: int) -> float:
     program = _Program(hlo, {"device": 1})
     for name in program.computations:
         for op in program.computations[name]:
-            if op.opcode == "while" and program._trips(op) == layers and "/jvp()" in op.rest:
+            if op.opcode == "while" and program.trips(op) == layers and "/jvp()" in op.rest:
                 return _written(program, _called(op, "body"), layers)
     return 0.0
 

@@ -64,6 +64,12 @@ class Compiled:
     gb: float
 
 
+def lower_step(config: RunConfig, devices: Sequence) -> tuple[Program, jax.stages.Lowered]:
+    """The train step before XLA compiles it. Raises ValueError as `compile_step`."""
+    program = Program(config, sharding.make_mesh(config, devices))
+    return program, program.train_step.lower(program.abstract_state, program.abstract_batch())
+
+
 def compile_step(config: RunConfig, devices: Sequence) -> tuple[Mesh, Compiled]:
     """Compiles for a mesh of devices that may be described only.
 
@@ -71,9 +77,8 @@ def compile_step(config: RunConfig, devices: Sequence) -> tuple[Mesh, Compiled]:
       ValueError: config and devices do not fit together.
       OutOfMemory: the program does not fit a chip.
     """
-    program = Program(config, sharding.make_mesh(config, devices))
     start = time.perf_counter()
-    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch())
+    program, lowered = lower_step(config, devices)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

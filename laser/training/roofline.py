@@ -134,14 +134,16 @@ def collective_bytes(config: RunConfig, mesh: MeshConfig) -> dict[str, float]:
     }
 
 
-def analytic_bound(config: RunConfig, mesh: MeshConfig, chip: Chip, implementation: str) -> Bound:
+def analytic_bound(
+    config: RunConfig, mesh: MeshConfig, chip: Chip, implementation: str = "pallas"
+) -> Bound:
     """The bound before anything is compiled; several slices count as one.
 
     Args:
       config: of the run.
       mesh: resolved, without -1.
       chip: of `hardware.CHIPS`.
-      implementation: of attention, chunked or pallas.
+      implementation: of attention, chunked or pallas, which needs least.
     """
     devices = mesh.data * mesh.fsdp * mesh.tensor
     flops = model_flops(config) + recomputed_flops(config, implementation)
