@@ -1,4 +1,6 @@
-"""How the paper's models are laid out on slices of TPUs: --config=configs/c4.py:size=2p2b,slice=v5e-256
+"""How the paper's models are laid out on slices of TPUs.
+
+    --config=configs/c4.py:size=2p2b,slice=v5e-256
 
 Found by `scripts/plan.py --search` and proven by compiling: docs/plans.md. Slices have Google's
 names, in which a number counts chips of v5e and cores, two a chip, of v5p. The paper trained the

@@ -2,8 +2,8 @@
 
     python scripts/plan_table.py [--only=SUBSTRING]
 
-Needs libtpu (pip install libtpu). Rows that are in docs/plans.json are kept: to renew all, delete it
-first. A row takes the compiler a minute or less; a run that was stopped goes on where it was.
+Needs libtpu (pip install libtpu). Rows that are in docs/plans.json are kept: to renew all, delete
+it first. A row takes the compiler about a minute; a run that was stopped goes on where it was.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Collectives of a compiled program, read from its optimized HLO.
 
-A collective in a loop counts as often as the loop runs; of a conditional the costlier branch counts.
+A collective in a loop counts as often as the loop runs; of a conditional the costlier branch does.
 Bytes are what a chip has to receive, whatever the algorithm: (n - 1)/n of the whole array for an
 all-gather or a reduce-scatter over n chips, twice that for an all-reduce.
 
@@ -130,9 +130,7 @@ class _Program:
         group = np.array(_group(rest, math.prod(shape)))
         places = np.array(np.unravel_index(group, shape))
         return tuple(
-            name
-            for name, along in zip(self.axis_sizes, places, strict=True)
-            if len(set(along)) > 1
+            name for name, along in zip(self.axis_sizes, places, strict=True) if len(set(along)) > 1
         )
 
 

@@ -51,7 +51,7 @@ def _memory(plan: Plan) -> list[str]:
         f"  peak                     {plan.peak_gib:8.3f}",
     ]
     if plan.unsharded:
-        lines.append(f"  {100 * plan.unsharded:.3g} % of the parameters' bytes are not split by fsdp")
+        lines.append(f"  {100 * plan.unsharded:.3g} % of the parameters are not split by fsdp")
     return lines
 
 

@@ -6,6 +6,7 @@ program that does not fit is refused within seconds, one that does takes the com
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, get_args
 
 from laser.planning.plan import Plan, TooLarge, estimated_peak_gib, make_plan
 from laser.planning.topologies import Topology
@@ -13,7 +14,8 @@ from laser.training import roofline
 from laser.training.config import MeshConfig, RunConfig, check_devices
 from laser.training.hardware import CHIPS
 
-REMAT = ("none", "dots", "full")
+Remat = Literal["none", "dots", "full"]
+REMAT: tuple[Remat, ...] = get_args(Remat)
 LARGEST_TENSOR = 8
 SLACK = 1.3  # the hand-counted peak may be too high by this factor before a candidate is left out
 TRIES = 12  # programs that do not fit, before giving up
@@ -72,7 +74,7 @@ def _powers_of_two(largest: int) -> Iterator[int]:
         power *= 2
 
 
-def _with(config: RunConfig, mesh: MeshConfig, accumulation: int, remat: str) -> RunConfig | None:
+def _with(config: RunConfig, mesh: MeshConfig, accumulation: int, remat: Remat) -> RunConfig | None:
     """The config with another layout, or None if they do not fit together."""
     try:
         mesh = dataclasses.replace(mesh, max_unsharded=config.mesh.max_unsharded)

@@ -1,4 +1,4 @@
-"""The committed table of the plans of all shipped configs: docs/plans.json, and as text plans.md."""
+"""The table of the plans of all shipped configs: docs/plans.json, and plans.md for people."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,7 +15,8 @@ FIELDS = (
 
 HEAD = (
     "| size | attention | slice | mesh | micro-batches | remat | GiB a chip: state, kept, peak "
-    "| recomputed | GiB moved | seconds at least: compute, HBM, links | MFU at most | hours at least |"
+    "| recomputed | GiB moved | seconds at least: compute, HBM, links | MFU at most "
+    "| hours at least |"
 )
 START, END = "<!-- table -->", "<!-- end of table -->"
 
@@ -46,8 +47,8 @@ def renew(
     for name in names:
         if name not in rows and only in name:
             rows[name] = row(make(name))
-            ordered = {known: rows[known] for known in names if known in rows}
-            path.write_text(json.dumps(ordered, indent=1) + "\n")
+            rows = {known: rows[known] for known in names if known in rows}
+            path.write_text(json.dumps(rows, indent=1) + "\n")
     document = path.with_suffix(".md")
     document.write_text(insert(document.read_text(), render(rows)))
 

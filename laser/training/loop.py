@@ -183,7 +183,7 @@ def _train_from(
         tokens_per_step=config.training.batch_size * config.data.seq_len,
         flops_per_token=train_flops_per_token(config.model, config.data.seq_len),
         peak_flops=hardware.peak_flops(),
-        bound_seconds=_bound_seconds(config),
+        bound_seconds=_bound_seconds(run.program),
         on_skipped=functools.partial(_record_skipped, run),
     )
     try:
@@ -193,13 +193,13 @@ def _train_from(
         writer.close()
 
 
-def _bound_seconds(config: RunConfig) -> float:
-    """The least time of a step on these devices, see `roofline`; 0 where it is not known."""
-    chip = hardware.CHIPS.get(jax.devices()[0].device_kind)
+def _bound_seconds(program: Program) -> float:
+    """The least time of a step on its devices, see `roofline`; 0 where it is not known."""
+    chip = hardware.CHIPS.get(program.mesh.devices.flat[0].device_kind)
     if chip is None:
         return 0.0
-    mesh = check_devices(config, jax.device_count())
-    return roofline.analytic_bound(config, mesh, chip).seconds
+    mesh = check_devices(program.config, program.mesh.size)
+    return roofline.analytic_bound(program.config, mesh, chip).seconds
 
 
 def _run_steps(

@@ -55,8 +55,8 @@ class Rule:
 
 
 # First match wins; a parameter that no row matches is an error. The first dim of `blocks` is
-# layers. Dims are (V, M), (L, M, H, D), (L, M, F), (L, F, M); a weight is gathered fastest along its
-# first.
+# layers. Dims are (V, M), (L, M, H, D), (L, M, F), (L, F, M); a weight is gathered fastest along
+# its first.
 PARAMETER_RULES = (
     Rule(r"^embedding$", tensor=0, fsdp=(0, 1)),
     Rule(r"^blocks/attention/(query|key|value|output)$", tensor=2, fsdp=(1, 2, 3)),
