@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     config, values = parse_or_exit(argv, define_flags, __doc__)
     try:
         topology = topologies.parse_topology(values.topology, values.slices)
-        check_devices(config, topology.chips)
+        check_devices(config, topology.chips, topology.slices)
     except ValueError as error:
         exit_with(argv[0], str(error))
     topologies.prepare_environment(topology)

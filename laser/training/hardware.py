@@ -5,6 +5,7 @@ Peaks are the vendors'; a CPU's is measured.
 
 import ctypes
 import dataclasses
+import glob
 import importlib.util
 import os
 import resource
@@ -61,6 +62,10 @@ def tune_cpu() -> None:
     XLA give matrix products and reductions to a faster library. Its maximum passes over NaN; its
     sums do not, so a NaN still reaches the loss. Measured: see scripts/benchmark_train.py.
     """
+    files = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")  # of TPUs and GPUs
+    if not any(glob.glob(pattern) for pattern in files):
+        # Where libtpu is there for planning alone, jax would look for its chips in vain, aloud.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if os.environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("libtpu") is None:
         os.environ["XLA_FLAGS"] = f"{_CPU_FLAG} {os.environ.get('XLA_FLAGS', '')}".strip()
     if sys.platform == "linux":
