@@ -97,6 +97,10 @@ class Share:
 
         return jax.tree.map(gather, part, self.specs[name])
 
+    def gatherer(self, dtype: jnp.dtype) -> Callable[[str, Any], Any] | None:
+        """`whole` for a call of the model; None where there is nothing to gather."""
+        return functools.partial(self.whole, dtype=dtype) if self.axes else None
+
     def total(self, tree: Any) -> Any:
         """Sums over all devices."""
         return jax.lax.psum(tree, self.axes) if self.axes else tree

@@ -110,7 +110,9 @@ def test_candidates_divide_and_are_ranked():
         changed = to_dict(variant)
         for section, name in (("mesh", None), ("training", "accumulation"), ("model", "remat")):
             original = to_dict(config)[section]
-            changed[section] = original if name is None else {**changed[section], name: original[name]}
+            changed[section] = (
+                original if name is None else {**changed[section], name: original[name]}
+            )
         assert changed == to_dict(config)
     # A second or third copy of the state of 7.7B does not fit 16 chips.
     assert all(mesh.data <= 2 for _, mesh in found)
