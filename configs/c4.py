@@ -4,6 +4,8 @@
     attention   standard | laser, then +per_dim_temp +qk_norm +diff +diff=scalar +temp=NUMBER
                 in any combination                                   (default laser)
     optimizer   adamw | lamb                                         (default adamw)
+    slice       v5e-64 | v5p-128 | ...: the layout of configs/slices.py on those TPUs
+                                                    (default any: all devices, remat full)
 
 Lines marked `paper` repeat what the paper states; the others are choices of this repository where
 the paper is silent. Prepare the tokens first: scripts/prepare_data.py.
@@ -11,7 +13,7 @@ the paper is silent. Prepare the tokens first: scripts/prepare_data.py.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, slices
 from configs.arguments import choose, parse_arguments, set_attention
 
 # Paper, section 4.1 and appendices A.2, A.3. With a two-matrix MLP, no biases, and one embedding
@@ -29,7 +31,7 @@ SIZES = {
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    defaults = {"size": "301m", "attention": "laser", "optimizer": "adamw"}
+    defaults = {"size": "301m", "attention": "laser", "optimizer": "adamw", "slice": "any"}
     chosen = parse_arguments(arguments, defaults)
 
     config = base.get_config()
@@ -60,4 +62,6 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.mesh.data = 1
     config.mesh.fsdp = -1  # all devices share parameters and optimizer state
+    if chosen["slice"] != "any":
+        slices.set_layout(config, chosen["size"], chosen["slice"])
     return config

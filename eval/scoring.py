@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from data.tokenizer import Tokenizer
 from laser.training import sharding
+from laser.training.share import over_batch
 from models.config import ModelConfig
 from models.decoder import Parameters, output_logits, structure
 
@@ -152,11 +153,17 @@ class Scorer:
         self._shards = sharding.batch_shards(mesh)
         self._rows_sharding = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        graph = structure(config)
+        graph, dtype = structure(config), jnp.dtype(config.dtype)
+
+        def of_share(params, batch, share):
+            tokens_BT, segment_ids_BT = batch
+            shared = None if segment_ids_BT is None else TRUNK
+            model = nnx.merge(graph, params)
+            return model(tokens_BT, segment_ids_BT, shared, share.gatherer(dtype))[0]
 
         def hidden(params, tokens_BT, segment_ids_BT=None):
-            shared = None if segment_ids_BT is None else TRUNK
-            return nnx.merge(graph, params)(tokens_BT, segment_ids_BT, shared)[0]
+            batch = (tokens_BT, segment_ids_BT)
+            return over_batch(of_share, params, batch, lambda _, rows: rows)
 
         self._hidden = jax.jit(sharding.on_mesh(mesh, hidden), out_shardings=self._rows_sharding)
         self._read = jax.jit(

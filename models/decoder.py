@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from laser.attention.kernels.fused import OUTPUT_NAME
 from models.config import ModelConfig
 from models.layers import Block, Norm
 
@@ -30,8 +31,11 @@ def _all_but_gathered(primitive, *_, **__) -> bool:
 REMAT_POLICIES = {
     # Keep everything, except weights that other devices hold the parts of.
     "none": _all_but_gathered,
-    # Keep the outputs of the projections.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keep the outputs of the projections, and of the attention kernel where there is one.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
+    ),
     # Keep the blocks' inputs alone.
     "full": jax.checkpoint_policies.nothing_saveable,
 }

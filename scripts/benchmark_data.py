@@ -238,13 +238,13 @@ def measure_loader(store: TokenStore) -> None:
 def host_rows_per_second() -> float:
     """What a host of the 301m model could consume, were all of its chips' FLOP/s of use."""
     from configs import c4
+    from laser.training import hardware
     from laser.training.config import load_config
-    from laser.training.hardware import PEAK_FLOPS
     from models.decoder import train_flops_per_token
 
     model = load_config(c4.get_config("size=301m")).model
     row_flops = train_flops_per_token(model, SEQ_LEN) * SEQ_LEN
-    return CHIPS * PEAK_FLOPS["TPU v5 lite"] / row_flops
+    return CHIPS * hardware.CHIPS["TPU v5 lite"].flops / row_flops
 
 
 if __name__ == "__main__":

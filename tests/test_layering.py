@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laser.training.checkpoint",
         "laser.training.config",
         "laser.training.run_folder",
+        "laser.training.share",
         "laser.training.sharding",
     ),
     "configs": (),

@@ -236,9 +236,14 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     return dataclasses.replace(mesh, **filled)
 
 
-def check_devices(config: RunConfig, num_devices: int) -> MeshConfig:
+def check_devices(config: RunConfig, num_devices: int, slices: int = 1) -> MeshConfig:
     """The mesh of a run on so many devices. Raises ValueError if model or batch do not fit."""
     mesh = resolve_mesh(config.mesh, num_devices)
+    require(
+        mesh.data % slices == 0,
+        f"mesh.data={mesh.data}: must be a multiple of {slices}, the number of slices, which hold "
+        f"copies of the parameters; use --config.mesh.data={slices}",
+    )
     _check_tensor_axis(config.model, mesh.tensor)
     training = config.training
     rows, shards = training.batch_size // training.accumulation, mesh.data * mesh.fsdp

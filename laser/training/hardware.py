@@ -1,27 +1,52 @@
-"""What the machine can do, and the two settings that make XLA fast on a CPU.
+"""What machines can do, and the two settings that make XLA fast on a CPU.
 
-Peaks are dense bfloat16 matrix FLOP/s per device from the vendors' data sheets; a CPU's is
-measured.
+Peaks are the vendors'; a CPU's is measured.
 """
 
 import ctypes
+import dataclasses
+import glob
 import importlib.util
 import os
 import resource
 import sys
 import time
 
-# jax's device_kind → FLOP/s. TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e). GPUs: NVIDIA data
-# sheets, without sparsity.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a kind of device can do at best.
+
+    Attributes:
+      name: short, as in the name of a slice.
+      flops: dense bfloat16 matrix FLOP/s.
+      hbm_gib: memory that XLA lets a program use, as its compiler reports; 0 unknown.
+      hbm_bandwidth: bytes/s of that memory; 0 unknown.
+      link_bandwidth: bytes/s in one direction of one link of the torus; 0 where there is none.
+      slice_bandwidth: bytes/s of a chip to other slices, over the data center's network; 0 unknown.
+    """
+
+    name: str
+    flops: float
+    hbm_gib: float = 0.0
+    hbm_bandwidth: float = 0.0
+    link_bandwidth: float = 0.0
+    slice_bandwidth: float = 0.0
+
+
+# By jax's device_kind. TPUs: docs.cloud.google.com/tpu/docs, pages v4, v5e, v5p and v6e: peak
+# compute, HBM bandwidth, interconnect bandwidth per chip (2400, 1600, 4800, 3200 Gbps over 6, 4, 6
+# and 4 ports), data center network per pod of 256 (v5e 6.4, v6e 25.6 Tbps). hbm_gib: libtpu
+# 0.0.42.1 for programs that are too large. GPUs: NVIDIA's data sheets, without sparsity.
+CHIPS = {
+    "TPU v4": Chip("v4", 275e12, 30.75, 1228e9, 50e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 15.75, 819e9, 50e9, 3.125e9),
+    "TPU v5": Chip("v5p", 459e12, 95.74, 2765e9, 100e9),
+    "TPU v5p": Chip("v5p", 459e12, 95.74, 2765e9, 100e9),
+    "TPU v6 lite": Chip("v6e", 918e12, 31.25, 1640e9, 100e9, 12.5e9),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12),
+    "NVIDIA H200": Chip("H200", 989e12),
 }
 
 _CPU_FLAG = (
@@ -37,6 +62,10 @@ def tune_cpu() -> None:
     XLA give matrix products and reductions to a faster library. Its maximum passes over NaN; its
     sums do not, so a NaN still reaches the loss. Measured: see scripts/benchmark_train.py.
     """
+    files = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")  # of TPUs and GPUs
+    if not any(glob.glob(pattern) for pattern in files):
+        # Where libtpu is there for planning alone, jax would look for its chips in vain, aloud.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if os.environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("libtpu") is None:
         os.environ["XLA_FLAGS"] = f"{_CPU_FLAG} {os.environ.get('XLA_FLAGS', '')}".strip()
     if sys.platform == "linux":
@@ -54,7 +83,8 @@ def peak_flops() -> float:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _measured_cpu_flops()  # simulated devices share the one CPU
-    return PEAK_FLOPS.get(device.device_kind, 0.0) * jax.device_count()
+    chip = CHIPS.get(device.device_kind)
+    return chip.flops * jax.device_count() if chip else 0.0
 
 
 def _measured_cpu_flops(size: int = 1024, repeats: int = 10) -> float:

@@ -19,9 +19,9 @@ import numpy as np
 from data.loader import eval_batches, train_batches
 from data.order import row_ids
 from data.store import TokenStore
-from laser.training import hardware, hosts, preemption, sharding
+from laser.training import hardware, hosts, preemption, roofline, sharding
 from laser.training.checkpoint import CheckpointError, Checkpoints
-from laser.training.config import RunConfig
+from laser.training.config import RunConfig, check_devices
 from laser.training.metrics import MetricsWriter, make_writer
 from laser.training.program import Program
 from laser.training.report import Report
@@ -183,6 +183,7 @@ def _train_from(
         tokens_per_step=config.training.batch_size * config.data.seq_len,
         flops_per_token=train_flops_per_token(config.model, config.data.seq_len),
         peak_flops=hardware.peak_flops(),
+        bound_seconds=_bound_seconds(run.program),
         on_skipped=functools.partial(_record_skipped, run),
     )
     try:
@@ -190,6 +191,15 @@ def _train_from(
             return _run_steps(run, state, checkpoints, evaluations, writer, report, preempted)
     finally:
         writer.close()
+
+
+def _bound_seconds(program: Program) -> float:
+    """The least time of a step on its devices, see `roofline`; 0 where it is not known."""
+    chip = hardware.CHIPS.get(program.mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return 0.0
+    mesh = check_devices(program.config, program.mesh.size)
+    return roofline.analytic_bound(program.config, mesh, chip).seconds
 
 
 def _run_steps(

@@ -9,6 +9,8 @@ is not JSON.
     gradient_norm               before clipping          parameter_norm, learning_rate
     tokens_per_second           all devices              seconds_per_step
     mfu                         model FLOPs utilisation, 0 to 1; causal attention counted half
+    of_bound                    0 to 1: the least time of a step by the chips' peaks, see
+                                laser/training/roofline.py, over the time that it takes
     data_wait_seconds           per step, of the loop    memory_gib    most in use on a device
     skipped_steps               so far, in the run       attention_range    largest, nats
     eval/loss, eval/bits_per_byte                    eval/TASK/METRIC    a fraction
@@ -194,6 +196,8 @@ class TerminalLine:
         ]
         if "mfu" in metrics:
             parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
+        if "of_bound" in metrics:
+            parts.append(f"{100 * metrics['of_bound']:.0f} % of the bound")
         if metrics.get("skipped_steps"):
             parts.append(f"skipped {metrics['skipped_steps']:.0f}")
         if "seconds_per_step" in metrics:

@@ -24,6 +24,7 @@ class Report:
       tokens_per_step: of the whole batch, all hosts.
       flops_per_token: model FLOPs, recomputation not counted.
       peak_flops: of all devices; 0 if unknown, then there is no "mfu".
+      bound_seconds: that a step takes at least; 0 if unknown, then there is no "of_bound".
       on_skipped: called with the step and its metrics when a step had no update.
     """
 
@@ -35,6 +36,7 @@ class Report:
         tokens_per_step: int,
         flops_per_token: float,
         peak_flops: float,
+        bound_seconds: float,
         on_skipped: Callable[[int, dict[str, float]], None],
     ):
         self._writer = writer
@@ -42,6 +44,7 @@ class Report:
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
+        self._bound_seconds = bound_seconds
         self._on_skipped = on_skipped
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._window_start = time.perf_counter()
@@ -92,5 +95,7 @@ class Report:
         }
         if self._peak_flops:
             derived["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+        if self._bound_seconds:
+            derived["of_bound"] = self._bound_seconds / seconds_per_step
         self._window_start, self._window_steps, self._seconds_waited = now, 0, waited
         return derived

@@ -55,8 +55,8 @@ class Rule:
 
 
 # First match wins; a parameter that no row matches is an error. The first dim of `blocks` is
-# layers. Dims are (V, M), (L, M, H, D), (L, M, F), (L, F, M); a weight is gathered fastest along its
-# first.
+# layers. Dims are (V, M), (L, M, H, D), (L, M, F), (L, F, M); a weight is gathered fastest along
+# its first.
 PARAMETER_RULES = (
     Rule(r"^embedding$", tensor=0, fsdp=(0, 1)),
     Rule(r"^blocks/attention/(query|key|value|output)$", tensor=2, fsdp=(1, 2, 3)),
@@ -79,13 +79,8 @@ def make_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) ->
       ValueError: config and devices do not fit together, or too much would stay unsharded.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = check_devices(config, len(devices))
     slices = len({getattr(device, "slice_index", None) for device in devices})
-    if sizes.data % slices:
-        raise ValueError(
-            f"mesh.data={sizes.data}: must be a multiple of {slices}, the number of slices; slices "
-            "hold copies of the parameters"
-        )
+    sizes = check_devices(config, len(devices), slices)
     last_error: Exception | None = None
     for fsdp in _fsdp_factors(config, sizes.fsdp, sizes.tensor, _torus(devices)):
         names = _axis_names(len(fsdp))

@@ -97,6 +97,10 @@ class Share:
 
         return jax.tree.map(gather, part, self.specs[name])
 
+    def gatherer(self, dtype: jnp.dtype) -> Callable[[str, Any], Any] | None:
+        """`whole` for a call of the model; None where there is nothing to gather."""
+        return functools.partial(self.whole, dtype=dtype) if self.axes else None
+
     def total(self, tree: Any) -> Any:
         """Sums over all devices."""
         return jax.lax.psum(tree, self.axes) if self.axes else tree
@@ -119,9 +123,9 @@ class Share:
 def _gather(part: Array, axes: Axes) -> Array:
     """The whole of an array whose dims are split over mesh axes.
 
-    Forms that XLA for TPUs turns into what they say (docs/plans.md): an all-gather along a new first
-    dim, over all axes at once or, for a small part, over one after the other; and for the gradient a
-    reduce-scatter over one axis after the other. Else it moves twice the bytes by an all-reduce.
+    Forms that XLA for TPUs turns into what they say (docs/plans.md): an all-gather along a new
+    first dim, over all axes at once or, for a small part, over one after the other; and for the
+    gradient a reduce-scatter over one axis after the other. Else it all-reduces: twice the bytes.
     """
     sizes, names, flat = _layout(part.shape, axes)
     parts = part.reshape(flat)
@@ -147,7 +151,7 @@ def _layout(shape: Sequence[int], axes: Axes) -> tuple[list[list[int]], tuple[st
 
 
 def _places(axes: Axes, ndim: int) -> list[int]:
-    """Where (parts of dim 0, parts of dim 1, ..., dim 0, dim 1, ...) go to join each dim's parts."""
+    """Where (parts of dim 0, of dim 1, ..., dim 0, dim 1, ...) go to join the parts of each dim."""
     count = sum(map(len, axes))
     order: list[int] = []
     start = 0
@@ -165,8 +169,9 @@ def _gather_fwd(part: Array, axes: Axes) -> tuple[Array, None]:
 def _gather_bwd(axes: Axes, _, gradient: Array) -> tuple[Array]:
     sizes, names, whole = _layout(gradient.shape, axes)
     split: list[int] = []
-    for n, parts in zip(whole, [*sizes, *[[]] * len(whole)], strict=False):
-        split += [*parts, n // math.prod(parts)]
+    for dim, n in enumerate(whole):
+        parts_of_dim = sizes[dim] if dim < len(sizes) else []
+        split += [*parts_of_dim, n // math.prod(parts_of_dim)]
     places = _places(axes, len(whole))
     parts = gradient.reshape(split).transpose([places.index(i) for i in range(len(places))])
     for name in names:

@@ -76,16 +76,13 @@ def make_loss(config: RunConfig) -> Callable[[Parameters, Batch, Share], tuple[A
     dtype = jnp.dtype(config.model.dtype)
 
     def loss(params, batch, share):
-        def whole(name, part):
-            return share.whole(name, part, dtype)
-
         model = nnx.merge(graph, params)
         hidden_BTM, ranges_L = model(
-            batch["inputs"], batch.get("segment_ids"), whole if share.axes else None
+            batch["inputs"], batch.get("segment_ids"), whole=share.gatherer(dtype)
         )
         total, nll = cross_entropy(
             hidden_BTM,
-            whole("embedding", params["embedding"]),
+            share.whole("embedding", params["embedding"], dtype),
             batch["targets"],
             batch["weights"],
             config.model.logits_soft_cap,

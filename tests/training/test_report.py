@@ -32,13 +32,14 @@ def clock(monkeypatch):
     return clock
 
 
-def make_report(recorder, skipped, log_every=1, peak_flops=1e6):
+def make_report(recorder, skipped, log_every=1, peak_flops=1e6, bound_seconds=0.0):
     return Report(
         recorder,
         log_every=log_every,
         tokens_per_step=1000,
         flops_per_token=50,
         peak_flops=peak_flops,
+        bound_seconds=bound_seconds,
         on_skipped=lambda step, metrics: skipped.append(step),
     )
 
@@ -91,6 +92,15 @@ def test_no_mfu_where_the_peak_is_unknown(clock):
     report.push(1, metrics(), 0.0)
     report.flush()
     assert "mfu" not in recorder.records[0][1]
+
+
+def test_how_near_a_step_comes_to_its_bound(clock):
+    recorder = Recorder()
+    report = make_report(recorder, [], bound_seconds=0.5)
+    clock.now += 2
+    report.push(1, metrics(), 0.0)
+    report.flush()
+    assert recorder.records[0][1]["of_bound"] == pytest.approx(0.25)
 
 
 def test_skipped_steps_are_told_whether_or_not_they_are_logged(clock):

@@ -79,11 +79,6 @@ def test_loss_and_gradient_are_means_over_target_tokens(accumulation):
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
 
 
-@functools.cache
-def run_on_one_device(diff):
-    return run(make_config(diff=diff), devices=[jax.devices()[0]])
-
-
 def assert_same_run(actual, expected):
     np.testing.assert_allclose(actual[0], expected[0], rtol=2e-5)
     # Adam divides by the root of the second moment: a parameter moves by up to a learning rate.
@@ -100,35 +95,6 @@ def test_four_micro_batches_equal_one_batch():
     split = run(make_config(**{"training.accumulation": 4}), packed=True, devices=one)
     assert_same_run(split, whole)
     assert whole[0][0, 0] == pytest.approx(np.log(VOCAB), rel=0.25)
-
-
-@pytest.mark.parametrize("diff", ["none", "official"])
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
-def test_eight_devices_equal_one(mesh, diff):
-    expected = run_on_one_device(diff)
-    actual = run(make_config(diff=diff, mesh=mesh))
-    assert_same_run(actual, expected)
-
-
-def test_parameters_are_spread_over_the_mesh():
-    _, state = run(make_config(mesh=(1, 4, 2)), steps=1)
-    up = state.params["blocks"]["mlp"]["up"]
-    assert up.addressable_shards[0].data.size * 8 == up.size
-    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == up.shape]
-    assert len(moments) == 2
-    assert {x.sharding for x in moments} == {up.sharding}
-
-
-def test_every_parameter_needs_a_rule():
-    with pytest.raises(ValueError, match="'blocks/attention/gate': no row"):
-        sharding.parameter_spec("blocks/attention/gate")
-
-
-def test_a_dim_that_does_not_divide_is_named():
-    config = make_config(mesh=(1, 8, 1), **{"model.model_dim": 36})
-    mesh = sharding.make_mesh(config)
-    with pytest.raises(ValueError, match=r"mesh\.fsdp=8 does not divide dim 36 of parameter"):
-        sharding.state_shardings(mesh, jax.eval_shape(functools.partial(init_state, config)))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])

@@ -1,0 +1,36 @@
+"""How the paper's models are laid out on slices of TPUs.
+
+    --config=configs/c4.py:size=2p2b,slice=v5e-256
+
+Found by `scripts/plan.py --search` and proven by compiling: docs/plans.md. Slices have Google's
+names, in which a number counts chips of v5e and cores, two a chip, of v5p. The paper trained the
+300M on 64 chips, the 1.1B on 128 and the 2.2B on 256; the other sizes take what their nearest has.
+"""
+
+from ml_collections import ConfigDict
+
+# Size and slice → micro-batches of a step and what the backward pass keeps. All chips share
+# parameters and optimizer state (mesh.fsdp), which costs the same traffic as anything less.
+LAYOUTS = {
+    ("234m", "v5e-64"): (1, "dots"),
+    ("301m", "v5e-64"): (1, "dots"),
+    ("435m", "v5e-64"): (1, "dots"),
+    ("1p1b", "v5e-128"): (1, "dots"),
+    ("2p2b", "v5e-256"): (1, "dots"),
+    ("7p7b", "v5e-256"): (2, "dots"),
+    ("234m", "v5p-128"): (1, "dots"),
+    ("301m", "v5p-128"): (1, "dots"),
+    ("435m", "v5p-128"): (1, "dots"),
+    ("1p1b", "v5p-256"): (1, "dots"),
+    ("2p2b", "v5p-512"): (1, "dots"),
+    ("7p7b", "v5p-512"): (1, "dots"),
+}
+
+
+def set_layout(config: ConfigDict, size: str, name: str) -> None:
+    """Sets mesh, micro-batches and remat policy of a size on a slice. Raises ValueError."""
+    if (size, name) not in LAYOUTS:
+        known = ", ".join(known for of, known in LAYOUTS if of == size)
+        raise ValueError(f"no layout of size {size} on slice {name!r}: there is one for {known}")
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 1
+    config.training.accumulation, config.model.remat = LAYOUTS[size, name]

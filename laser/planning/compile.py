@@ -1,0 +1,144 @@
+"""Compiles the train step of a config for described chips, and reads what the compiler knows of it.
+
+It is `Program.train_step`, the very function that train.py runs; nothing is executed.
+"""
+
+import dataclasses
+import re
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from laser.planning.collectives import Collective, collectives, kept_for_backward
+from laser.training import sharding
+from laser.training.config import RunConfig
+from laser.training.program import Program
+
+GIB = 2**30
+KERNEL = re.compile(r'%?([\w.\-]+) = .*custom_call_target="tpu_custom_call"')
+
+
+class OutOfMemory(Exception):
+    """The program needs more memory than a chip has.
+
+    Attributes:
+      needed, available: GiB, as far as the compiler says; 0 if it does not.
+    """
+
+    def __init__(self, needed: float, available: float):
+        super().__init__(f"needs {needed:.2f} of {available:.2f} GiB")
+        self.needed, self.available = needed, available
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is known of a compiled train step; bytes are of one chip.
+
+    Attributes:
+      parameters, optimizer: bytes of the state as it is laid out.
+      arguments, temporaries, peak: bytes as the compiler counts them.
+      kept: bytes of activations between forward and backward pass of a micro-batch.
+      collectives: all of them.
+      kernels: names of Pallas kernels.
+      xla_flops: as XLA counts them, a loop's body once.
+      xla_seconds: XLA's own estimate, a loop's body once; negative where it has none.
+      seconds, gb: that compiling took, and the memory of this process.
+    """
+
+    parameters: int
+    optimizer: int
+    arguments: int
+    temporaries: int
+    peak: int
+    kept: float
+    collectives: list[Collective]
+    kernels: list[str]
+    xla_flops: float
+    xla_seconds: float
+    seconds: float
+    gb: float
+
+
+def lower_step(config: RunConfig, devices: Sequence) -> tuple[Program, jax.stages.Lowered]:
+    """The train step before XLA compiles it. Raises ValueError as `compile_step`."""
+    program = Program(config, sharding.make_mesh(config, devices))
+    return program, program.train_step.lower(program.abstract_state, program.abstract_batch())
+
+
+def compile_step(config: RunConfig, devices: Sequence) -> tuple[Mesh, Compiled]:
+    """Compiles for a mesh of devices that may be described only.
+
+    Raises:
+      ValueError: config and devices do not fit together.
+      OutOfMemory: the program does not fit a chip.
+    """
+    start = time.perf_counter()
+    program, lowered = lower_step(config, devices)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _explained(error) from None
+    return program.mesh, _read(program, compiled, time.perf_counter() - start)
+
+
+def _explained(error: jax.errors.JaxRuntimeError) -> Exception:
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" not in message or "vmem" in message:
+        return error
+    sizes = re.search(
+        r"\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)G|Used ([\d.]+)G of ([\d.]+)G hbm",
+        message,
+    )
+    if sizes is None:
+        return OutOfMemory(0.0, 0.0)
+    if sizes[4]:
+        return OutOfMemory(float(sizes[4]), float(sizes[5]))
+    return OutOfMemory(float(sizes[1]) / (1 if sizes[2] == "G" else 1024), float(sizes[3]))
+
+
+def _read(program: Program, compiled: Any, seconds: float) -> Compiled:
+    text: str = compiled.as_text() or ""
+    memory = compiled.memory_analysis()
+    costs = compiled.cost_analysis() or {}
+    state = program.abstract_state
+    return Compiled(
+        parameters=_local_bytes(state.params),
+        optimizer=_local_bytes(state.opt_state),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        kept=kept_for_backward(text, program.config.model.num_layers),
+        collectives=collectives(text, dict(program.mesh.shape)),
+        kernels=sorted({name.split(".")[0] for name in KERNEL.findall(text)}),
+        xla_flops=costs.get("flops", 0.0),
+        xla_seconds=costs.get("optimal_seconds", -1.0),
+        seconds=seconds,
+        gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    )
+
+
+def _local_bytes(tree: Any) -> int:
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def estimate_seconds(config: RunConfig, devices: Sequence) -> float:
+    """XLA's estimate of a whole step, from programs of 2 and 4 layers that are not in a loop.
+
+    The cost of a layer is the same in both, so the rest of the layers follow. Only for v5p is the
+    estimate of any use: the others' contain large negative terms.
+    """
+
+    def seconds(layers: int) -> float:
+        model = dataclasses.replace(config.model, num_layers=layers, unroll=True)
+        return compile_step(dataclasses.replace(config, model=model), devices)[1].xla_seconds
+
+    two, four = seconds(2), seconds(4)
+    return two + (four - two) / 2 * (config.model.num_layers - 2)

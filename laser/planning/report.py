@@ -1,0 +1,120 @@
+"""A plan as text for people."""
+
+from laser.planning.plan import Plan, TooLarge
+from laser.planning.topologies import Topology
+
+RESOURCES = {
+    "compute": "matrix units",
+    "memory": "HBM",
+    "interconnect": "links within the slice",
+    "slices": "network between slices",
+}
+
+
+def describe(plan: Plan) -> str:
+    """The report of scripts/plan.py."""
+    sections = [_head(plan), _memory(plan), _work(plan), _traffic(plan), _time(plan), unknown(plan)]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def describe_too_large(result: TooLarge, topology: Topology) -> str:
+    size = f"{result.needed_gib:.2f} GiB" if result.needed_gib else "more than that"
+    return (
+        f"does not fit: a chip of {topology.name} has {result.capacity_gib:.2f} GiB for a program, "
+        f"and this one needs {size} for its temporaries alone"
+    )
+
+
+def _head(plan: Plan) -> list[str]:
+    times = f"{plan.slices} x " if plan.slices > 1 else ""
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "1"
+    if plan.fits is None:
+        verdict = "whether it fits is not known (no libtpu)"
+    else:
+        spare = plan.capacity_gib - plan.peak_gib
+        words = f"fits, {spare:.2f} GiB to spare" if plan.fits else f"too large by {-spare:.2f} GiB"
+        verdict = f"{words} of {plan.capacity_gib:.2f} on a chip"
+    return [
+        f"{times}{plan.topology} (rented as {plan.rented_as}), {plan.chips} chips: {verdict}",
+        f"mesh {mesh}; {plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''}, "
+        f"remat {plan.remat}, attention {plan.attention}",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    lines = [
+        "GiB a chip",
+        f"  parameters               {plan.parameters_gib:8.3f}",
+        f"  optimizer state          {plan.optimizer_gib:8.3f}",
+        f"  temporaries              {plan.temporaries_gib:8.3f}",
+        f"    kept for the backward  {plan.kept_gib:8.3f}",
+        f"  peak                     {plan.peak_gib:8.3f}",
+    ]
+    if plan.unsharded:
+        lines.append(f"  {100 * plan.unsharded:.3g} % of the parameters are not split by fsdp")
+    return lines
+
+
+def _work(plan: Plan) -> list[str]:
+    return [
+        "FLOPs a step, all chips, causal attention counted half",
+        f"  model       {plan.model_flops:.4g}",
+        f"  recomputed  {plan.recomputed_flops:.4g} "
+        f"({100 * plan.recomputed_flops / plan.model_flops:.1f} %)",
+    ]
+
+
+def _traffic(plan: Plan) -> list[str]:
+    total = sum(row.gib for row in plan.traffic)
+    lines = [f"collectives a step, received by a chip: {total:.2f} GiB"]
+    for row in plan.traffic:
+        lines.append(
+            f"  {row.kind:18} {row.axes:24} {row.dtype:5} {row.count:6} times {row.gib:8.3f} GiB"
+        )
+    return lines
+
+
+def _time(plan: Plan) -> list[str]:
+    lines = ["a step takes at least, in seconds"]
+    for name, seconds in plan.bound.items():
+        if seconds:
+            binds = "  <- binds" if name == plan.binding else ""
+            lines.append(f"  {RESOURCES[name]:24} {seconds:8.4f}{binds}")
+    lines.append(
+        f"  allows {100 * plan.mfu:.1f} % MFU, {plan.tokens_per_second:,.0f} tokens/s; "
+        f"all steps {plan.hours:.1f} hours, {plan.chip_hours:,.0f} chip-hours"
+    )
+    if plan.estimate_seconds is not None:
+        mfu = plan.mfu * plan.seconds / plan.estimate_seconds
+        lines.append(
+            f"  XLA's own estimate: {plan.estimate_seconds:.3f} s, {100 * mfu:.1f} % MFU"
+            if plan.estimate_seconds > 0
+            else "  XLA's own estimate: none of use for this chip"
+        )
+    return lines
+
+
+def unknown(plan: Plan) -> list[str]:
+    """What a plan cannot say."""
+    lines = ["not known without the chips"]
+    lines.append("  how near to the bounds a step comes; nothing here was run")
+    lines.append("  waiting for data, for other hosts, for checkpoints and evaluation")
+    if plan.slices > 1 and not plan.bound["slices"]:
+        lines.append("  the bandwidth between slices of this chip: only its bytes are given")
+    if plan.fits is None:
+        lines.append(
+            "  memory and collectives on a TPU: libtpu is not installed (pip install libtpu), so "
+            "this was compiled for simulated CPU devices, and temporaries are theirs"
+        )
+    return lines
+
+
+def ranking(plans: list[tuple[str, Plan]]) -> str:
+    """A table of a search: flags and plans, the best one first."""
+    lines = ["  MFU bound   seconds  binds         peak GiB  flags"]
+    for flags, plan in plans:
+        lines.append(
+            f"  {100 * plan.mfu:7.1f} %  {plan.seconds:8.4f}  {plan.binding:12}  "
+            f"{plan.peak_gib:8.2f}  {flags}"
+        )
+    return "\n".join(lines)

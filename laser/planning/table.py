@@ -1,0 +1,81 @@
+"""The table of the plans of all shipped configs: docs/plans.json, and plans.md for people."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Of a plan, what a row keeps.
+FIELDS = (
+    "topology", "mesh", "accumulation", "remat", "attention", "fits", "capacity_gib", "peak_gib",
+    "parameters_gib", "optimizer_gib", "kept_gib", "temporaries_gib", "recomputed_flops",
+    "model_flops", "traffic_gib", "all_reduce_gib", "bound", "binding", "mfu", "hours",
+    "chip_hours", "compile_seconds", "compile_gb",
+)  # fmt: skip
+
+HEAD = (
+    "| size | attention | slice | mesh | micro-batches | remat | GiB a chip: state, kept, peak "
+    "| recomputed | GiB moved | seconds at least: compute, HBM, links | MFU at most "
+    "| hours at least |"
+)
+START, END = "<!-- table -->", "<!-- end of table -->"
+
+
+def row(plan: dict[str, Any]) -> dict[str, Any]:
+    """What the table keeps of a plan."""
+    traffic = plan["traffic"]
+    sums = {
+        "traffic_gib": sum(one["gib"] for one in traffic),
+        "all_reduce_gib": sum(one["gib"] for one in traffic if one["kind"] == "all-reduce"),
+    }
+    rounded = {key: value for key, value in {**plan, **sums}.items() if key in FIELDS}
+    return json.loads(json.dumps(rounded), parse_float=lambda text: float(f"{float(text):.5g}"))
+
+
+def renew(
+    path: Path, names: Sequence[str], make: Callable[[str], dict[str, Any]], only: str = ""
+) -> None:
+    """Makes the rows that are not in the file yet, and writes the text beside it after each.
+
+    Args:
+      path: docs/plans.json.
+      names: arguments of configs/c4.py, `size=2p2b,attention=laser,slice=v5e-256`.
+      make: from such a name to a plan.
+      only: leave out names that do not contain it.
+    """
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        if name not in rows and only in name:
+            rows[name] = row(make(name))
+            rows = {known: rows[known] for known in names if known in rows}
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+    document = path.with_suffix(".md")
+    document.write_text(insert(document.read_text(), render(rows)))
+
+
+def insert(document: str, table: str) -> str:
+    """The document with another table between its two marks."""
+    before, _, rest = document.partition(START)
+    return f"{before}{START}\n{table}\n{END}{rest.partition(END)[2]}"
+
+
+def render(rows: dict[str, dict[str, Any]]) -> str:
+    """Rows as a Markdown table."""
+    lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
+    for name, plan in rows.items():
+        size, attention, slice_ = (part.partition("=")[2] for part in name.split(","))
+        mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
+        state = plan["parameters_gib"] + plan["optimizer_gib"]
+        bound = plan["bound"]
+        cells = [
+            size, attention, slice_, mesh, str(plan["accumulation"]), plan["remat"],
+            f"{state:.2f}, {plan['kept_gib']:.2f}, {plan['peak_gib']:.2f} "
+            f"of {plan['capacity_gib']:.2f}",
+            f"{100 * plan['recomputed_flops'] / plan['model_flops']:.1f} %",
+            f"{plan['traffic_gib']:.1f}",
+            f"{bound['compute']:.3f}, {bound['memory']:.3f}, {bound['interconnect']:.3f}",
+            f"{100 * plan['mfu']:.1f} %",
+            f"{plan['hours']:.1f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

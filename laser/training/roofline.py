@@ -1,0 +1,193 @@
+"""Lower bounds of a training step's time, counted by hand from the config.
+
+Three resources, each taken to be used all the time and at its peak: matrix units, memory, links of
+the torus. No program can be faster than the largest of the three; how near it comes is for a
+measurement to say. Planning puts the compiled program's collectives in place of the count here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from laser.training.config import MeshConfig, RunConfig
+from laser.training.hardware import Chip
+from models.config import ModelConfig
+from models.decoder import train_flops_per_token
+
+STATE_ITEMS = 3  # parameters and two moments of Adam, float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Seconds that a step takes at least, by what limits it.
+
+    Attributes:
+      compute: matrix products, the recomputed ones too.
+      memory: state, weights and kept activations through HBM; 0 unknown.
+      interconnect: collectives within a slice; 0 unknown.
+      slices: collectives between slices; 0 if there are none, or unknown.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+    slices: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(dataclasses.astuple(self))
+
+    @property
+    def binding(self) -> str:
+        parts = dataclasses.asdict(self)
+        return max(parts, key=lambda name: parts[name])
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Of the matrices; norms and temperatures are fewer than 0.1 % of it."""
+    attention = 4 * model.model_dim * model.num_heads * model.head_dim
+    layer = attention + 2 * model.model_dim * model.mlp_dim
+    return model.num_layers * layer + model.vocab_size * model.model_dim
+
+
+def model_flops(config: RunConfig) -> float:
+    """Of a step, without recomputation, causal attention counted half."""
+    tokens = config.training.batch_size * config.data.seq_len
+    return tokens * train_flops_per_token(config.model, config.data.seq_len)
+
+
+def recomputed_flops(config: RunConfig, implementation: str) -> float:
+    """What the backward pass of a step computes again.
+
+    Args:
+      config: of the run.
+      implementation: of attention. `chunked` computes all its products again, `pallas` the logits.
+    """
+    model, length = config.model, config.data.seq_len
+    tokens = config.training.batch_size * length
+    maps = model.head_dim // model.query_dim
+    logits = model.num_heads * maps * model.query_dim * length  # of a layer and token, causal half
+    values = model.num_heads * maps * model.head_dim * length
+    again = logits + (0 if implementation == "pallas" else values)
+    if model.remat == "full":
+        attention = 4 * model.model_dim * model.num_heads * model.head_dim
+        again += 2 * (attention + model.model_dim * model.mlp_dim)  # down is not needed
+        again += logits + values if implementation == "pallas" else 0
+    return tokens * model.num_layers * again
+
+
+def kept_bytes(config: RunConfig, mesh: MeshConfig) -> float:
+    """Activations that the backward pass of a micro-batch finds on a chip, between layers.
+
+    Per token and layer, in the compute dtype: the block's input; with `dots` also queries, keys,
+    values, attention's output and what the projections out of attention and into the MLP give;
+    with `none` what lies between those too.
+    """
+    model = config.model
+    heads = model.num_heads * model.head_dim / mesh.tensor
+    hidden = model.mlp_dim / mesh.tensor
+    items: float = model.model_dim
+    if model.remat != "full":
+        items += 4 * heads + model.model_dim + hidden
+    if model.remat == "none":
+        items += 2 * model.model_dim + hidden
+    return items * model.num_layers * tokens_per_chip(config, mesh) * _itemsize(model)
+
+
+def tokens_per_chip(config: RunConfig, mesh: MeshConfig) -> float:
+    """Of a micro-batch."""
+    tokens = config.training.batch_size * config.data.seq_len / config.training.accumulation
+    return tokens / (mesh.data * mesh.fsdp)
+
+
+def state_bytes(config: RunConfig, mesh: MeshConfig) -> float:
+    """Parameters and optimizer state on a chip."""
+    return STATE_ITEMS * 4 * parameter_count(config.model) / (mesh.fsdp * mesh.tensor)
+
+
+def memory_bytes(config: RunConfig, mesh: MeshConfig) -> float:
+    """What a step has to move through the memory of a chip at least.
+
+    State once in and out; for every micro-batch the whole weights written and read on the forward
+    pass and on the backward, their gradient written and read, and kept activations likewise.
+    """
+    weights = parameter_count(config.model) * _itemsize(config.model) / mesh.tensor
+    passes = 6 + (config.model.remat == "full")
+    per_micro_batch = passes * weights + 2 * kept_bytes(config, mesh)
+    return 2 * state_bytes(config, mesh) + config.training.accumulation * per_micro_batch
+
+
+def collective_bytes(config: RunConfig, mesh: MeshConfig) -> dict[str, float]:
+    """Bytes that a chip receives in a step over each axis of the config's mesh.
+
+    For every micro-batch weights come on both passes and gradients go once (fsdp), and a layer's
+    activations are all-reduced four times (tensor); a step sums float32 gradients over copies.
+    """
+    model, accumulation = config.model, config.training.accumulation
+    weights = parameter_count(model) * _itemsize(model) / mesh.tensor
+    share = parameter_count(model) * 4 / (mesh.fsdp * mesh.tensor)
+    activations = tokens_per_chip(config, mesh) * model.model_dim * _itemsize(model)
+    return {
+        "fsdp": 3 * accumulation * weights * (1 - 1 / mesh.fsdp),
+        "data": 2 * share * (1 - 1 / mesh.data),
+        "tensor": 8 * accumulation * model.num_layers * activations * (1 - 1 / mesh.tensor),
+    }
+
+
+def analytic_bound(
+    config: RunConfig, mesh: MeshConfig, chip: Chip, implementation: str = "pallas"
+) -> Bound:
+    """The bound before anything is compiled; several slices count as one.
+
+    Args:
+      config: of the run.
+      mesh: resolved, without -1.
+      chip: of `hardware.CHIPS`.
+      implementation: of attention, chunked or pallas, which needs least.
+    """
+    devices = mesh.data * mesh.fsdp * mesh.tensor
+    flops = model_flops(config) + recomputed_flops(config, implementation)
+    links = 6 if chip.name in ("v4", "v5p") else 4  # of a chip: solid or flat torus
+    received = sum(collective_bytes(config, mesh).values())
+    return Bound(
+        compute=flops / devices / chip.flops,
+        memory=_ratio(memory_bytes(config, mesh), chip.hbm_bandwidth),
+        interconnect=_ratio(received, links * chip.link_bandwidth),
+    )
+
+
+def torus_seconds(
+    received: Mapping[frozenset[int], float], links: Mapping[int, int], bandwidth: float
+) -> float:
+    """Time that collectives need at least, each using all links of the torus' axes it goes along.
+
+    Args:
+      received: set of torus axes → bytes that a chip receives along those.
+      links: torus axis → links of a chip along it, 2 in a ring.
+      bandwidth: bytes/s of a link, one direction.
+    """
+    best = 0.0
+    for mask in range(1, 2 ** len(links)):
+        axes = {axis for i, axis in enumerate(links) if mask >> i & 1}
+        confined = sum(size for along, size in received.items() if along <= axes)
+        best = max(best, confined / (sum(links[axis] for axis in axes) * bandwidth))
+    return best
+
+
+def mfu(config: RunConfig, devices: int, chip: Chip, seconds: float) -> float:
+    """Model FLOPs utilisation of a step that takes so long, between 0 and 1."""
+    return model_flops(config) / (devices * chip.flops * seconds)
+
+
+def _itemsize(model: ModelConfig) -> int:
+    return 2 if model.dtype == "bfloat16" else 4
+
+
+def _ratio(size: float, speed: float) -> float:
+    return size / speed if speed else 0.0
+
+
+def state_gib(config: RunConfig, mesh: MeshConfig) -> tuple[float, float]:
+    """GiB of parameters and of optimizer state on a chip."""
+    per_item = state_bytes(config, mesh) / STATE_ITEMS / math.pow(2, 30)
+    return per_item, (STATE_ITEMS - 1) * per_item

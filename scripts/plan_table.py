@@ -1,0 +1,58 @@
+"""Renews docs/plans.json and docs/plans.md: the plans of all shipped configs of the paper's models.
+
+    python scripts/plan_table.py [--only=SUBSTRING]
+
+Needs libtpu (pip install libtpu). Rows that are in docs/plans.json are kept: to renew all, delete
+it first. A row takes the compiler about a minute; a run that was stopped goes on where it was.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs.slices import LAYOUTS
+from laser.planning import table
+
+ATTENTIONS = ("laser", "standard", "laser+diff", "standard+diff")
+
+
+def names() -> list[str]:
+    """Arguments of configs/c4.py for every row."""
+    return [
+        f"size={size},attention={attention},slice={name}"
+        for attention in ATTENTIONS
+        for size, name in LAYOUTS
+    ]
+
+
+def make(name: str) -> dict:
+    """The plan of a row, in a process of its own: libtpu gives no memory back."""
+    command = [
+        sys.executable, str(ROOT / "scripts/plan.py"), "--json",
+        f"--config=configs/c4.py:{name}", f"--topology={name.rpartition('=')[2]}",
+        "--config.attention.implementation=pallas",
+    ]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"{name}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
+    plan = json.loads(result.stdout)
+    print(f"{name}: {plan['peak_gib']:.2f} GiB, {plan['compile_seconds']:.0f} s", flush=True)
+    return plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    only = parser.parse_args().only
+    table.renew(ROOT / "docs/plans.json", names(), make, only)
+
+
+if __name__ == "__main__":
+    main()

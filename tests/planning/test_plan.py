@@ -1,0 +1,161 @@
+"""Plans: of the very program that train.py runs, with numbers that can be counted otherwise."""
+
+import dataclasses
+
+import jax
+import pytest
+from absl import flags as absl_flags
+
+from configs import c4
+from laser.planning import search, table
+from laser.planning.compile import compile_step, lower_step
+from laser.planning.plan import make_plan
+from laser.planning.topologies import parse_topology
+from laser.training import flags, loop, roofline, sharding
+from laser.training.config import MeshConfig, load_config, to_dict
+from laser.training.hardware import CHIPS
+from models.decoder import init_parameters
+
+
+@pytest.fixture
+def run(arguments, tmp_path):
+    """A run that train.py would start, on eight devices that share everything."""
+    own: absl_flags.FlagValues = absl_flags.FlagValues()
+    argv = ["train.py", *arguments, "--config.mesh.data=2", "--config.mesh.fsdp=-1"]
+    config, _ = flags.parse(argv, lambda values: own)
+    return loop.open_run(config, str(tmp_path / "run"))
+
+
+def test_the_plan_s_program_is_the_one_that_train_py_runs(run):
+    with run.train_batches(0) as batches:
+        _, batch = next(iter(batches))
+        trained = run.program.train_step.lower(run.program.init_state(), batch)
+    _, planned = lower_step(run.config, jax.devices())
+    assert planned.as_text() == trained.as_text()
+    assert "all_gather" in planned.as_text()
+
+
+def test_numbers_of_a_small_run(run):
+    """Collectives of the compiled program are those that are counted by hand."""
+    model = dataclasses.replace(run.config.model, unroll=False, remat="full")
+    config = dataclasses.replace(run.config, model=model)
+    mesh, compiled = compile_step(config, jax.devices())
+    params = jax.eval_shape(lambda: init_parameters(config.model, 0))
+    total = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+    whole = sum(sharding.unsharded(mesh, params).values())
+    assert compiled.parameters == (total - whole) / 4 + whole
+    assert compiled.optimizer == 2 * compiled.parameters + 4  # and Adam's count of steps
+    counted = roofline.collective_bytes(config, MeshConfig(data=2, fsdp=4, tensor=1))
+    found = {"fsdp": 0.0, "data": 0.0}
+    for one in compiled.collectives:
+        if one.axes in (("fsdp",), ("data",)):
+            found[one.axes[0]] += one.bytes
+    assert found["fsdp"] == pytest.approx(counted["fsdp"], rel=0.01)
+    assert found["data"] == pytest.approx(counted["data"], rel=0.01)
+
+
+@pytest.mark.parametrize("size", c4.SIZES)
+def test_parameters_are_counted_by_hand(size):
+    model = load_config(c4.get_config(f"size={size}")).model
+    params = sharding.abstract_parameters(model)
+    exact = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert roofline.parameter_count(model) == pytest.approx(exact, rel=2e-3)
+
+
+def test_recomputed_flops_grow_with_what_is_not_kept():
+    config = load_config(c4.get_config("size=2p2b"))
+
+    def share(remat, implementation):
+        variant = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        again = roofline.recomputed_flops(variant, implementation)
+        return again / roofline.model_flops(variant)
+
+    assert share("none", "pallas") == share("dots", "pallas") < share("dots", "chunked") < 0.05
+    # A forward pass is a third of the whole; the logits and the last product of a block are not
+    # computed again.
+    assert 0.2 < share("full", "pallas") < 1 / 3
+
+
+def test_links_of_the_torus_are_shared():
+    links = {0: 2, 1: 2}
+    one, other, both = frozenset({0}), frozenset({1}), frozenset({0, 1})
+    assert roofline.torus_seconds({one: 200.0}, links, 50.0) == 2
+    assert roofline.torus_seconds({one: 200.0, other: 200.0}, links, 50.0) == 2
+    assert roofline.torus_seconds({both: 200.0}, links, 50.0) == 1
+    assert roofline.torus_seconds({one: 100.0, both: 300.0}, links, 50.0) == 2
+
+
+def test_the_bound_is_the_scarcest_resource():
+    config = load_config(c4.get_config("size=2p2b"))
+    mesh = MeshConfig(data=1, fsdp=256, tensor=1)
+    bound = roofline.analytic_bound(config, mesh, CHIPS["TPU v5 lite"])
+    assert bound.binding == "compute"
+    assert bound.seconds == bound.compute > bound.interconnect > bound.memory > 0
+    again = roofline.recomputed_flops(config, "pallas") / roofline.model_flops(config)
+    mfu = roofline.mfu(config, 256, CHIPS["TPU v5 lite"], bound.seconds)
+    assert mfu == pytest.approx(1 / (1 + again))
+
+
+def test_candidates_divide_and_are_ranked():
+    config = load_config(c4.get_config("size=7p7b"))
+    topology = parse_topology("v5e:4x4")
+    found = search.candidates(config, topology, "pallas")
+    assert found
+    chip = CHIPS[topology.device_kind]
+    bounds = [roofline.analytic_bound(*one, chip, "pallas").seconds for one in found]
+    assert bounds[0] == min(bounds)
+    for variant, mesh in found:
+        assert mesh.data * mesh.fsdp * mesh.tensor == 16
+        assert variant.training.batch_size % (variant.training.accumulation * mesh.data) == 0
+        changed = to_dict(variant)
+        for section, name in (("mesh", None), ("training", "accumulation"), ("model", "remat")):
+            original = to_dict(config)[section]
+            changed[section] = (
+                original if name is None else {**changed[section], name: original[name]}
+            )
+        assert changed == to_dict(config)
+    # A second or third copy of the state of 7.7B does not fit 16 chips.
+    assert all(mesh.data <= 2 for _, mesh in found)
+
+
+def test_a_plan_of_simulated_devices_says_what_it_is(run, monkeypatch):
+    monkeypatch.setattr("laser.planning.plan.has_libtpu", lambda: False)
+    plan = make_plan(run.config, parse_topology("v5e:2x4"), jax.devices())
+    assert plan.fits is None
+    assert plan.chips == 8
+    row = table.row(plan.to_dict())
+    assert row["traffic_gib"] > 0
+    assert row["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def test_a_table_is_put_between_its_marks(tmp_path):
+    path = tmp_path / "plans.json"
+    (tmp_path / "plans.md").write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+    names = [f"size={size},attention=laser,slice=v5e-64" for size in ("301m", "435m")]
+    plan = {
+        **dict.fromkeys(table.FIELDS, 1.23456789), "traffic": [{"kind": "all-gather", "gib": 2.0}],
+        "mesh": {"fsdp": 64, "tensor": 1}, "remat": "dots", "attention": "pallas",
+        "bound": {"compute": 1.0, "memory": 0.5, "interconnect": 0.25},
+    }  # fmt: skip
+    made: list[str] = []
+
+    def make(name):
+        made.append(name)
+        return plan
+
+    table.renew(path, names[1:], make)
+    table.renew(path, names, make)
+    assert made == [names[1], names[0]]  # what is there is kept
+    text = (tmp_path / "plans.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")  # noqa: PT018
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == ["| 301m", "| 435m"]
+    assert "old" not in text
+
+
+def test_shipped_layouts_are_of_the_config():
+    config = load_config(c4.get_config("size=7p7b,slice=v5e-256"))
+    assert (config.training.accumulation, config.model.remat) == (2, "dots")
+    assert config.mesh == MeshConfig(data=1, fsdp=-1, tensor=1)
+    with pytest.raises(ValueError, match=r"no layout of size 301m on slice 'v5e-256'.*v5e-64"):
+        c4.get_config("size=301m,slice=v5e-256")

@@ -1,0 +1,113 @@
+"""plan.py from the command line: exit codes, what it prints, and rows of the committed table."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import plan_table
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu"
+)
+# As on a machine where libtpu is not installed.
+WITHOUT_LIBTPU = """
+import sys
+sys.path.insert(0, ".")
+from laser.planning import topologies
+topologies.has_libtpu = lambda: False
+from scripts import plan
+sys.exit(plan.main(["plan.py", *sys.argv[1:]]))
+"""
+
+
+def plan(*arguments, program=("scripts/plan.py",)):
+    return subprocess.run(
+        [sys.executable, *program, *arguments], cwd=ROOT, capture_output=True, text=True,
+        check=False, env={**os.environ, "XLA_FLAGS": ""},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/c4.py", "--topology=v5e:16x17"], "did you mean 'v5e:16x16'?"),
+        (["--config=configs/c4.py:size=2p3b", "--topology=v5e:4x4"], "did you mean '2p2b'?"),
+        (["--config=configs/c4.py"], "--topology is missing"),
+        (["--config=configs/c4.py", "--topolgy=v5e:4x4"], "did you mean '--topology'?"),
+        (
+            ["--config=configs/c4.py", "--topology=v5e:4x4", "--config.mesh.tensor=3"],
+            "mesh.tensor=3: must divide model.num_heads=8",
+        ),
+        (
+            ["--config=configs/c4.py", "--topology=v5e:4x4", "--slices=2"],
+            "mesh.data=1: must be a multiple of 2",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message):
+    result = plan(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_without_libtpu_it_says_what_it_cannot_tell(arguments):
+    result = plan(*arguments, "--topology=v5e:2x4", program=("-c", WITHOUT_LIBTPU))
+    assert result.returncode == 0, result.stderr
+    assert "8 chips: whether it fits is not known (no libtpu)" in result.stdout
+    assert "pip install libtpu" in result.stdout
+    assert "micro-batch" in result.stdout
+
+
+def assert_row_is_right(name):
+    """A row of docs/plans.json, compiled again. Other versions of libtpu may differ a little."""
+    rows = json.loads((ROOT / "docs/plans.json").read_text())
+    row = rows[name]
+    renewed = plan_table.table.row(plan_table.make(name))
+    for key in ("mesh", "accumulation", "remat", "attention", "fits", "binding"):
+        assert renewed[key] == row[key], key
+    for key in ("peak_gib", "temporaries_gib", "kept_gib", "traffic_gib", "mfu", "hours"):
+        assert renewed[key] == pytest.approx(row[key], rel=0.05), key
+    assert renewed["fits"]
+    assert renewed["all_reduce_gib"] < 0.02 * renewed["traffic_gib"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "name",
+    ["size=234m,attention=standard,slice=v5e-64", "size=7p7b,attention=laser,slice=v5e-256"],
+)
+def test_a_small_and_a_large_row_of_the_table(name):
+    assert_row_is_right(name)
+
+
+def test_every_shipped_config_is_in_the_table_and_fits():
+    rows = json.loads((ROOT / "docs/plans.json").read_text())
+    assert list(rows) == plan_table.names()
+    assert all(row["fits"] for row in rows.values())
+    text = (ROOT / "docs/plans.md").read_text()
+    assert plan_table.table.insert(text, plan_table.table.render(rows)) == text
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_too_large_a_run_is_refused_with_a_suggestion_that_fits():
+    what = ["--config=configs/c4.py:size=7p7b", "--topology=v5e:4x4", "--json"]
+    result = plan(*what)
+    assert result.returncode == 1, result.stderr
+    refused = json.loads(result.stdout)
+    assert refused["fits"] is False
+    assert refused["needed_gib"] > refused["capacity_gib"] == 15.75
+    followed = plan(*what, *refused["suggestion"])
+    assert followed.returncode == 0, followed.stdout
+    assert json.loads(followed.stdout)["fits"]
