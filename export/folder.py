@@ -1,10 +1,10 @@
 """A folder that transformers loads and `load_exported` reads back, bit for bit.
 
-    config.json          transformers' configuration; its entry `laser` has the run's config
-    model.safetensors    float32; the file's metadata has a SHA-256 over all tensors
-    tokenizer.model      SentencePiece, with tokenization_laser.py that wraps it
-    *_laser.py           the model in PyTorch, where transformers has none that computes the same
-    README.md            the model card
+config.json          transformers' configuration; its entry `laser` has the run's config
+model.safetensors    float32; the file's metadata has a SHA-256 over all tensors
+tokenizer.model      SentencePiece, with tokenization_laser.py that wraps it
+*_laser.py           the model in PyTorch, where transformers has none that computes the same
+README.md            the model card
 """
 
 import dataclasses
@@ -158,7 +158,7 @@ def _checksum(tensors: Tensors) -> str:
     for name in sorted(tensors):
         x = tensors[name]
         digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
-        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+        digest.update(np.asarray(x, order="C").tobytes())
     return digest.hexdigest()
 
 

@@ -39,7 +39,7 @@ def choose_layout(config: ModelConfig) -> Layout:
 def to_tensors(layout: Layout, config: ModelConfig, params: Parameters, length: int) -> Tensors:
     """All tensors of the file, float32. `length` is how many positions a table of them has."""
     tensors = dict(_WRITERS[layout](config, jax.tree.map(np.asarray, params), length))
-    return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    return {name: np.asarray(x, order="C") for name, x in tensors.items()}
 
 
 def from_tensors(
@@ -118,7 +118,7 @@ def _gpt2_tensors(config: ModelConfig, params: Parameters, length: int):
         fused = [attention[name].reshape(size, size) for name in ("query", "key", "value")]
         weights = {
             "attn.c_attn": np.concatenate(fused, axis=1),
-            "attn.c_proj": attention["output"].reshape(size, size),
+            "attn.c_proj": attention["output"].reshape(size, size).T,
             "mlp.c_fc": layer["mlp"]["up"],
             "mlp.c_proj": layer["mlp"]["down"],
         }
@@ -131,8 +131,9 @@ def _gpt2_tensors(config: ModelConfig, params: Parameters, length: int):
 
 def _from_gpt2(config: ModelConfig, take: Take, length: int) -> Parameters:
     size, hidden = config.model_dim, config.mlp_dim
-    heads, embedding = (config.num_heads, config.head_dim), _embedding(
-        config, take, "transformer.wte.weight"
+    heads, embedding = (
+        (config.num_heads, config.head_dim),
+        _embedding(config, take, "transformer.wte.weight"),
     )
     _require_equal(take, "transformer.wpe.weight", _table(config, length))
 
@@ -144,7 +145,7 @@ def _from_gpt2(config: ModelConfig, take: Take, length: int) -> Parameters:
         prefix = f"transformer.h.{i}"
         parts = np.split(weight(f"{prefix}.attn.c_attn", (size, 3 * size)), 3, axis=1)
         query, key, value = (x.reshape(size, *heads) for x in parts)
-        output = weight(f"{prefix}.attn.c_proj", (size, size)).reshape(*heads, size)
+        output = weight(f"{prefix}.attn.c_proj", (size, size)).T.reshape(size, *heads)
         return {
             "attention": {"query": query, "key": key, "value": value, "output": output},
             "mlp": {
@@ -169,7 +170,7 @@ def _starcoder2_tensors(config: ModelConfig, params: Parameters, length: int):
         prefix, attention = f"model.layers.{i}", layer["attention"]
         for name in ("query", "key", "value"):
             yield f"{prefix}.self_attn.{name[0]}_proj.weight", attention[name].reshape(size, -1).T
-        yield f"{prefix}.self_attn.o_proj.weight", attention["output"].reshape(-1, size).T
+        yield f"{prefix}.self_attn.o_proj.weight", attention["output"].reshape(size, -1)
         yield f"{prefix}.mlp.c_fc.weight", layer["mlp"]["up"].T
         yield f"{prefix}.mlp.c_proj.weight", layer["mlp"]["down"].T
         yield from _norm(f"{prefix}.input_layernorm", layer["attention_norm"])
@@ -191,7 +192,7 @@ def _from_starcoder2(config: ModelConfig, take: Take, length: int) -> Parameters
             )
             for name in ("query", "key", "value")
         }
-        output = take(f"{prefix}.self_attn.o_proj.weight", (size, width)).T.reshape(*heads, size)
+        output = take(f"{prefix}.self_attn.o_proj.weight", (size, width)).reshape(size, *heads)
         return {
             "attention": {**attention, "output": output},
             "mlp": {
@@ -238,7 +239,7 @@ def _taken_norm(take: Take, prefix: str, size: int) -> Parameters:
 def _require_equal(take: Take, name: str, expected: np.ndarray) -> None:
     require(
         np.array_equal(take(name, expected.shape), expected),
-        f"tensor {name} has other values than our architecture fixes there; it was trained elsewhere",
+        f"tensor {name} has other values than our architecture fixes there: trained elsewhere?",
     )
 
 

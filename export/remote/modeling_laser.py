@@ -58,9 +58,8 @@ class Attention(nn.Module):
         dim, heads, size = model["model_dim"], model["num_heads"], model["head_dim"]
         self.maps = 1 if self.variant["diff"] == "none" else 2
         self.query_dim = size // self.maps
-        for name in ("query", "key", "value"):
+        for name in ("query", "key", "value", "output"):
             setattr(self, name, nn.Parameter(torch.empty(dim, heads, size)))
-        self.output = nn.Parameter(torch.empty(heads, size, dim))
         if self.variant["per_dim_temp"]:
             self.log_temperature = nn.Parameter(torch.zeros(self.query_dim))
         if self.variant["qk_norm"]:
@@ -83,7 +82,7 @@ class Attention(nn.Module):
         keys = key.split(self.query_dim, dim=-1)
         outs = [self._attend(q, k, value, seen_B1TS) for q, k in zip(queries, keys)]
         out = outs[0] if self.maps == 1 else self._difference(*outs)
-        return torch.einsum("bhtd,hdm->btm", out, self.output)
+        return torch.einsum("bhtd,mhd->btm", out, self.output)
 
     def _prepared(self, x_BHTD, rotation, is_query):
         """The maps' queries or keys, as they meet each other."""
