@@ -25,7 +25,6 @@ from data.tokenizer import Tokenizer
 from export.layouts import Layout, Tensors, choose_layout, from_tensors, to_tensors
 from laser.training.checkpoint import Checkpoints
 from laser.training.config import RunConfig, load_config, to_dict
-from laser.training.run_folder import write_atomically
 from models.config import ModelConfig, require
 from models.decoder import Parameters
 
@@ -103,7 +102,7 @@ def load_exported(folder: Path) -> tuple[ModelConfig, Parameters]:
 
 
 def import_run(folder: Path, workdir: Path) -> Origin:
-    """Makes a run's folder of an exported model: to generate, evaluate, and start other runs from.
+    """Makes a run's folder of an exported model, to generate, evaluate and start other runs from.
 
     It holds no optimizer state. So that nobody resumes it by accident, its data's fingerprint says
     that it was imported, which training refuses.
@@ -113,16 +112,20 @@ def import_run(folder: Path, workdir: Path) -> Origin:
       CheckpointError: the parameters could not be saved.
     """
     require(not workdir.exists(), f"workdir={workdir}: exists; choose another or remove it")
+    parent = workdir.absolute().parent
+    require(parent.is_dir(), f"workdir={workdir}: no folder {parent}")
     origin, _ = _read_origin(folder / "config.json")
     _, params = load_exported(folder)
     Tokenizer(folder / "tokenizer.model")
-    workdir.mkdir(parents=True)
-    with Checkpoints(workdir, origin.config.checkpoint) as checkpoints:
-        checkpoints.save(origin.step, {"params": jax.tree.map(jnp.asarray, params)})
-    shutil.copyfile(folder / "tokenizer.model", workdir / "tokenizer.model")
     fingerprint = f"imported without optimizer state; was {origin.fingerprint}"
     record = {"config": to_dict(origin.config), "data": {"fingerprint": fingerprint}}
-    write_atomically(workdir / "config.json", json.dumps(record, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".import-") as temporary:
+        made = Path(temporary) / "run"
+        with Checkpoints(made, origin.config.checkpoint) as checkpoints:
+            checkpoints.save(origin.step, {"params": jax.tree.map(jnp.asarray, params)})
+        shutil.copyfile(folder / "tokenizer.model", made / "tokenizer.model")
+        _write_json(made / "config.json", record)
+        made.rename(workdir)
     return origin
 
 

@@ -135,7 +135,8 @@ def _from_gpt2(config: ModelConfig, take: Take, length: int) -> Parameters:
         (config.num_heads, config.head_dim),
         _embedding(config, take, "transformer.wte.weight"),
     )
-    _require_equal(take, "transformer.wpe.weight", _table(config, length))
+    # Other machines may round sines of large angles in another way.
+    _require_equal(take, "transformer.wpe.weight", _table(config, length), tolerance=0.01)
 
     def weight(name: str, shape: tuple[int, int]) -> np.ndarray:
         _require_equal(take, f"{name}.bias", np.zeros(shape[1], np.float32))
@@ -236,9 +237,9 @@ def _taken_norm(take: Take, prefix: str, size: int) -> Parameters:
     return {"scale": take(f"{prefix}.weight", (size,)), "bias": take(f"{prefix}.bias", (size,))}
 
 
-def _require_equal(take: Take, name: str, expected: np.ndarray) -> None:
+def _require_equal(take: Take, name: str, expected: np.ndarray, tolerance: float = 0.0) -> None:
     require(
-        np.array_equal(take(name, expected.shape), expected),
+        np.allclose(take(name, expected.shape), expected, rtol=0.0, atol=tolerance),
         f"tensor {name} has other values than our architecture fixes there: trained elsewhere?",
     )
 

@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.from_export:
+            if arguments.step is not None:
+                raise ValueError(f"step={arguments.step}: an exported folder has one step alone")
             origin = import_run(arguments.from_export, arguments.workdir)
             print(f"written: {arguments.workdir}, step {origin.step}, as a run's folder")
         else:

@@ -9,9 +9,6 @@ import json
 import jax
 import numpy as np
 import pytest
-
-pytest.importorskip("safetensors")  # an environment that was made before it was required
-
 from safetensors.numpy import load_file, save_file
 
 from configs import base
@@ -220,6 +217,9 @@ def test_a_run_goes_out_and_comes_back(trained_run, arguments, tmp_path, capsys)
         [f"--workdir={trained_run}", f"--output={tmp_path / 'x'}", "--step=3"],
         [f"--workdir={tmp_path / 'none'}", f"--output={tmp_path / 'x'}"],
         [f"--workdir={again}", f"--from_export={out}"],
+        [f"--workdir={tmp_path / 'y'}", f"--from_export={out}", "--step=4"],
+        [f"--workdir={tmp_path / 'y'}", f"--from_export={again}"],
     ):
         assert export.main(wrong) == 2
         assert capsys.readouterr().err.startswith("export.py: error: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]

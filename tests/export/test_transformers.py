@@ -10,13 +10,13 @@ from flax import nnx
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("safetensors")
 
 from data.tokenizer import Tokenizer
 from eval.generation import Generator
+from export.folder import load_exported
 from models.config import AttentionConfig
 from models.decoder import structure
-from tests.export.test_export import EVERYTHING, MODELS, SMALL, exported
+from tests.export.test_export import EVERYTHING, MODELS, SMALL, assert_same, exported
 
 LENGTH = 128
 VARIANTS = {
@@ -116,3 +116,12 @@ def test_a_padded_batch_generates_what_its_rows_do(name, store, tmp_path):
         alone = tokenizer(prompt, return_tensors="pt")
         made = model.generate(**alone, max_new_tokens=12, do_sample=False)[0]
         np.testing.assert_array_equal(made[-12:], together[row, -12:])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "starcoder2", "laser"])
+def test_what_transformers_saves_comes_back(name, store, tmp_path):
+    params = exported(tmp_path / "out", store, VARIANTS[name])
+    loaded(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    config, back = load_exported(tmp_path / "saved")
+    assert config == VARIANTS[name]
+    assert_same(back, params)
