@@ -100,10 +100,15 @@ def load_run_config(workdir: str) -> RunConfig:
     return load_config(json.loads(path.read_text())["config"])
 
 
+def load_fingerprint(workdir: str) -> str:
+    """That of the data that a run was started with."""
+    return json.loads((Path(workdir) / "config.json").read_text())["data"]["fingerprint"]
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a crash leaves the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from data.tokenizer import Tokenizer
-from eval.generation import STEPS, Generator, Sampling, _Text, choose
+from eval.generation import STEPS, Generator, _Text
+from eval.sampling import Sampling, choose
 from laser.training import sharding
 from models.config import AttentionConfig, ModelConfig
 from models.decoder import init_parameters, structure

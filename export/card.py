@@ -1,0 +1,109 @@
+"""The model card of an export, from what lies in the run's folder."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from export.folder import Origin
+from export.layouts import Layout
+from models.config import ModelConfig
+
+LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
+prompt = tokenizer("In the beginning", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```"""
+ARCHITECTURE = {
+    "gpt2": "transformers' `GPT2LMHeadModel` computes the same function and loads the weights.",
+    "starcoder2": "transformers' `Starcoder2ForCausalLM` computes the same function and loads the "
+    "weights.",
+    "laser": "transformers has no architecture that computes this function; `modeling_laser.py` in "
+    "this folder does, in PyTorch.",
+}
+
+
+def model_card(workdir: Path, origin: Origin, layout: Layout, parameters: int) -> str:
+    """README.md: how to load the model, its config, its data, and how good it is."""
+    return "\n".join(
+        [
+            "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+            f"# {workdir.resolve().name}, step {origin.step:,}\n",
+            f"A decoder-only language model with {_attention(origin.config.model)}, "
+            f"{parameters:,} parameters in float32. {ARCHITECTURE[layout]}\n",
+            LOADING.format(trust=", trust_remote_code=True" if layout == "laser" else ""),
+            "\nA text begins with EOS, which the tokenizer puts there. The tokenizer is "
+            "SentencePiece and needs `sentencepiece` and `trust_remote_code=True`.\n",
+            "## Training\n",
+            *_table("", "", list(_training(workdir, origin))),
+            "\n## Model\n",
+            *_table("field", "value", list(_fields(origin.config.model))),
+            "\n## Scores\n",
+            *_scores(workdir, origin.step),
+            "",
+        ]
+    )
+
+
+def _attention(model: ModelConfig) -> str:
+    if model.attention.kind == "standard":
+        return "standard attention"
+    return "LASER attention ([arXiv 2411.03493](https://arxiv.org/abs/2411.03493))"
+
+
+def _training(workdir: Path, origin: Origin) -> Iterator[tuple[str, str]]:
+    config = origin.config
+    tokens = origin.step * config.training.batch_size * config.data.seq_len
+    yield "steps", f"{origin.step:,} of {config.training.steps:,}"
+    yield "tokens seen", f"{tokens:,}"
+    yield "row length", f"{config.data.seq_len:,} tokens"
+    yield "rows in a step", f"{config.training.batch_size:,}"
+    yield "activations in training", config.model.dtype
+    yield "optimizer", f"{config.optimizer.name}, peak rate {config.optimizer.learning_rate:g}"
+    yield "data", f"store `{Path(config.data.store).name}`, fingerprint `{origin.fingerprint}`"
+    loss = _validation(workdir / "metrics.jsonl", origin.step)
+    yield "validation loss", loss or "not measured at this step"
+
+
+def _validation(path: Path, step: int) -> str | None:
+    """The loss at exactly this step."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        record = json.loads(line)
+        if record["step"] == step and "eval/loss" in record:
+            bits = record.get("eval/bits_per_byte")
+            per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
+            return f"{record['eval/loss']:.4f} nats per token{per_byte}"
+    return None
+
+
+def _fields(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    for name, value in dataclasses.asdict(model).items():
+        if name not in ("attention", "remat", "unroll", "dtype"):
+            yield name, str(value)
+    for name, value in dataclasses.asdict(model.attention).items():
+        if name != "implementation":
+            yield f"attention.{name}", str(value)
+
+
+def _scores(workdir: Path, step: int) -> list[str]:
+    """Tables of what scripts/evaluate.py has written for this step."""
+    lines: list[str] = []
+    for path in sorted((workdir / "eval" / str(step)).glob("*/results.json")):
+        tasks = json.loads(path.read_text())["tasks"].values()
+        rows = [
+            (
+                f"{task['task']} ({task['split']}, {task['n']:,})",
+                f"{100 * task['metrics'][task['metric']]['mean']:.2f} % {task['metric']}",
+            )
+            for task in tasks
+        ]
+        lines += [f"{path.parent.name}:\n", *_table("task (split, examples)", "score", rows), ""]
+    return lines or ["Not evaluated."]
+
+
+def _table(left: str, right: str, rows: list[tuple[str, str]]) -> list[str]:
+    return [f"| {a} | {b} |" for a, b in [(left, right), ("---", "---"), *rows]]

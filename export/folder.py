@@ -1,0 +1,251 @@
+"""A folder that transformers loads and `load_exported` reads back, bit for bit.
+
+config.json          transformers' configuration; its entry `laser` has the run's config
+model.safetensors    float32; the file's metadata has a SHA-256 over all tensors
+tokenizer.model      SentencePiece, with tokenization_laser.py that wraps it
+*_laser.py           the model in PyTorch, where transformers has none that computes the same
+README.md            the model card
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from data.tokenizer import Tokenizer
+from export.layouts import Layout, Tensors, choose_layout, from_tensors, to_tensors
+from laser.training.checkpoint import Checkpoints
+from laser.training.config import RunConfig, load_config, to_dict
+from models.config import ModelConfig, require
+from models.decoder import Parameters
+
+REMOTE = Path(__file__).parent / "remote"
+CHECKSUM = "sha256"  # in the file's metadata; whoever writes the file anew leaves it out
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where parameters come from: a run's config, the step, and its data's fingerprint."""
+
+    config: RunConfig
+    step: int
+    fingerprint: str
+
+
+def write_export(
+    output: Path,
+    origin: Origin,
+    params: Parameters,
+    tokenizer_path: Path,
+    *,
+    card: str,
+    layout: Layout | None = None,
+) -> None:
+    """Writes the folder, all of it or nothing.
+
+    Args:
+      output: must not be there yet.
+      origin: of the parameters.
+      params: float32 and stacked by layer, as in training.
+      tokenizer_path: the run's SentencePiece model.
+      card: text of README.md.
+      layout: one that is not `choose_layout`'s, such as `laser`, which serves for every model.
+
+    Raises:
+      ValueError: there is something at `output`, or no folder to put it in.
+    """
+    require(not output.exists(), f"output={output}: exists; choose another or remove it")
+    require(output.absolute().parent.is_dir(), f"output={output}: no folder {output.parent}")
+    layout = layout or choose_layout(origin.config.model)
+    tensors = to_tensors(layout, origin.config.model, params, origin.config.data.seq_len)
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".export-") as parent:
+        folder = Path(parent) / "export"
+        folder.mkdir()
+        metadata = {"format": "pt", CHECKSUM: _checksum(tensors)}
+        save_file(tensors, folder / "model.safetensors", metadata=metadata)
+        configuration = _configuration(layout, origin, Tokenizer(tokenizer_path))
+        _write_json(folder / "config.json", configuration)
+        _write_json(folder / "tokenizer_config.json", _tokenizer_configuration(origin))
+        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+        names = ["tokenization_laser.py"]
+        if layout == "laser":
+            names += ["configuration_laser.py", "modeling_laser.py"]
+        for name in names:
+            shutil.copyfile(REMOTE / name, folder / name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        folder.rename(output)
+
+
+def load_exported(folder: Path) -> tuple[ModelConfig, Parameters]:
+    """The model config and the parameters, float32 numpy arrays stacked by layer as in training.
+
+    Raises:
+      ValueError: there is no export, a file is damaged, or tensors and config do not fit together;
+        the message names the file and the tensor.
+    """
+    origin, layout = _read_origin(folder / "config.json")
+    path = folder / "model.safetensors"
+    try:
+        config, length = origin.config.model, origin.config.data.seq_len
+        return config, from_tensors(layout, config, _read_tensors(path), length)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def import_run(folder: Path, workdir: Path) -> Origin:
+    """Makes a run's folder of an exported model, to generate, evaluate and start other runs from.
+
+    It holds no optimizer state. So that nobody resumes it by accident, its data's fingerprint says
+    that it was imported, which training refuses.
+
+    Raises:
+      ValueError: as `load_exported`, or there is something at `workdir`.
+      CheckpointError: the parameters could not be saved.
+    """
+    require(not workdir.exists(), f"workdir={workdir}: exists; choose another or remove it")
+    parent = workdir.absolute().parent
+    require(parent.is_dir(), f"workdir={workdir}: no folder {parent}")
+    origin, _ = _read_origin(folder / "config.json")
+    _, params = load_exported(folder)
+    Tokenizer(folder / "tokenizer.model")
+    fingerprint = f"imported without optimizer state; was {origin.fingerprint}"
+    record = {"config": to_dict(origin.config), "data": {"fingerprint": fingerprint}}
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".import-") as temporary:
+        made = Path(temporary) / "run"
+        with Checkpoints(made, origin.config.checkpoint) as checkpoints:
+            checkpoints.save(origin.step, {"params": jax.tree.map(jnp.asarray, params)})
+        shutil.copyfile(folder / "tokenizer.model", made / "tokenizer.model")
+        _write_json(made / "config.json", record)
+        made.rename(workdir)
+    return origin
+
+
+def _read_origin(path: Path) -> tuple[Origin, Layout]:
+    require(path.is_file(), f"{path.parent}: no exported model here (config.json is missing)")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))["laser"]
+        config = load_config(record["config"])
+        return Origin(config, record["step"], record["fingerprint"]), record["layout"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not written by scripts/export.py, or damaged ({error!r})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_tensors(path: Path) -> Tensors:
+    require(path.is_file(), "no such file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy does not have
+        raise ValueError(f"cannot be read: {error}") from error
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors):
+        raise ValueError("damaged: the tensors' SHA-256 is not the one in the file's metadata")
+    return tensors
+
+
+def _checksum(tensors: Tensors) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
+        digest.update(np.asarray(x, order="C").tobytes())
+    return digest.hexdigest()
+
+
+def _configuration(layout: Layout, origin: Origin, tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json: what the architecture's class in transformers wants, and our own entry."""
+    model = origin.config.model
+    shared = {
+        "dtype": "float32",
+        "vocab_size": model.vocab_size,
+        "bos_token_id": tokenizer.eos_id,  # EOS comes before a document, too
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "laser": {
+            "layout": layout,
+            "config": to_dict(origin.config),
+            "step": origin.step,
+            "fingerprint": origin.fingerprint,
+        },
+    }
+    return {**shared, **_ARCHITECTURES[layout](model, origin.config.data.seq_len)}
+
+
+def _gpt2(config: ModelConfig, max_length: int) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": config.num_layers,
+        "n_embd": config.model_dim,
+        "n_head": config.num_heads,
+        "n_inner": config.mlp_dim,
+        "n_positions": max_length,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-6,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
+def _starcoder2(config: ModelConfig, max_length: int) -> dict[str, Any]:
+    return {
+        "architectures": ["Starcoder2ForCausalLM"],
+        "model_type": "starcoder2",
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.model_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": max_length,
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-6,
+        "rope_theta": 10_000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "sliding_window": None,
+        "use_bias": False,
+    }
+
+
+def _laser(config: ModelConfig, max_length: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LaserForCausalLM"],
+        "model_type": "laser_attention",
+        "auto_map": {
+            "AutoConfig": "configuration_laser.LaserConfig",
+            "AutoModelForCausalLM": "modeling_laser.LaserForCausalLM",
+        },
+        "laser_model": dataclasses.asdict(config),
+        "max_position_embeddings": max_length,
+    }
+
+
+_ARCHITECTURES = {"gpt2": _gpt2, "starcoder2": _starcoder2, "laser": _laser}
+
+
+def _tokenizer_configuration(origin: Origin) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "LaserTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_laser.LaserTokenizer", None]},
+        "model_max_length": origin.config.data.seq_len,
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

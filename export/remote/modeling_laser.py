@@ -1,0 +1,217 @@
+"""A decoder with LASER attention (arXiv 2411.03493) in PyTorch, for transformers.
+
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+
+Every option of the JAX model that was exported: LASER or standard attention, temperatures, QK-norm,
+differential attention, soft caps, sinusoidal or rotary positions. Tensors have the names and shapes
+of its parameters. For inference: gradients of the exact path are not optimised.
+
+Shapes: B batch, T new positions, S positions seen, M model dim, H heads, D head dim, Q query dim.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_laser import LaserConfig
+
+MASKED = -1e30
+SMALLEST_CERTIFIED = 2.0**-90  # of a sum of probabilities times exp(V - max V)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm in float32."""
+
+    def __init__(self, size, kind):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layernorm" else None
+
+    def forward(self, x):
+        y = x.float()
+        if self.bias is not None:
+            y = y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * self.scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(model["model_dim"], model["mlp_dim"]))
+        self.down = nn.Parameter(torch.empty(model["mlp_dim"], model["model_dim"]))
+
+    def forward(self, x):
+        return functional.gelu(x @ self.up, approximate="tanh") @ self.down
+
+
+class Attention(nn.Module):
+    """Self-attention of any variant; differential attention has two maps over the same values."""
+
+    def __init__(self, model, layer):
+        super().__init__()
+        self.layer, self.model, self.variant = layer, model, model["attention"]
+        dim, heads, size = model["model_dim"], model["num_heads"], model["head_dim"]
+        self.maps = 1 if self.variant["diff"] == "none" else 2
+        self.query_dim = size // self.maps
+        for name in ("query", "key", "value", "output"):
+            setattr(self, name, nn.Parameter(torch.empty(dim, heads, size)))
+        if self.variant["per_dim_temp"]:
+            self.log_temperature = nn.Parameter(torch.zeros(self.query_dim))
+        if self.variant["qk_norm"]:
+            self.query_norm = Norm(self.query_dim, "layernorm")
+            self.key_norm = Norm(self.query_dim, "layernorm")
+        if self.variant["diff"] == "official":
+            self.lambda_vectors = nn.Parameter(torch.zeros(4, self.query_dim))
+            self.output_norm_scale = nn.Parameter(torch.ones(size))
+        elif self.variant["diff"] == "scalar":
+            self.lambda_scalar = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_BTM, rotation, seen_B1TS, cache):
+        query, key, value = (
+            torch.einsum("btm,mhd->bhtd", x_BTM, w) for w in (self.query, self.key, self.value)
+        )
+        queries, keys = self._prepared(query, rotation, True), self._prepared(key, rotation, False)
+        key = torch.cat(keys, dim=-1)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        keys = key.split(self.query_dim, dim=-1)
+        outs = [self._attend(q, k, value, seen_B1TS) for q, k in zip(queries, keys)]
+        out = outs[0] if self.maps == 1 else self._difference(*outs)
+        return torch.einsum("bhtd,mhd->btm", out, self.output)
+
+    def _prepared(self, x_BHTD, rotation, is_query):
+        """The maps' queries or keys, as they meet each other."""
+        maps = list(x_BHTD.split(self.query_dim, dim=-1))
+        if rotation is not None:
+            maps = [rotated(x, *rotation) for x in maps]
+        if self.variant["qk_norm"]:
+            maps = [(self.query_norm if is_query else self.key_norm)(x) for x in maps]
+        if self.variant["per_dim_temp"] and is_query:
+            factor = functional.softplus(self.log_temperature) / math.log(2)
+            maps = [(x * factor).to(x.dtype) for x in maps]
+        return maps
+
+    def _attend(self, query, key, value, seen_B1TS):
+        scale = 1 / (self.variant["temperature"] * math.sqrt(self.query_dim))
+        logits = (query @ key.transpose(-1, -2)).float() * scale
+        if self.variant["soft_cap"]:
+            logits = self.variant["soft_cap"] * torch.tanh(logits / self.variant["soft_cap"])
+        log_probs = torch.log_softmax(logits.masked_fill(~seen_B1TS, MASKED), dim=-1)
+        v = value.float()
+        if self.variant["kind"] == "standard":
+            return (log_probs.exp() @ v).to(value.dtype)
+        return laser(log_probs, v).to(value.dtype)
+
+    def _difference(self, first, second):
+        initial = 0.8 - 0.6 * math.exp(-0.3 * self.layer)
+        if self.variant["diff"] == "scalar":
+            return (first.float() - (self.lambda_scalar + initial) * second.float()).to(first.dtype)
+        q1, k1, q2, k2 = self.lambda_vectors
+        factor = torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + initial
+        out = first.float() - factor * second.float()
+        out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-5)
+        return (out * self.output_norm_scale * (1 - initial)).to(first.dtype)
+
+
+def laser(log_probs, v):
+    """log(P exp(V)), exact for every V: where a sum comes close to underflow, as a logsumexp.
+
+    (B, H, T, S), (B, H, S, D) -> (B, H, T, D), float32.
+    """
+    top = v.amax(dim=-2, keepdim=True)
+    total = log_probs.exp() @ torch.exp(v - top)
+    certified = total >= SMALLEST_CERTIFIED
+    out = torch.log(torch.where(certified, total, 1.0)) + top
+    for t in torch.nonzero(~certified.all(dim=-1).all(dim=1).all(dim=0)).flatten().tolist():
+        exact = torch.logsumexp(log_probs[:, :, t, :, None] + v, dim=-2)
+        out[:, :, t] = torch.where(certified[:, :, t], out[:, :, t], exact)
+    return out
+
+
+def rotated(x, sin, cos):
+    """Halves rotated against each other, in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, model, layer):
+        super().__init__()
+        self.attention_norm = Norm(model["model_dim"], model["norm"])
+        self.attention = Attention(model, layer)
+        self.mlp_norm = Norm(model["model_dim"], model["norm"])
+        self.mlp = Mlp(model)
+
+    def forward(self, x, rotation, seen_B1TS, cache):
+        x = x + self.attention(self.attention_norm(x), rotation, seen_B1TS, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LaserForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = LaserConfig
+    base_model_prefix = ""
+    _no_split_modules = ["Block"]  # noqa: RUF012, transformers' own name and form
+
+    def __init__(self, config):
+        super().__init__(config)
+        model = config.laser_model
+        self.embedding = nn.Parameter(torch.empty(model["vocab_size"], model["model_dim"]))
+        rotary = model["positions"] == "rotary"
+        maps = 1 if model["attention"]["diff"] == "none" else 2
+        angles = model["head_dim"] // maps if rotary else model["model_dim"]
+        self.frequencies = nn.Parameter(torch.zeros(angles // 2), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(model, i) for i in range(model["num_layers"]))
+        self.final_norm = Norm(model["model_dim"], model["norm"])
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Nothing: parameters are loaded."""
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **unused,
+    ):
+        """As of any causal language model in transformers; padding may stand on either side."""
+        model = self.config.laser_model
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
+        before = past_key_values.get_seq_length() if past_key_values is not None else 0
+        batch, count = input_ids.shape
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(batch, before + count)
+        real_BS = attention_mask.bool()
+        positions_BT = (real_BS.cumsum(-1)[:, before:] - 1).clamp(min=0)
+        slots, new = torch.arange(before + count), torch.arange(before, before + count)
+        causal_TS = (slots[None] <= new[:, None]).to(input_ids.device)
+        itself_TS = (slots[None] == new[:, None]).to(input_ids.device)
+        seen_B1TS = (causal_TS & real_BS[:, None, None]) | itself_TS
+
+        x = self.embedding[input_ids] * math.sqrt(model["model_dim"])
+        angle = positions_BT[..., None].float() * self.frequencies.float()
+        rotation = None
+        if model["positions"] == "rotary":
+            rotation = (angle.sin()[:, None], angle.cos()[:, None])
+        else:
+            x = x + torch.cat([angle.sin(), angle.cos()], dim=-1).to(x.dtype)
+        for block in self.blocks:
+            x = block(x, rotation, seen_B1TS, past_key_values)
+        x = self.final_norm(x)
+        kept = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
+        logits = (kept @ self.embedding.T).float()
+        if cap := model["logits_soft_cap"]:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)

@@ -1,0 +1,127 @@
+"""Exported models in PyTorch, where requirements-peers.txt is installed: logits, text, tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from data.tokenizer import Tokenizer
+from eval.generation import Generator
+from export.folder import load_exported
+from models.config import AttentionConfig
+from models.decoder import structure
+from tests.export.test_export import EVERYTHING, MODELS, SMALL, assert_same, exported
+
+LENGTH = 128
+VARIANTS = {
+    **MODELS,
+    "laser_plain": dataclasses.replace(SMALL, attention=AttentionConfig(kind="laser")),
+    "laser_rotary": dataclasses.replace(
+        SMALL, positions="rotary", logits_soft_cap=5.0,
+        attention=dataclasses.replace(EVERYTHING, diff="scalar"),
+    ),
+    "standard_wide": dataclasses.replace(MODELS["gpt2"], head_dim=8),
+}  # fmt: skip
+
+
+def ours(config, params, tokens):
+    model = nnx.merge(structure(config), params)
+    return np.asarray(model.logits(model(jnp.asarray(tokens))[0]))
+
+
+def loaded(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@pytest.fixture
+def tokenizer(store):
+    return Tokenizer(store / "tokenizer.model")
+
+
+def with_outlier(params):
+    """Token 399 gets values that lie hundreds of nats from all others: exp(V - max V) is 0."""
+    params = jax.tree.map(np.array, params)
+    params["embedding"][:, 0] = 0.0
+    params["embedding"][399, 0] = 3.0
+    value = params["blocks"]["attention"]["value"]
+    value[0, 0] = 100.0 * np.where(np.arange(value.shape[-1]) % 2, 1, -1)
+    return params
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_greedy_text_are_the_same(name, store, tokenizer, tmp_path):
+    config = VARIANTS[name]
+    params = exported(tmp_path / "out", store, config)
+    model = loaded(tmp_path / "out")
+    architecture = {"gpt2": "GPT2LMHeadModel", "starcoder2": "Starcoder2ForCausalLM"}
+    assert type(model).__name__ == architecture.get(name, "LaserForCausalLM")
+    tokens = np.random.default_rng(0).integers(0, 400, size=(2, LENGTH))
+    with torch.inference_mode():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(theirs, ours(config, params, tokens), atol=1e-4)
+
+    prompts = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in ("And God said", "In")]
+    generator = Generator(config, tokenizer, max_length=LENGTH)
+    for prompt, new in zip(prompts, generator.generate_tokens(params, prompts, max_new_tokens=64)):
+        made = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)
+        made = made[0, len(prompt) :].tolist()
+        ended = tokenizer.eos_id in made
+        assert (made[: made.index(tokenizer.eos_id)] if ended else made) == new
+
+
+def test_outliers_are_exact_in_pytorch_too(store, tmp_path):
+    config = VARIANTS["laser_plain"]
+    params = with_outlier(exported(tmp_path / "out", store, config))
+    model = loaded(tmp_path / "out")
+    with torch.no_grad():
+        model.embedding.copy_(torch.tensor(params["embedding"]))
+        model.blocks[0].attention.value.copy_(
+            torch.tensor(params["blocks"]["attention"]["value"][0])
+        )
+    tokens = np.random.default_rng(0).integers(0, 399, size=(1, 40))
+    tokens[0, 30] = 399
+    with torch.inference_mode():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(theirs, ours(config, params, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "laser"])
+def test_the_tokenizer_gives_the_same_ids(name, store, tokenizer, tmp_path):
+    exported(tmp_path / "out", store, VARIANTS[name])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    text = "And  God said,\n\n Let\u2581there </s> be \U0001f9ec light. <unk>"
+    ids = tokenizer.encode(text)
+    assert theirs(text).input_ids == [tokenizer.eos_id, *ids]
+    assert theirs(text, add_special_tokens=False).input_ids == ids
+    assert theirs.decode(ids) == text
+    assert theirs.decode([tokenizer.eos_id, *ids], skip_special_tokens=True) == text
+    assert theirs(["a", "In the beginning"], padding=True).attention_mask[0][0] == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "laser"])
+def test_a_padded_batch_generates_what_its_rows_do(name, store, tmp_path):
+    exported(tmp_path / "out", store, VARIANTS[name])
+    model = loaded(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    prompts = ["And God said, Let there be light", "In"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    together = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    for row, prompt in enumerate(prompts):
+        alone = tokenizer(prompt, return_tensors="pt")
+        made = model.generate(**alone, max_new_tokens=12, do_sample=False)[0]
+        np.testing.assert_array_equal(made[-12:], together[row, -12:])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "starcoder2", "laser"])
+def test_what_transformers_saves_comes_back(name, store, tmp_path):
+    params = exported(tmp_path / "out", store, VARIANTS[name])
+    loaded(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    config, back = load_exported(tmp_path / "saved")
+    assert config == VARIANTS[name]
+    assert_same(back, params)
