@@ -43,7 +43,7 @@ class KeyTile(NamedTuple):
       power: log2 of the reference.
     """
 
-    values: Array | None
+    values: Any
     smallest: Any = None
     largest: Any = None
     power: Any = None
@@ -161,7 +161,7 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
       last: whether this is the last block of keys, static or traced.
       raw: write y, not its logarithm.
     """
-    before = _before(blocks, options, many)
+    before: Any = _before(blocks, options, many)
     tiles: list[KeyTile] = []
     finished: list[Finished] = []
     for query in range(options.tiles):
@@ -184,17 +184,20 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
         if many:
             rescale = common.power_of_two(before.power - tile.power) if options.laser else None
             sums, mu = _joined(carried, sums, rescale, mu), None
-        finish = functools.partial(_finish, sums, mu, tile.power)
-        write = functools.partial(_write, blocks, options, query, tile=tile, raw=raw)
         carry = functools.partial(_carry, blocks, options, query, sums, tile)
         if last is True:
-            finished.append(finish())
-            write(finished[-1])
+            finished.append(_finish(sums, mu, tile.power))
+            _write(blocks, options, query, finished[-1], tile, raw)
         elif last is False:
             carry()
         else:
-            pl.when(last)(lambda finish=finish, write=write: write(finish()))
+            end = functools.partial(_end, blocks, options, query, sums, mu, tile, raw)
+            pl.when(last)(end)
             pl.when(jnp.logical_not(last))(carry)
+
+
+def _end(blocks: _Blocks, options: Options, query: int, sums: Sums, mu, tile: KeyTile, raw: bool):
+    _write(blocks, options, query, _finish(sums, mu, tile.power), tile, raw)
 
 
 def _before(blocks: _Blocks, options: Options, many: bool) -> KeyTile | None:
