@@ -3,6 +3,7 @@
     python -m scripts.benchmark_attention static [--json=PATH]
     python -m scripts.benchmark_attention search CHIP SIZE LENGTH
     python -m scripts.benchmark_attention compile CHIP HEADS SIZE LENGTH KIND [--sizes=1024x256]
+        [--value_size=512] [--dtype=float32] [--packed] [--soft_cap=50] [--full]
     python -m scripts.benchmark_attention times [--json=PATH]
 
 `static` needs libtpu, not a TPU: instruction bundles (about cycles, if no transfer is waited for),
@@ -48,8 +49,14 @@ def _prepare_libtpu(dump: str) -> None:
     )
 
 
-def _attention(kind: str, size: int, sizes: str | None) -> Callable:
-    """A function of q, k, v (B, H, N, D)."""
+def _attention(
+    kind: str,
+    size: int,
+    sizes: str | None = None,
+    soft_cap: float | None = None,
+    causal: bool = True,
+) -> Callable:
+    """A function of q, k, v (B, H, N, D) and, of ours, of segment ids (B, N)."""
     if kind == "splash":
         return _splash()
     from laser.attention.kernels import fused
@@ -57,11 +64,11 @@ def _attention(kind: str, size: int, sizes: str | None) -> Callable:
 
     chosen = BlockSizes(*map(int, sizes.split("x"))) if sizes else None
 
-    def ours(q, k, v):
+    def ours(q, k, v, segment_ids=None):
         rows = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # undone within: no copies
         out, _ = fused.attention(
-            *rows, kind=kind, logits_scale=size**-0.5, causal=True, segment_ids=None,
-            logits_soft_cap=None, sizes=chosen,
+            *rows, kind=kind, logits_scale=size**-0.5, causal=causal, segment_ids=segment_ids,
+            logits_soft_cap=soft_cap, sizes=chosen,
         )  # fmt: skip
         return out.transpose(0, 2, 1, 3)
 
@@ -84,7 +91,11 @@ def _splash() -> Callable:
     return call
 
 
-def compile_program(chip: str, heads: int, size: int, length: int, kind: str, sizes) -> dict:
+def compile_program(
+    chip: str, heads: int, size: int, length: int, kind: str, *, sizes: str | None = None,
+    value_size: int | None = None, dtype: str = "bfloat16", packed: bool = False,
+    soft_cap: float | None = None, full: bool = False,
+) -> dict:  # fmt: skip
     """Bundles, HBM and VMEM of forward and backward, compiled for one device of a chip."""
     with tempfile.TemporaryDirectory() as dump:
         _prepare_libtpu(dump)
@@ -95,21 +106,23 @@ def compile_program(chip: str, heads: int, size: int, length: int, kind: str, si
 
         topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
         mesh = Mesh([topology.devices[0]], ("device",))
-        x = jax.ShapeDtypeStruct(
-            (BATCH, heads, length, size), jnp.bfloat16,
-            sharding=NamedSharding(mesh, PartitionSpec()),
-        )  # fmt: skip
-        run = _attention(kind, size, sizes)
+        one_device = NamedSharding(mesh, PartitionSpec())
+        q, v = (
+            jax.ShapeDtypeStruct((BATCH, heads, length, d), jnp.dtype(dtype), sharding=one_device)
+            for d in (size, value_size or size)
+        )
+        segments = [jax.ShapeDtypeStruct((BATCH, length), jnp.int32, sharding=one_device)] * packed
+        run = _attention(kind, size, sizes, soft_cap, causal=not full)
 
-        def forward_and_backward(q, k, v, d_out):
-            out, vjp = jax.vjp(run, q, k, v)
+        def forward_and_backward(q, k, v, d_out, *segments):
+            out, vjp = jax.vjp(lambda *x: run(*x, *segments), q, k, v)
             return out, *vjp(d_out)
 
         # Everything in HBM, so that bytes are those of a full model and not of this small program.
         options: dict[str, str | bool] = {"xla_msa_enable": "false"}
         if kind == "splash":
             options["xla_tpu_scoped_vmem_limit_kib"] = SPLASH_VMEM_KIB
-        lowered = jax.jit(forward_and_backward).lower(x, x, x, x)
+        lowered = jax.jit(forward_and_backward).lower(q, q, v, v, *segments)
         compiled = lowered.compile(compiler_options=options)
         program: str = compiled.as_text() or ""
         memory: Any = compiled.memory_analysis()
@@ -322,6 +335,11 @@ def main() -> None:
         one.add_argument(name, type=type_)
     one.add_argument("kind", choices=KINDS)
     one.add_argument("--sizes", help="rows of a block and of a tile, such as 1024x256")
+    one.add_argument("--value_size", type=int, help="head size of values, where it is another")
+    one.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    one.add_argument("--packed", action="store_true", help="with segment ids")
+    one.add_argument("--soft_cap", type=float)
+    one.add_argument("--full", action="store_true", help="not causal")
     several = commands.add_parser("search")
     for name, type_ in (("chip", str), ("size", int), ("length", int)):
         several.add_argument(name, type=type_)

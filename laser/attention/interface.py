@@ -1,9 +1,10 @@
 """The one function to call, and the choice of implementation behind it.
 
-`auto` takes `chunked` (XLA), which is exact on every backend. The others are there by name:
-`pallas` (fused kernels for TPUs; they compile for them and are tested in interpret mode, but have
-not run on one yet, so `auto` leaves them alone), `reference` (the formulas) and `paper` (the
-paper's log-weighted-sum-exp wrapper to the letter, with its global maximum, for fidelity studies).
+`auto` takes `pallas`, the fused kernels, on TPUs where they can serve, `cudnn` for standard
+attention on GPUs where that can, and `chunked` (XLA, exact on every backend) elsewhere. The kernels
+compile for TPUs and are held to the oracle in interpret mode; they have not run on a TPU yet.
+`reference` (the formulas) and `paper` (the paper's log-weighted-sum-exp wrapper to the letter, with
+its global maximum, for fidelity studies) are there by name.
 """
 
 import functools
@@ -18,7 +19,8 @@ from laser.attention import chunked, reference
 from laser.attention.kernels import fused
 
 Array = jax.Array
-Implementation = Literal["auto", "pallas", "chunked", "reference", "paper"]
+Implementation = Literal["auto", "pallas", "cudnn", "chunked", "reference", "paper"]
+CUDNN_LARGEST_SIZE = 128  # 256 from Hopper on, which cannot be told while a program is traced
 
 
 def attention(
@@ -49,7 +51,7 @@ def attention(
       causal: a query sees no later key.
       segment_ids: (B, T) int; a query sees only keys with its own id.
       shared_segment: an id whose keys queries of every segment see: a common beginning with several
-        continuations in one row. Not by `pallas`.
+        continuations in one row. Not by `pallas` and `cudnn`.
       logits_soft_cap: c in c · tanh(logits / c), before masking; None or 0 for none.
       implementation: see the module's docstring.
       return_range: also return how far, in nats, an output lies below the reference that its values
@@ -72,13 +74,21 @@ def attention(
         "logits_soft_cap": logits_soft_cap,
     }
     if implementation == "auto":
-        implementation = "chunked"
-        _log_choice(kind, implementation, jax.default_backend())
+        implementation, why = _choose(
+            query, value, kind, segment_ids, shared_segment, logits_soft_cap
+        )
+        _log_choice(kind, implementation, _platform(), why)
     if shared_segment is not None:
-        if implementation == "pallas":
-            raise ValueError("implementation='pallas' has no shared_segment; use 'chunked'")
+        _check_shared_segment(implementation)
         options["shared_segment"] = shared_segment
-    if implementation in ("pallas", "chunked"):
+    if implementation == "cudnn":
+        _check_cudnn(query, value, kind, segment_ids, logits_soft_cap)
+        out = jax.nn.dot_product_attention(
+            query, key, value, scale=options["logits_scale"], is_causal=causal,
+            implementation="cudnn",
+        )  # fmt: skip
+        range_nats = jnp.float32(0)
+    elif implementation in ("pallas", "chunked"):
         module = fused if implementation == "pallas" else chunked
         out, range_nats = module.attention(query, key, value, kind=kind, **options)
     else:
@@ -108,6 +118,54 @@ def _check(query, key, value, kind, segment_ids, implementation) -> None:
         )
 
 
+def _platform() -> str:
+    """Of the mesh in context, whose devices may only be described, else of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _choose(
+    query, value, kind, segment_ids, shared_segment, logits_soft_cap
+) -> tuple[Implementation, str]:
+    """The implementation that `auto` stands for, and why it is not the platform's fused one."""
+    platform = _platform()
+    try:
+        if platform in ("tpu", "gpu") and shared_segment is not None:
+            _check_shared_segment("pallas" if platform == "tpu" else "cudnn")
+        if platform == "tpu":
+            fused.check(query, value)
+            return "pallas", ""
+        if platform == "gpu":
+            _check_cudnn(query, value, kind, segment_ids, logits_soft_cap)
+            return "cudnn", ""
+    except ValueError as limit:
+        return "chunked", f" ({limit})"
+    return "chunked", ""
+
+
+def _check_shared_segment(implementation: str) -> None:
+    if implementation in ("pallas", "cudnn"):
+        raise ValueError(f"implementation={implementation!r} has no shared_segment; use 'chunked'")
+
+
+def _check_cudnn(query, value, kind, segment_ids, logits_soft_cap) -> None:
+    """Raises ValueError, naming the limit, where cuDNN cannot serve."""
+    sizes = (query.shape[-1], value.shape[-1])
+    limits = {
+        f"kind='standard'; got {kind!r}": kind != "standard",
+        f"bfloat16 or float16; got {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
+        f"one head size, at most {CUDNN_LARGEST_SIZE}, a multiple of 8; got {sizes}": (
+            sizes[0] != sizes[1] or sizes[0] > CUDNN_LARGEST_SIZE or sizes[0] % 8
+        ),
+        "no segment_ids": segment_ids is not None,
+        "no logits_soft_cap": bool(logits_soft_cap),
+    }
+    for limit, exceeded in limits.items():
+        if exceeded:
+            raise ValueError(f"implementation='cudnn' serves {limit}; use 'chunked'")
+
+
 @functools.cache
-def _log_choice(kind: str, implementation: str, backend: str) -> None:
-    logging.getLogger(__name__).info("%s attention on %s: %s", kind, backend, implementation)
+def _log_choice(kind: str, implementation: str, platform: str, why: str) -> None:
+    log = logging.getLogger(__name__)
+    log.info("%s attention on %s: %s%s", kind, platform, implementation, why)

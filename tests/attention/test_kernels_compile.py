@@ -45,3 +45,24 @@ def test_compiles_for_a_tpu(chip, heads, size, length):
         "laser_backward",
     }
     assert all(found["bundles"].values())
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (8, 128, 1024, "laser", "--packed", "--soft_cap=50"),
+        (8, 128, 1024, "standard", "--packed", "--soft_cap=50"),
+        (8, 128, 2048, "laser", "--packed", "--full"),
+        (8, 128, 1024, "laser", "--dtype=float32"),
+        (8, 512, 1024, "laser", "--dtype=float32"),
+        (16, 720, 1024, "laser", "--dtype=float32"),
+        (8, 64, 1024, "laser", "--value_size=128"),
+        (8, 128, 1024, "laser", "--value_size=256"),
+        (8, 256, 1024, "laser", "--value_size=512"),
+        (16, 360, 1024, "laser", "--value_size=720"),
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments)),
+)
+def test_options_compile_for_a_tpu(chip, arguments):
+    assert all(compile_step(chip, *arguments)["bundles"].values())

@@ -23,6 +23,8 @@ from laser.attention.kernels.common import Options
 
 Array = jax.Array
 
+PREPARE_EARLY_FROM = 512  # head size; see `_next_delta`
+
 
 class _Blocks:
     """The refs of a grid step under their names."""
@@ -77,8 +79,11 @@ def _values(blocks: _Blocks, options: Options, rows: slice, raw: bool) -> Array:
     return (_exponentials(blocks, rows, raw) - blocks.reference[1:2, :]).astype(v.dtype)
 
 
-def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: bool):
-    """Transposed probabilities of a pair of tiles, float32, and the slope of the soft cap."""
+def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: bool, after):
+    """Transposed probabilities of a pair of tiles, float32, and the slope of the soft cap.
+
+    `after` is a row that must be known first, or None; see `_next_delta`.
+    """
     rows, columns = options.rows(key), options.rows(query)
     products = common.dot(blocks.k[rows, :], blocks.q[columns, :], (1, 1))
     logits, slope = common.capped(products, options)
@@ -89,7 +94,23 @@ def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: 
             blocks.query_segments[:, columns],
         )
     logits = common.masked(logits, *segments, diagonal and query == key, query_axis=1)
-    return jnp.exp2(logits - blocks.log_sum[:, columns]), slope
+    log_sum = blocks.log_sum[:, columns]
+    if after is not None:
+        log_sum = jnp.where(after == -jnp.inf, after, log_sum)
+    return jnp.exp2(logits - log_sum), slope
+
+
+def _next_delta(blocks: _Blocks, queries, key: int, query: int) -> Array | None:
+    """The sum that belongs to the next query tile, where its preparation is to be done by now.
+
+    The compiler would leave G of a tile until it is needed, when no matrix product is left to
+    overlap it. For v5e at head size 720 this saves 1.6 % of the bundles of this kernel, at 512
+    2.8 %; at 128 it costs 3 %.
+    """
+    wide = blocks.reference is not None and blocks.v.shape[-1] >= PREPARE_EARLY_FROM
+    if not wide or key or query + 1 == len(queries):
+        return None
+    return queries[query + 1][1]
 
 
 def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many: bool, raw: bool):
@@ -109,7 +130,8 @@ def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many:
         dk, dv = [], []
         for query in options.pairs(key, diagonal, queries_of_key=True):
             g, delta = queries[query]
-            weights, slope = _weights(blocks, options, key, query, diagonal)
+            after = _next_delta(blocks, queries, key, query)
+            weights, slope = _weights(blocks, options, key, query, diagonal, after)
             d_logits = weights * (common.dot(values, g, (1, 1)) - delta)
             if slope is not None:
                 d_logits *= slope

@@ -1,15 +1,18 @@
 """Block sizes of the fused kernels, and the estimate of on-chip memory that they rest on.
 
-One rule serves every chip and head size that was tried. Instruction bundles of forward and backward
-of a head at N = 1024, head size 128, for v5e (scripts/benchmark_attention.py search; about cycles):
+One rule serves every chip and head size that was tried. Instruction bundles (about cycles) of
+forward and backward of a head at N = 1024, in one block of 1024 and tiles of 256:
 
-| block x tile | standard | LASER |
-|---|---|---|
-| 1024 x 128 | 11,801 | 12,887 |
-| 1024 x 256 | 9,933 | 11,082 |
-| 1024 x 512 | 10,857 | 12,081 |
+| head size | v5e standard | v5e LASER | v5p standard | v5p LASER |
+|---|---|---|---|---|
+| 128 | 9,905 | 10,312 | 10,216 | 10,531 |
+| 256 | 17,616 | 17,960 | 17,663 | 18,286 |
+| 512 | 32,687 | 33,525 | 32,713 | 33,744 |
+| 720 | 47,408 | 50,526 | 48,425 | 50,702 |
 
-Blocks of 512 take three steps for what one block of 1024 does, and were more in all.
+For v5p at 512 and 720 LASER was counted before `backward.PREPARE_EARLY_FROM` was there. Standard
+attention on v5e at size 128 takes 11,801 with tiles of 128 and 10,857 with tiles of 512. To renew:
+`python -m scripts.benchmark_attention static`, and `search` for other sizes.
 """
 
 import dataclasses

@@ -21,6 +21,7 @@ SMALLEST_CERTIFIED = 2.0**SMALLEST_CERTIFIED_EXPONENT
 # is 1, and a later token cannot even change how a sum is rounded.
 POWER_STEP = 64.0
 LOWEST_VALUE = -1e30  # where a running maximum starts
+LOWEST_ANCHORED = -2.0  # value down to which exp(V) - 1 is rounded in place of exp(V)
 
 STATISTICS = ("smallest_y", "smallest_out", "largest_out", "smallest_value", "largest_value")
 STATISTICS_ROWS = 8  # the smallest tile of rows that a TPU stores; rows beyond the names are zero
@@ -132,10 +133,15 @@ def power_of_two(n: Array) -> Array:
     return lax.bitcast_convert_type(lax.shift_left(biased, jnp.full_like(biased, 23)), jnp.float32)
 
 
-def anchor(smallest: Array, largest: Array) -> Array:
-    """A number to subtract from all exponentials of a feature before they are rounded.
+def anchor(smallest: Array, power: Array) -> Array:
+    """1 or 0: what to subtract from all exponentials of a feature before they are rounded.
 
-    Σ P·E = μ·Σ P + Σ P·(E - μ), and E - μ is small where E is nearly constant. With μ <= 2·min E,
-    |E - μ| <= E, so that the rounding of E - μ is never worse than the rounding of E.
+    Σ P·E = μ·Σ P + Σ P·(E - μ), and E - 1 is small where V is. Where some V is far below 0, E is
+    small there and E - 1 is not, so E itself is rounded. The choice changes how a sum is rounded
+    and nothing else.
+
+    Args:
+      smallest: of the values V.
+      power: log2 of the reference of the exponentials.
     """
-    return jnp.minimum(0.5 * (smallest + largest), 2 * smallest)
+    return jnp.where((power == 0) & (smallest >= LOWEST_ANCHORED), 1.0, 0.0)

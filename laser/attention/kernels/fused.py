@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from laser.attention.chunked import LN_2, LOG2_E, SMALLEST_CERTIFIED_EXPONENT
+from laser.attention.chunked import LN_2, SMALLEST_CERTIFIED_EXPONENT
 from laser.attention.kernels import blocks, common, exact
 from laser.attention.kernels.backward import backward
 from laser.attention.kernels.blocks import BlockSizes
@@ -167,7 +168,13 @@ def _attend(q, k, v, segment_ids, options: Options):
     return _attend_fwd(q, k, v, segment_ids, options)[0]
 
 
+def _row_major(x: Array) -> Array:
+    """`x` laid out as kernels take it, here and not again in each branch that follows."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 def _attend_fwd(q, k, v, segment_ids, options: Options):
+    q, k, v = map(_row_major, (q, k, v))
     out, log_sum, statistics = forward(q, k, v, segment_ids, options)
     range_BH = jnp.zeros(q.shape[:2], jnp.float32)
     if options.laser:
@@ -185,7 +192,7 @@ def _attend_fwd(q, k, v, segment_ids, options: Options):
 
 def _attend_bwd(options: Options, residuals, cotangents):
     q, k, v, segment_ids, out, log_sum, statistics = residuals
-    d_out = cotangents[0]  # the range is a report; nothing is trained on it
+    d_out = _row_major(cotangents[0])  # the range is a report; nothing is trained on it
     if not options.laser:
         gradients = backward(q, k, v, out, d_out, log_sum, segment_ids, None, options)
         return *gradients, None
@@ -205,7 +212,7 @@ def _attend_bwd(options: Options, residuals, cotangents):
         gradients = backward(q, k, v, y, d_out, log_sum, segment_ids, reference, options, raw=True)
         return exact.add_gradients(gradients, y, d_out, q, k, v, segment_ids, options)
 
-    return *lax.cond(precise, usual, wide, (q, k, v, d_out)), None
+    return *map(_row_major, lax.cond(precise, usual, wide, (q, k, v, d_out))), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -222,5 +229,5 @@ def _reference(statistics: Array) -> tuple[Array, Array]:
     smallest = _row(statistics, "smallest_value")[:, :, -1:]
     largest = _row(statistics, "largest_value")[:, :, -1:]
     power = common.reference_power(largest)
-    mu = common.anchor(*(jnp.exp2(x * LOG2_E - power) for x in (smallest, largest)))
+    mu = common.anchor(smallest, power)
     return largest, jnp.concatenate([power, mu], axis=2)
