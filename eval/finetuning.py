@@ -49,10 +49,11 @@ def load_tasks(names: str, data_dir: str) -> list[TextTask]:
       ValueError: an unknown task, or data that are missing or can't be used.
     """
     with task_data("data.tasks", names, "data.tasks_dir", data_dir) as folder:
-        return [_load_task(name, folder) for name in dict.fromkeys(names.split(",")) if names]
+        return [load_task(name, folder) for name in dict.fromkeys(names.split(",")) if names]
 
 
-def _load_task(name: str, folder: Path | None) -> TextTask:
+def load_task(name: str, folder: Path | None) -> TextTask:
+    """One task. Raises ValueError for an unknown one, MissingData, or ValueError for its rows."""
     if name not in PROMPTS:
         hint = nearest(name, PROMPTS) or f"; known: {', '.join(PROMPTS)}"
         raise ValueError(f"unknown task {name!r}{hint}")
