@@ -95,7 +95,8 @@ def test_superglue_is_a_mixture_for_training_and_a_metric_for_its_answers(
     def predict(dataset, model_feature_lengths=None):
         """Right for the first three of four."""
         wanted = tokenizer.encode(" not_entailment"), tokenizer.encode(" entailment")
-        return [(index, wanted[int(index == 3)]) for index, _ in seqio.evaluation.tfds.as_numpy(dataset)]
+        indices = [int(index) for index, _ in seqio.evaluation.tfds.as_numpy(dataset)]
+        return [(index, wanted[index == 3]) for index in indices]
 
     evaluator = seqio.Evaluator(
         "rte_text_to_text",
