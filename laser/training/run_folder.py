@@ -77,7 +77,7 @@ def _open(
     if path.exists():
         saved = json.loads(path.read_text())
         if saved["config"].get("init_from") == config.init_from:
-            record["init_step"] = saved["init_step"]
+            record["init_step"] = saved.get("init_step")
         changes = _changes(saved, record)
         if changes and not allow_change:
             lines = "\n  ".join(changes)

@@ -94,7 +94,9 @@ def test_superglue_is_a_mixture_for_training_and_a_metric_for_its_answers(
 
     def predict(dataset, model_feature_lengths=None):
         """Right for the first three of four."""
-        wanted = tokenizer.encode(" not_entailment"), tokenizer.encode(" entailment")
+        wanted = [tokenizer.encode(text) for text in (" not_entailment", " entailment")]
+        longest = max(map(len, wanted))  # SeqIO makes an array of them
+        wanted = [[*ids, *[tokenizer.eos_id] * (longest - len(ids))] for ids in wanted]
         indices = [int(index) for index, _ in seqio.evaluation.tfds.as_numpy(dataset)]
         return [(index, wanted[index == 3]) for index in indices]
 
