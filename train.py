@@ -2,6 +2,7 @@
 
     python train.py --config=configs/c4.py:size=301m,attention=laser --workdir=runs/laser
     python train.py --config=... --workdir=... --config.optimizer.learning_rate=3e-3
+    python train.py --config=configs/finetune.py:task=rte --config.init_from=RUN --workdir=...
 
 Starting it again with the same --workdir resumes from the newest checkpoint. On several hosts start
 it on each: see laser/training/hosts.py.
@@ -11,12 +12,18 @@ again), 1 anything else.
 
 import contextlib
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
+from laser.training.config import RunConfig
 from laser.training.console import start_logging
 from laser.training.flags import exit_with, parse_or_exit
 from laser.training.hardware import tune_cpu
+
+if TYPE_CHECKING:
+    from laser.training.loop import Evaluation, Run
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -40,27 +47,48 @@ def main(argv: list[str]) -> int:
     start_logging()
     tune_cpu()
 
-    # These import jax: only after the config was found to be right.
-    from data.tokenizer import Tokenizer
-    from eval.during_training import load_tasks, make_evaluation
-    from laser.training import hosts, loop
+    from laser.training import hosts, loop  # jax: only after the config was found to be right
 
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(hosts.joined())
-            with hosts.together("open the data"):
-                store = loop.open_store(config)
-                tokenizer = Tokenizer(store.tokenizer_path)
-                tasks = load_tasks(config, tokenizer)
-            run = loop.open_run(config, store, values.workdir, values.allow_config_change)
+            run, evaluations = _open(config, values)
         except ValueError as error:
             exit_with(argv[0], str(error))
-        evaluations = []
-        if tasks:
-            score = make_evaluation(config, run.program.mesh, tokenizer, tasks)
-            every = config.evaluation.every
-            evaluations = [loop.Evaluation(every, lambda state: score(state.params))]
         return loop.train(run, evaluations)
+
+
+def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evaluation]]":
+    """The run, and what is evaluated besides its loss. Raises ValueError before it writes."""
+    from data.tokenizer import Tokenizer
+    from eval import during_training, finetuning
+    from laser.training import hosts
+    from laser.training.loop import Evaluation, open_run
+    from laser.training.rows import ExampleRows, StoreRows
+
+    with hosts.together("open the data"):
+        texts = finetuning.load_tasks(config.data.tasks, config.data.tasks_dir)
+        rows: ExampleRows | StoreRows
+        if texts:
+            pairs = [finetuning.pairs(texts, split) for split in finetuning.SPLITS]
+            rows = ExampleRows(config, Path(config.init_from) / "tokenizer.model", *pairs)
+        else:
+            rows = StoreRows(config)
+        tokenizer = Tokenizer(rows.tokenizer_path)
+        tasks = during_training.load_tasks(config, tokenizer)
+    run = open_run(config, rows, values.workdir, values.allow_config_change)
+    evaluations = []
+    if tasks:
+        score = during_training.make_evaluation(config, run.program.mesh, tokenizer, tasks)
+        every = run.config.evaluation.every
+        evaluations.append(Evaluation(every, lambda state: score(state.params)))
+    if isinstance(rows, ExampleRows):
+        decode = finetuning.make_evaluation(
+            run.config, run.program.mesh, tokenizer, texts, rows.validation, run.workdir
+        )
+        every = rows.steps_per_epoch(run.config)
+        evaluations.append(Evaluation(every, lambda state: decode(state.params, int(state.step))))
+    return run, evaluations
 
 
 if __name__ == "__main__":

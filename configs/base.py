@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.init_from = ""  # folder of a run whose newest parameters this one starts from; "" = none
 
     config.model = ConfigDict()
     model = config.model
@@ -40,7 +41,9 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     data = config.data
     data.store = ""  # folder written by scripts/prepare_data.py
-    data.seq_len = 1024  # tokens of a row
+    data.tasks = ""  # in its place: text-to-text tasks to fine-tune on, as copa,rte
+    data.tasks_dir = ""  # folder with their data as downloaded; "" = TFDS's
+    data.seq_len = 1024  # tokens of a row; of tasks: at most, longer prompts lose their left
     data.segment_ids = False  # True: tokens attend within their own document only
     data.shuffle_seed = 0  # the order of rows is a function of it and the step, of nothing else
     data.prefetch = 2  # batches made ready ahead of the step
@@ -60,13 +63,14 @@ def get_config() -> ConfigDict:
     config.training = ConfigDict()
     training = config.training
     training.seed = 0  # of the initial parameters
-    training.steps = 160_000
+    training.steps = 160_000  # or 0, and then epochs
+    training.epochs = 0  # passes over the data, in place of steps
     training.batch_size = 1024  # rows of a step, over all hosts
     training.accumulation = 1  # micro-batches a step is split into; changes memory, not the result
     training.z_loss = 0.0  # weight of (log of the softmax's normaliser)^2; PaLM: 1e-4
     training.max_skipped_steps = 10  # steps in a row, loss or gradient not finite: then give up
     training.log_every = 10  # steps
-    training.eval_every = 1000  # steps; the last step is always evaluated
+    training.eval_every = 1000  # steps, 0 = an epoch; the last step is always evaluated
     training.eval_batches = 0  # batches of the validation split; 0 = all of it
 
     config.evaluation = ConfigDict()
@@ -76,12 +80,14 @@ def get_config() -> ConfigDict:
     evaluation.protocol = "gpt3"  # gpt3 | lm_eval, of the prompts
     evaluation.shots = 1  # demonstrations in each prompt, the same ones every time
     evaluation.limit = 0  # examples of each task, the first ones; 0 = all
-    evaluation.every = 1000  # steps; the last step is always evaluated
+    evaluation.every = 1000  # steps, 0 = an epoch; the last step is always evaluated
 
     config.checkpoint = ConfigDict()
     checkpoint = config.checkpoint
-    checkpoint.every = 1000  # steps; the last step is always saved
+    checkpoint.every = 1000  # steps, 0 = an epoch; the last step is always saved
     checkpoint.keep = 3  # newest ones kept
+    # none | loss | decoding_accuracy: also keep the best by it of those evaluated at their step
+    checkpoint.best = "none"
     checkpoint.keep_period = 0  # also keep every step that is a multiple of it; 0 = none
 
     config.mesh = ConfigDict()

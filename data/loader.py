@@ -76,7 +76,7 @@ def train_batches(
             valid = np.full(len(rows), seq_len)
             return _arrays(rows, valid, eos_id if segment_ids else None)
 
-        return step, _global_batch(read, (batch_size, seq_len), sharding)
+        return step, global_batch(read, (batch_size, seq_len), sharding)
 
     return Prefetcher(make_batch, range(start_step, stop_step), prefetch)
 
@@ -112,7 +112,7 @@ def eval_batches(
             rows[: len(ids)], valid[: len(ids)] = split.padded_rows(ids, seq_len, pad_id)
             return _arrays(rows, valid, eos_id if segment_ids else None)
 
-        yield _global_batch(read, (batch_size, seq_len), sharding)
+        yield global_batch(read, (batch_size, seq_len), sharding)
 
 
 class Prefetcher:
@@ -209,7 +209,7 @@ def _arrays(rows: np.ndarray, valid: np.ndarray, eos_id: int | None) -> Arrays:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def _global_batch(
+def global_batch(
     read: Callable[[int, int], Arrays], shape: tuple[int, int], sharding: Sharding | None
 ) -> Batch:
     """Global arrays from `read(start, stop)`, which is asked for this host's rows alone, once."""

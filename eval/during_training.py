@@ -4,7 +4,8 @@ Data are read and checked once, before training starts; then a function of the p
 metrics that the run writes beside its loss. Parameters stay where training has them.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -32,13 +33,11 @@ def load_tasks(config: RunConfig, tokenizer: Tokenizer) -> list[TaskData]:
     wanted, settings = config.evaluation, _settings(config.evaluation)
     if not wanted.tasks:
         return []
-    try:
-        folder = data_folder(wanted.data_dir)
+    keys = ("evaluation.tasks", wanted.tasks, "evaluation.data_dir", wanted.data_dir)
+    with task_data(*keys) as folder:
         data = [oneshot.load_task(task, settings, folder) for task in choose_tasks(wanted.tasks)]
-        for task_data in data:
-            oneshot.check_lengths(task_data, settings, tokenizer, config.data.seq_len)
-    except ValueError as error:
-        raise ValueError(f"evaluation: {error}") from error
+        for loaded in data:
+            oneshot.check_lengths(loaded, settings, tokenizer, config.data.seq_len)
     return data
 
 
@@ -58,20 +57,26 @@ def make_evaluation(
 
     def evaluate(params: Parameters) -> dict[str, float]:
         metrics = {}
-        for task_data in data:
-            result = oneshot.evaluate_task(task_data, settings, scorer, params, tokenizer)
+        for loaded in data:
+            result = oneshot.evaluate_task(loaded, settings, scorer, params, tokenizer)
             for name, values in result["metrics"].items():
-                metrics[f"eval/{task_data.task.name}/{name}"] = values["mean"]
+                metrics[f"eval/{loaded.task.name}/{name}"] = values["mean"]
         return metrics
 
     return evaluate
 
 
-def data_folder(path: str) -> Path | None:
-    """A folder of the config, None if it is unset. Raises ValueError where there is none."""
-    if path and not Path(path).is_dir():
-        raise ValueError(f"data_dir={path}: no such folder")
-    return Path(path) if path else None
+@contextlib.contextmanager
+def task_data(tasks_key: str, tasks: str, folder_key: str, folder: str) -> Iterator[Path | None]:
+    """The folder for reading the tasks of a config, None if it is unset. What goes wrong while they
+    are read is a ValueError in the terms of the config."""
+    try:
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"{folder_key}={folder}: no such folder")
+        yield Path(folder) if folder else None
+    except ValueError as error:
+        words = str(error).replace("--data_dir", f"--config.{folder_key}")
+        raise ValueError(f"{tasks_key}={tasks}: {words}") from error
 
 
 def _settings(config: EvaluationConfig) -> Settings:

@@ -58,7 +58,7 @@ def check(example: Example) -> None:
         raise ValueError(f"{count} candidates: at least 2 are needed")
 
 
-def _ask(context: str, choices: Sequence[str], gold: int, **rest: Any) -> list[Example]:
+def ask(context: str, choices: Sequence[str], gold: int, **rest: Any) -> list[Example]:
     """One context, then a space and a choice."""
     if not 0 <= gold < len(choices):
         raise ValueError(f"label {gold} is out of range: there are {len(choices)} candidates")
@@ -79,17 +79,17 @@ def _fill(contexts: Sequence[str], ending: str, choices: Sequence[str], gold: in
 
 def question_answer(row: Row) -> list[Example]:
     """ARC, both protocols."""
-    return _ask(f"Question: {row['question']}\nAnswer:", row["choices"], row["gold"])
+    return ask(f"Question: {row['question']}\nAnswer:", row["choices"], row["gold"])
 
 
 def boolq_gpt3(row: Row) -> list[Example]:
     context = f"{row['passage']}\nquestion: {row['question']}?\nanswer:"
-    return _ask(context, ("yes", "no"), _swapped(row["gold"]))
+    return ask(context, ("yes", "no"), _swapped(row["gold"]))
 
 
 def boolq_lm_eval(row: Row) -> list[Example]:
     context = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
-    return _ask(context, ("no", "yes"), row["gold"])
+    return ask(context, ("no", "yes"), row["gold"])
 
 
 def _swapped(gold: int) -> int:
@@ -99,33 +99,33 @@ def _swapped(gold: int) -> int:
 
 def cb_gpt3(row: Row) -> list[Example]:
     question = f"question: {row['hypothesis']}. true, false, or neither?\nanswer:"
-    return _ask(f"{row['premise']}\n{question}", ("true", "false", "neither"), row["gold"])
+    return ask(f"{row['premise']}\n{question}", ("true", "false", "neither"), row["gold"])
 
 
 def cb_lm_eval(row: Row) -> list[Example]:
     question = f"Question: {row['hypothesis']}. True, False, or Neither?\nAnswer:"
-    return _ask(f"{row['premise']}\n{question}", ("True", "False", "Neither"), row["gold"])
+    return ask(f"{row['premise']}\n{question}", ("True", "False", "Neither"), row["gold"])
 
 
 def rte_gpt3(row: Row) -> list[Example]:
     question = f"question: {row['hypothesis']} True or False?\nanswer:"
-    return _ask(f"{row['premise']}\n{question}", ("True", "False"), row["gold"])
+    return ask(f"{row['premise']}\n{question}", ("True", "False"), row["gold"])
 
 
 def rte_lm_eval(row: Row) -> list[Example]:
     question = f"Question: {row['hypothesis']} True or False?\nAnswer:"
-    return _ask(f"{row['premise']}\n{question}", ("True", "False"), row["gold"])
+    return ask(f"{row['premise']}\n{question}", ("True", "False"), row["gold"])
 
 
 def copa_gpt3(row: Row) -> list[Example]:
     premise = row["premise"].strip().removesuffix(".")
-    return _ask(f"{premise} {_connector(row)}", _copa_choices(row), row["gold"])
+    return ask(f"{premise} {_connector(row)}", _copa_choices(row), row["gold"])
 
 
 def copa_lm_eval(row: Row) -> list[Example]:
     """The choices begin with a space there, and the delimiter adds another."""
     choices = [f" {choice}" for choice in _copa_choices(row)]
-    return _ask(f"{row['premise'].strip()[:-1]} {_connector(row)}", choices, row["gold"])
+    return ask(f"{row['premise'].strip()[:-1]} {_connector(row)}", choices, row["gold"])
 
 
 def _connector(row: Row) -> str:
@@ -137,12 +137,12 @@ def _copa_choices(row: Row) -> list[str]:
 
 
 def hellaswag_gpt3(row: Row) -> list[Example]:
-    return _ask(f"{row['activity']}: {row['ctx'].strip()}", row["endings"], row["gold"])
+    return ask(f"{row['activity']}: {row['ctx'].strip()}", row["endings"], row["gold"])
 
 
 def hellaswag_lm_eval(row: Row) -> list[Example]:
     context = f"{row['activity']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return _ask(_cleaned(context), [_cleaned(ending) for ending in row["endings"]], row["gold"])
+    return ask(_cleaned(context), [_cleaned(ending) for ending in row["endings"]], row["gold"])
 
 
 def _cleaned(text: str) -> str:
@@ -154,7 +154,7 @@ def _cleaned(text: str) -> str:
 def multirc_gpt3(row: Row) -> list[Example]:
     context = f"{row['paragraph']}\n\n{row['question']}\n-"
     choices = [f"[{truth}] {row['answer']}" for truth in (False, True)]
-    return _ask(context, choices, row["gold"], positive=1, group=row["group"])
+    return ask(context, choices, row["gold"], positive=1, group=row["group"])
 
 
 def multirc_lm_eval(row: Row) -> list[Example]:
@@ -164,21 +164,21 @@ def multirc_lm_eval(row: Row) -> list[Example]:
     # The harness reads the two choices as Python literals.
     answer = ast.literal_eval(f"'''{row['answer']}\\nIs the answer correct? '''")
     choices = (f"{answer}yes", f"{answer}no")
-    example = _ask(context, choices, _swapped(row["gold"]), group=row["group"])[0]
+    example = ask(context, choices, _swapped(row["gold"]), group=row["group"])[0]
     return [dataclasses.replace(example, shot=context + example.continuations[row["gold"]])]
 
 
 def openbookqa(row: Row) -> list[Example]:
-    return _ask(row["stem"], row["choices"], row["gold"])
+    return ask(row["stem"], row["choices"], row["gold"])
 
 
 def piqa_gpt3(row: Row) -> list[Example]:
-    return _ask(row["goal"], (row["sol1"], row["sol2"]), row["gold"])
+    return ask(row["goal"], (row["sol1"], row["sol2"]), row["gold"])
 
 
 def piqa_lm_eval(row: Row) -> list[Example]:
     context = f"Question: {row['goal']}\nAnswer:"
-    return _ask(context, (row["sol1"], row["sol2"]), row["gold"])
+    return ask(context, (row["sol1"], row["sol2"]), row["gold"])
 
 
 def race_gpt3(row: Row) -> list[Example]:
@@ -187,7 +187,7 @@ def race_gpt3(row: Row) -> list[Example]:
     context = f"Article: {row['article']}"
     for problem in row["problems"]:
         context += f"\n\nQ: {problem['question']}\n\nA:"
-        examples += _ask(context, problem["options"], problem["gold"])
+        examples += ask(context, problem["options"], problem["gold"])
         context = examples[-1].shot
     return examples
 
@@ -202,7 +202,7 @@ def race_lm_eval(row: Row) -> list[Example]:
             context += f"{question[:-5]}{answer}\n"
         else:
             context += f"Question: {question}\nAnswer: {answer}\n"
-    return _ask(context + last["question"], last["options"], last["gold"])
+    return ask(context + last["question"], last["options"], last["gold"])
 
 
 def record_gpt3(row: Row) -> list[Example]:
@@ -235,7 +235,7 @@ def _record(row: Row, delimiter: str) -> list[Example]:
 
 
 def storycloze(row: Row) -> list[Example]:
-    return _ask(row["context"], row["endings"], row["gold"])
+    return ask(row["context"], row["endings"], row["gold"])
 
 
 def wic_gpt3(row: Row) -> list[Example]:
@@ -243,7 +243,7 @@ def wic_gpt3(row: Row) -> list[Example]:
         f"question: Is the word '{row['word']}' used in the same way in the two sentences above?"
     )
     context = f"{row['sentence1']}\n{row['sentence2']}\n{question}\nanswer:"
-    return _ask(context, ("yes", "no"), _swapped(row["gold"]))
+    return ask(context, ("yes", "no"), _swapped(row["gold"]))
 
 
 def wic_lm_eval(row: Row) -> list[Example]:
@@ -252,7 +252,7 @@ def wic_lm_eval(row: Row) -> list[Example]:
         f"Sentence 1: {row['sentence1']}\nSentence 2: {row['sentence2']}\n"
         f"Question: Is the word '{word}' used in the same way in the two sentences above?\nAnswer:"
     )
-    return _ask(context, ("no", "yes"), row["gold"])
+    return ask(context, ("no", "yes"), row["gold"])
 
 
 def winograd_gpt3(row: Row) -> list[Example]:
@@ -302,20 +302,20 @@ def winogrande(row: Row) -> list[Example]:
 def wsc_gpt3(row: Row) -> list[Example]:
     pronoun, noun = row["span2_text"], row["span1_text"]
     question = f'question: does the pronoun "*{pronoun}*" refer to "{noun}"?'
-    context = f"{_marked(row)}\n{question}\nanswer:"
-    return _ask(context, ("yes", "no"), _swapped(row["gold"]))
+    context = f"{marked(row)}\n{question}\nanswer:"
+    return ask(context, ("yes", "no"), _swapped(row["gold"]))
 
 
 def wsc_lm_eval(row: Row) -> list[Example]:
     pronoun, noun = row["span2_text"], row["span1_text"]
     context = (
-        f"Passage: {_marked(row)}\nQuestion: In the passage above, does the pronoun "
+        f"Passage: {marked(row)}\nQuestion: In the passage above, does the pronoun "
         f'"*{pronoun}*" refer to "*{noun}*"?\nAnswer:'
     )
-    return _ask(context, ("no", "yes"), row["gold"])
+    return ask(context, ("no", "yes"), row["gold"])
 
 
-def _marked(row: Row) -> str:
+def marked(row: Row) -> str:
     """The passage with asterisks around the pronoun, and spaces before punctuation taken out."""
     before = " ".join(row["text"].split()[: row["span2_index"]])
     after = row["text"][len(before) + len(row["span2_text"]) + 1 :]
@@ -327,4 +327,4 @@ def _marked(row: Row) -> str:
 
 def held_out(row: Row) -> list[Example]:
     """The offline task: a passage goes on in one of four ways."""
-    return _ask(row["context"], row["endings"], row["gold"])
+    return ask(row["context"], row["endings"], row["gold"])

@@ -16,8 +16,8 @@ from eval import oneshot
 from eval.generation import Generator
 from eval.scoring import Scorer
 from eval.tasks import OFFLINE
-from laser.training import sharding
-from laser.training.checkpoint import CheckpointError, restore_parameters
+from laser.training import checkpoint, sharding
+from laser.training.checkpoint import restore_parameters
 from laser.training.config import MeshConfig, RunConfig
 from laser.training.run_folder import load_run_config
 from models.decoder import Parameters, init_parameters
@@ -42,12 +42,7 @@ def saved_steps(workdir: Path) -> list[int]:
     """Steps of the checkpoints, in order. Raises ValueError where there is no run, and
     CheckpointError where it has none."""
     load_run_config(str(workdir))
-    folder = workdir / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    steps = sorted(int(name) for name in names if name.isdigit())
-    if not steps:
-        raise CheckpointError(f"{workdir}: the run has no checkpoint yet")
-    return steps
+    return checkpoint.saved_steps(workdir)
 
 
 def open_model(workdir: Path, step: int | None = None) -> TrainedModel:

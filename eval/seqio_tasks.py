@@ -1,7 +1,10 @@
 """The tasks in SeqIO's registry, for its Evaluator: one example for each candidate.
 
-    register("lm_eval", shots=1, data_dir=DATA)
+    register("lm_eval", shots=1, data_dir=DATA, tokenizer_path=MODEL)
     seqio.get_mixture_or_task("copa_lm_eval_1shot")
+
+    register_text_to_text(data_dir=DATA, tokenizer_path=MODEL)      SuperGLUE for fine-tuning
+    seqio.get_mixture_or_task("super_glue_text_to_text")
 
 "inputs" is the context, "targets" the candidate, and the model's scores of the targets are grouped
 by document. SeqIO has one score for a candidate and no demonstrations of its own, so they are
@@ -18,14 +21,16 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from eval import oneshot
+from eval import finetuning, oneshot
 from eval.metrics import METRICS, Candidate, Judged, choose
 from eval.oneshot import Settings, TaskData
 from eval.sources import MissingData
 from eval.tasks import KNOWN, Protocol
+from eval.text_to_text import PROMPTS
 
 tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes all of its memory
 
+MIXTURE = "super_glue_text_to_text"
 BY_SCORE_ALONE = ("sum", "partial", "character")
 
 
@@ -56,6 +61,79 @@ def register(
         seqio.TaskRegistry.add_provider(name, make_task(name, data, settings, tokenizer_path))
         names.append(name)
     return names, missing
+
+
+def register_text_to_text(
+    data_dir: Path | None, tokenizer_path: str | Path
+) -> tuple[list[str], dict[str, str]]:
+    """Registers SuperGLUE as text to text (eval/text_to_text.py), as train.py fine-tunes on it.
+
+    The mixture MIXTURE has all tasks that have data, each in proportion to its examples.
+
+    Returns:
+      Names of the tasks (TASK_text_to_text), and for the others why their data are missing.
+
+    Raises:
+      ValueError: a name is taken, or data can't be used.
+    """
+    names, missing = [], {}
+    for task_name in PROMPTS:
+        try:
+            task = finetuning.load_task(task_name, data_dir)
+        except MissingData as error:
+            missing[task_name] = str(error)
+            continue
+        names.append(f"{task_name}_text_to_text")
+        provider = make_text_to_text_task(names[-1], task, tokenizer_path)
+        seqio.TaskRegistry.add_provider(names[-1], provider)
+    if names:
+        seqio.MixtureRegistry.add(MIXTURE, names, default_rate=seqio.mixing_rate_num_examples)
+    return names, missing
+
+
+def make_text_to_text_task(
+    name: str, task: finetuning.TextTask, tokenizer_path: str | Path
+) -> seqio.Task:
+    """One task with the splits train and validation; its metric is decoding accuracy."""
+    columns = {
+        split: {
+            "inputs": [example.contexts[0] for example in examples],
+            "targets": [finetuning.answers(example)[0] for example in examples],
+            "document": list(range(len(examples))),
+        }
+        for split, examples in task.splits.items()
+    }
+    vocabulary = seqio.SentencePieceVocabulary(str(tokenizer_path))
+
+    def dataset(split: str, shuffle_files: bool = False, seed: int | None = None):
+        del shuffle_files, seed  # SeqIO shuffles examples itself
+        return tf.data.Dataset.from_tensor_slices(columns[split])
+
+    def answer_or_text(text: str, example: Mapping[str, Any], is_target: bool = False) -> Any:
+        if not is_target:
+            return text.strip()
+        right = finetuning.answers(task.splits["validation"][int(example["document"])])
+        return [answer.strip() for answer in right]
+
+    def decoding_accuracy(targets: Sequence[list[str]], predictions: Sequence[str]):
+        hits = [text in right for text, right in zip(predictions, targets)]
+        return {"decoding_accuracy": sum(hits) / len(hits)}
+
+    return seqio.Task(
+        name,
+        source=seqio.FunctionDataSource(
+            dataset,
+            splits=tuple(columns),
+            num_input_examples={split: len(rows) for split, rows in task.splits.items()},
+        ),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features={
+            "inputs": seqio.Feature(vocabulary, add_eos=False),
+            "targets": seqio.Feature(vocabulary, add_eos=True),
+        },
+        postprocess_fn=answer_or_text,
+        metric_fns=[decoding_accuracy],
+    )
 
 
 def make_task(

@@ -10,16 +10,18 @@ all, so that they go on from the same step.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from laser.training import hosts
 from laser.training.config import CheckpointConfig
@@ -45,10 +47,11 @@ class Checkpoints:
         self._folder = Path(workdir).absolute() / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep,
-            keep_period=config.keep_period or None,
+            preservation_policy=_preservation(config),
+            best_fn=functools.partial(_score, config.best) if config.best != "none" else None,
             cleanup_tmp_directories=True,
         )
+        self._best = config.best
         self._manager = ocp.CheckpointManager(self._folder, options=self._options)
 
     def __enter__(self) -> "Checkpoints":
@@ -58,8 +61,13 @@ class Checkpoints:
         with self._explained():  # a save that failed in the background may be told only now
             self._manager.close()
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Starts to save `state` (a tree of jax.Arrays) as `step`; returns when it has been copied.
+
+        Args:
+          step: steps done.
+          state: what to save.
+          metrics: of the evaluations of this step; they say whether it is the best one.
 
         Raises:
           CheckpointError: this save or the one before it failed, on a full disk for example.
@@ -68,8 +76,16 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
+        name = f"eval/{self._best}"
+        score = {name: metrics[name]} if metrics and name in metrics else None
         with self._explained():
-            self._manager.save(step, args=args)
+            self._manager.save(step, args=args, metrics=score)
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and metric of the best checkpoint; None if none was evaluated, or none is wanted."""
+        step = self._manager.best_step() if self._best != "none" else None
+        metrics = self._manager.metrics(step) if step is not None else None
+        return (step, metrics[f"eval/{self._best}"]) if step is not None and metrics else None
 
     def wait(self) -> None:
         """Waits for the save that is under way. Raises CheckpointError if it failed."""
@@ -123,6 +139,38 @@ class Checkpoints:
                 shutil.rmtree(target, ignore_errors=True)
                 folder.rename(target)
         self._manager.reload()
+
+
+def _preservation(config: CheckpointConfig) -> checkpoint_managers.PreservationPolicy:
+    """The newest ones, the multiples of a period, the best one. Of equally good ones the newest."""
+    policies: list[checkpoint_managers.PreservationPolicy] = [
+        checkpoint_managers.LatestN(config.keep)
+    ]
+    if config.keep_period:
+        policies.append(checkpoint_managers.EveryNSteps(config.keep_period))
+    if config.best != "none":
+        best = checkpoint_managers.BestN(
+            get_metric_fn=functools.partial(_score, config.best),
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        policies.append(best)
+    return checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+def _score(best: str, metrics: Mapping[str, float]) -> float:
+    """The larger, the better."""
+    value = metrics[f"eval/{best}"]
+    return -value if best == "loss" else value
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of a run's checkpoints, in order. Raises CheckpointError where it has none."""
+    folder = workdir.absolute() / "checkpoints"
+    steps = _complete_steps(folder) if folder.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"{workdir}: the run has no checkpoint yet")
+    return steps
 
 
 def restore_parameters(workdir: Path, abstract_params: Any, step: int | None = None) -> Any:

@@ -28,6 +28,8 @@ class DataConfig:
     """Which tokens, in rows of which length. Fields as in configs/base.py, section `data`."""
 
     store: str
+    tasks: str
+    tasks_dir: str
     seq_len: int
     segment_ids: bool
     shuffle_seed: int
@@ -36,6 +38,14 @@ class DataConfig:
     def __post_init__(self):
         _require_at_least(1, "data", self, "seq_len", "prefetch")
         _require_at_least(0, "data", self, "shuffle_seed")
+        require(
+            not (self.store and self.tasks),
+            f"data.store={self.store} and data.tasks={self.tasks}: one of them must be empty",
+        )
+        require(
+            not (self.tasks and self.segment_ids),
+            f"data.segment_ids=True with data.tasks={self.tasks}: a row has one example; use False",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +84,7 @@ class TrainingConfig:
 
     seed: int
     steps: int
+    epochs: int
     batch_size: int
     accumulation: int
     z_loss: float
@@ -83,9 +94,15 @@ class TrainingConfig:
     eval_batches: int
 
     def __post_init__(self):
-        _require_at_least(1, "training", self, "steps", "batch_size", "accumulation")
-        _require_at_least(1, "training", self, "max_skipped_steps", "log_every", "eval_every")
-        _require_at_least(0, "training", self, "seed", "z_loss", "eval_batches")
+        _require_at_least(1, "training", self, "batch_size", "accumulation")
+        _require_at_least(1, "training", self, "max_skipped_steps", "log_every")
+        _require_at_least(0, "training", self, "steps", "epochs", "seed", "z_loss")
+        _require_at_least(0, "training", self, "eval_every", "eval_batches")
+        require(
+            (self.steps > 0) != (self.epochs > 0),
+            f"training.steps={self.steps} and training.epochs={self.epochs}: one of them must be "
+            "at least 1 and the other 0",
+        )
         require(
             self.batch_size % self.accumulation == 0,
             f"training.batch_size={self.batch_size}: must be a multiple of "
@@ -106,8 +123,7 @@ class EvaluationConfig:
     every: int
 
     def __post_init__(self):
-        _require_at_least(0, "evaluation", self, "shots", "limit")
-        _require_at_least(1, "evaluation", self, "every")
+        _require_at_least(0, "evaluation", self, "shots", "limit", "every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,11 +132,12 @@ class CheckpointConfig:
 
     every: int
     keep: int
+    best: Literal["none", "loss", "decoding_accuracy"]
     keep_period: int
 
     def __post_init__(self):
-        _require_at_least(1, "checkpoint", self, "every", "keep")
-        _require_at_least(0, "checkpoint", self, "keep_period")
+        _require_at_least(1, "checkpoint", self, "keep")
+        _require_at_least(0, "checkpoint", self, "every", "keep_period")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +172,7 @@ class MeshConfig:
 class RunConfig:
     """All that defines a run. The section `attention` of configs/base.py is `model.attention`."""
 
+    init_from: str
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -166,9 +184,18 @@ class RunConfig:
     def __post_init__(self):
         warmup, steps = self.optimizer.warmup_steps, self.training.steps
         require(
-            warmup <= steps,
+            warmup <= steps or not steps,  # epochs become steps once the data are known
             f"optimizer.warmup_steps={warmup}: the run ends before, at training.steps={steps}; "
             "lower the one or raise the other",
+        )
+        require(
+            not self.data.tasks or bool(self.init_from),
+            f"data.tasks={self.data.tasks}: init_from is missing, the run to fine-tune; "
+            "add --config.init_from=RUN",
+        )
+        require(
+            self.checkpoint.best != "decoding_accuracy" or bool(self.data.tasks),
+            "checkpoint.best=decoding_accuracy: only runs on data.tasks have it; use loss",
         )
         _check_tensor_axis(self.model, self.mesh.tensor)
 
@@ -188,7 +215,7 @@ SECTIONS: dict[str, type] = {
 def load_config(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
     """Checks a nested dictionary in the layout of configs/base.py. Raises ValueError."""
     tree = config.to_dict() if isinstance(config, ConfigDict) else config
-    _check_names("section", "", tree, SECTIONS)
+    _check_names("section", "", tree, [*SECTIONS, "init_from"])
     attention = AttentionConfig(**_checked_fields("attention", tree["attention"]))
     model = ModelConfig(**_checked_fields("model", tree["model"]), attention=attention)
     rest = {
@@ -196,14 +223,15 @@ def load_config(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
         for section in SECTIONS
         if section not in ("model", "attention")
     }
-    return RunConfig(model=model, **rest)
+    start = _checked("init_from", tree["init_from"], str)
+    return RunConfig(init_from=start, model=model, **rest)
 
 
-def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+def to_dict(config: RunConfig) -> dict[str, Any]:
     """The nested dictionary in the layout of configs/base.py; `load_config` takes it back."""
     tree = dataclasses.asdict(config)
     tree["attention"] = tree["model"].pop("attention")
-    return {section: tree[section] for section in SECTIONS}
+    return {"init_from": config.init_from} | {section: tree[section] for section in SECTIONS}
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from laser.training.config import RunConfig, load_config, nearest
+from laser.training.run_folder import load_record
 
 EXIT_BAD_CONFIG = 2
 DefineFlags = Callable[[flags.FlagValues], None]
@@ -58,6 +59,7 @@ def parse(argv: Sequence[str], define_flags: DefineFlags) -> tuple[RunConfig, fl
     values = _define(define_flags)
     config_path, rest = _take_config(argv, [*values, "config"])
     config = read_config_file(config_path)
+    _inherit(config, rest)
     _check_overrides(rest, config)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(rest))
     try:
@@ -128,12 +130,37 @@ def _take_config(argv: Sequence[str], known: Iterable[str]) -> tuple[str, list[s
     raise ValueError("--config is missing: for example --config=configs/quickstart.py")
 
 
+def _inherit(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Fills in what a config leaves to the run in its init_from, before other overrides: `model`,
+    `attention` and data.seq_len. Raises ValueError where there is no such run."""
+    start = config.get("init_from", "")
+    for argument, following in zip(argv, [*argv[1:], ""]):
+        match = re.match(r"--?config\.init_from(?:=(.*))?$", argument)
+        if match:
+            start = following if match[1] is None else match[1]
+    absent = [name for name in ("model", "attention") if name not in config]
+    if not start and absent:
+        raise ValueError(
+            f"--config.init_from=RUN is missing: the section {absent[0]} of this config is that of "
+            "a trained run"
+        )
+    if start:
+        try:
+            inherited = load_record(start)["config"]
+        except ValueError as error:
+            raise ValueError(f"init_from={start}: {error}") from error
+        for name in absent:
+            config[name] = ConfigDict(inherited[name])
+        if "seq_len" not in config.data:
+            config.data.seq_len = inherited["data"]["seq_len"]
+
+
 def _check_overrides(argv: Sequence[str], config: ConfigDict) -> None:
     """Every --config.section.field must be there in the config: absl would report a KeyError."""
     fields = list(_field_names(config))
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if match and match[1] in config:
+        if match and isinstance(config.get(match[1]), ConfigDict):
             raise ValueError(
                 f"--config.{match[1]} is a section: set --config.{match[1]}.FIELD=value"
             )

@@ -14,20 +14,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from data.loader import eval_batches, train_batches
-from data.order import row_ids
-from data.store import TokenStore
 from laser.training import hardware, hosts, preemption, roofline, sharding
-from laser.training.checkpoint import CheckpointError, Checkpoints
+from laser.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    restore_parameters,
+    saved_steps,
+)
 from laser.training.config import RunConfig, check_devices
 from laser.training.metrics import MetricsWriter, make_writer
 from laser.training.program import Program
 from laser.training.report import Report
-from laser.training.run_folder import check_hosts_agree, open_run_folder
+from laser.training.rows import Rows, resolved
+from laser.training.run_folder import check_hosts_agree, load_run_config, open_run_folder
 from laser.training.step import TrainState
-from models.decoder import train_flops_per_token
+from models.config import ModelConfig
+from models.decoder import init_parameters, train_flops_per_token
 
 log = logging.getLogger(__name__)
 
@@ -49,42 +54,21 @@ class Evaluation:
     metrics: Callable[[TrainState], dict[str, float]]
 
 
-def open_store(config: RunConfig) -> TokenStore:
-    """The config's data. Raises ValueError if they are not there, damaged, or do not fit it."""
-    if not Path(config.data.store).is_dir():
-        raise ValueError(
-            f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py"
-        )
-    store = TokenStore(config.data.store)
-    if config.model.vocab_size < store.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size}: the tokenizer of {config.data.store} has "
-            f"{store.vocab_size} entries; set it to that or more"
-        )
-    for name in ("train", "validation"):
-        tokens, length = store.split(name).num_tokens, config.data.seq_len
-        if tokens <= length:
-            raise ValueError(
-                f"data.seq_len={length}: the {name} split of {config.data.store} has only {tokens} "
-                "tokens; use shorter rows or more text"
-            )
-    return store
-
-
-def open_run(
-    config: RunConfig, store: TokenStore, workdir: str, allow_config_change: bool
-) -> "Run":
+def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: bool) -> "Run":
     """Checks that config, devices and workdir fit together, and makes the run's folder.
 
     Raises:
       ValueError: they do not, on this host or another one; nothing was changed.
     """
+    with hosts.together("find the run to start from"):
+        init_step = _check_init(config, rows) if config.init_from else None
     with hosts.together("compare config and data"):
-        check_hosts_agree(config, store)
+        check_hosts_agree(config, rows, init_step)
     with hosts.together("lay out the program"):
-        program = Program(config, sharding.make_mesh(config))
-    open_run_folder(workdir, config, store, allow_config_change)
-    return Run(program, workdir, store)
+        complete = resolved(config, rows)
+        program = Program(complete, sharding.make_mesh(complete))
+    init_step = open_run_folder(workdir, config, rows, init_step, allow_config_change)
+    return Run(program, workdir, rows, init_step)
 
 
 def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
@@ -104,7 +88,7 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
             state = checkpoints.restore_latest(run.program.abstract_state)
             if state is None:
                 log.info("starting a new run in %s", run.workdir)
-                state = run.program.init_state()
+                state = run.init_state()
             elif int(state.step) >= steps:
                 log.info("%s: nothing left to do after step %d", run.workdir, int(state.step))
                 return EXIT_DONE
@@ -119,53 +103,47 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
 
 
 class Run:
-    """What does not change while a run goes on: its program, its data and its folder."""
+    """What does not change while a run goes on: its program, its data and its folder.
 
-    def __init__(self, program: Program, workdir: str, store: TokenStore):
+    Attributes:
+      config: of the program, with numbers for what was left to the data.
+      init_step: of the checkpoint of config.init_from that the run started from.
+    """
+
+    def __init__(self, program: Program, workdir: str, rows: Rows, init_step: int | None):
         self.config = program.config
         self.program = program
         self.workdir = Path(workdir)
-        self.store = store
+        self.rows = rows
+        self.init_step = init_step
+
+    def init_state(self) -> TrainState:
+        """The state before the first step, with the parameters of init_from if there is one."""
+        state = self.program.init_state()
+        if not self.config.init_from:
+            return state
+        log.info("with the parameters of %s, step %d", self.config.init_from, self.init_step)
+        wanted = self.program.abstract_state.params
+        params = restore_parameters(Path(self.config.init_from), wanted, self.init_step)
+        return state._replace(params=params)
 
     def train_batches(self, start_step: int):
-        data = self.config.data
-        return train_batches(
-            self.store.split("train"),
-            seq_len=data.seq_len,
-            batch_size=self.config.training.batch_size,
-            seed=data.shuffle_seed,
-            start_step=start_step,
-            stop_step=self.config.training.steps,
-            segment_ids=data.segment_ids,
-            eos_id=self.store.eos_id,
-            sharding=self.program.batch_sharding,
-            prefetch=data.prefetch,
-        )
+        return self.rows.train_batches(self.config, start_step, self.program.batch_sharding)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss in nats per token and bits per byte of text on the validation split.
 
-        Bits per byte is there only where the whole split was read.
+        Bits per byte is there only where the whole of a store's split was read.
         """
-        config, split = self.config, self.store.split("validation")
-        batches = eval_batches(
-            split,
-            seq_len=config.data.seq_len,
-            batch_size=config.training.batch_size,
-            segment_ids=config.data.segment_ids,
-            eos_id=self.store.eos_id,
-            pad_id=self.store.pad_id,
-            sharding=self.program.batch_sharding,
-            max_batches=config.training.eval_batches,
-        )
         nll = tokens = 0.0
-        for batch in batches:
+        for batch in self.rows.validation_batches(self.config, self.program.batch_sharding):
             sums = self.program.eval_step(state.params, batch)
             nll += float(sums.nll)
             tokens += float(sums.tokens)
         metrics = {"eval/loss": nll / tokens}
-        if tokens == split.num_tokens - 1:
-            metrics["eval/bits_per_byte"] = nll / math.log(2) / split.num_bytes
+        num_bytes = self.rows.bytes_of(tokens)
+        if num_bytes:
+            metrics["eval/bits_per_byte"] = nll / math.log(2) / num_bytes
         return metrics
 
 
@@ -216,22 +194,24 @@ def _run_steps(
     with run.train_batches(start) as batches:
         for step, batch in batches:
             state, metrics = run.program.train_step(state, batch)
-            done = step + 1
+            done, scores = step + 1, {}
             report.push(done, metrics, batches.seconds_waited)
             due = [evaluation for evaluation in evaluations if _due(done, evaluation.every, steps)]
             if due:
                 report.flush()
-                evaluate = functools.partial(_evaluate, due, state)
-                writer.write(done, report.off_the_clock(evaluate))
+                scores = report.off_the_clock(functools.partial(_evaluate, due, state))
+                writer.write(done, scores)
             leave = preempted.stops_after(done)
             if _due(done, config.checkpoint.every, steps) or leave:
                 report.flush()
-                report.off_the_clock(functools.partial(checkpoints.save, done, state))
+                report.off_the_clock(functools.partial(checkpoints.save, done, state, scores))
             if leave and done < steps:
                 checkpoints.wait()
                 log.warning("%s: saved step %d; start again to go on", preempted.name, done)
                 return EXIT_PREEMPTED
     checkpoints.wait()
+    if best := checkpoints.best():
+        log.info("best checkpoint: step %d, %s %.4f", best[0], config.checkpoint.best, best[1])
     return EXIT_DONE
 
 
@@ -246,8 +226,7 @@ def _due(done: int, every: int, steps: int) -> bool:
 def _record_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
     """Reports a step without an update, and ends the run when there are too many in a row."""
     config = run.config
-    num_rows = run.store.split("train").num_rows(config.data.seq_len)
-    ids = row_ids(config.data.shuffle_seed, step - 1, config.training.batch_size, num_rows)
+    ids = run.rows.row_ids(config, step - 1)
     names = ("loss", "gradient_norm", "attention_range")
     values = ", ".join(f"{name} {metrics[name]:.4g}" for name in names)
     log.error("step %d skipped (%s); rows %s", step, values, np.array2string(ids, threshold=16))
@@ -263,3 +242,34 @@ def _record_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
             f"training.max_skipped_steps={limit}): lower optimizer.learning_rate, or look at the "
             f"rows in {run.workdir / 'skipped.jsonl'}"
         )
+
+
+def _check_init(config: RunConfig, rows: Rows) -> int:
+    """The newest step of init_from. Raises ValueError if its parameters do not fit this run."""
+    start = Path(config.init_from)
+    where = f"init_from={config.init_from}"
+    try:
+        theirs = load_run_config(config.init_from).model
+        step = saved_steps(start)[-1]
+    except (ValueError, CheckpointError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if (start / "tokenizer.model").read_bytes() != Path(rows.tokenizer_path).read_bytes():
+        raise ValueError(
+            f"{where}: its tokenizer is not that of {rows.tokenizer_path}, so the same ids mean "
+            "other text; prepare the data with --tokenizer=" + str(start / "tokenizer.model")
+        )
+    there, here = (_parameter_shapes(model) for model in (theirs, config.model))
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"{where}: its model has other parameters: {name} is {there.get(name, 'absent')} "
+                f"there and {here.get(name, 'absent')} here; leave the sections model and "
+                "attention as that run has them"
+            )
+    return step
+
+
+def _parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    abstract = jax.eval_shape(functools.partial(init_parameters, model, 0))
+    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}

@@ -1,7 +1,7 @@
 """A run's folder is self-contained: config, tokenizer and data fingerprint lie in it.
 
-config.json       {"config": every field, "data": {"fingerprint": ...}}
-tokenizer.model   a copy of the store's
+config.json       {"config": every field, "data": {"fingerprint": ...}, "init_step": ...}
+tokenizer.model   a copy of the data's
 checkpoints/      laser/training/checkpoint.py
 metrics.jsonl, tensorboard/     laser/training/metrics.py
 skipped.jsonl     steps without an update, with the ids of their rows
@@ -12,18 +12,20 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data.store import TokenStore
 from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
+
+if TYPE_CHECKING:  # imports jax; what reads a config must not
+    from laser.training.rows import Rows
 
 SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
 
 
-def check_hosts_agree(config: RunConfig, store: TokenStore) -> None:
+def check_hosts_agree(config: RunConfig, rows: "Rows", init_step: int | None) -> None:
     """Raises ValueError, on all hosts, if one was started with another config or other data."""
-    text = json.dumps(_record(config, store))
+    text = json.dumps(_record(config, rows, init_step))
     records = [json.loads(other) for other in hosts.exchange("describe config and data", text)]
     lines = [
         f"{hosts.name(i)}: {line}"
@@ -34,7 +36,9 @@ def check_hosts_agree(config: RunConfig, store: TokenStore) -> None:
         raise ValueError("not all hosts run the same as host 0:\n  " + "\n  ".join(lines))
 
 
-def open_run_folder(workdir: str, config: RunConfig, store: TokenStore, allow_change: bool) -> None:
+def open_run_folder(
+    workdir: str, config: RunConfig, rows: "Rows", init_step: int | None, allow_change: bool
+) -> int | None:
     """Makes the folder, or checks that it belongs to the same config and data.
 
     One host writes; the others see what it wrote when this returns, or hear why it refused.
@@ -42,8 +46,12 @@ def open_run_folder(workdir: str, config: RunConfig, store: TokenStore, allow_ch
     Args:
       workdir: made if it is not there.
       config: of the run that is about to start or go on.
-      store: its data. It may have moved, but its content is compared.
+      rows: its data. They may have moved, but their content is compared.
+      init_step: of the checkpoint that a new run starts from, if there is an init_from.
       allow_change: keep the old record as config.N.json and go on with the new one.
+
+    Returns:
+      `init_step`, or that of the run which is there: its init_from may have gone on since.
 
     Raises:
       ValueError: the folder holds a run of another config or other data, and the message shows
@@ -52,19 +60,25 @@ def open_run_folder(workdir: str, config: RunConfig, store: TokenStore, allow_ch
     path = Path(workdir) / "config.json"
     with hosts.together("open the run's folder"):
         if hosts.is_first():
-            _open(Path(workdir), config, store, allow_change)
+            _open(Path(workdir), config, rows, init_step, allow_change)
     own = path.read_text() if hosts.is_first() else ""
     written = hosts.exchange("read the run's folder", own)[0]
     with hosts.together("see the run's folder"):
         _wait_for(path, written)
+    return json.loads(written)["init_step"]
 
 
-def _open(folder: Path, config: RunConfig, store: TokenStore, allow_change: bool) -> None:
+def _open(
+    folder: Path, config: RunConfig, rows: "Rows", init_step: int | None, allow_change: bool
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record = _record(config, store)
+    record = _record(config, rows, init_step)
     path = folder / "config.json"
     if path.exists():
-        changes = _changes(json.loads(path.read_text()), record)
+        saved = json.loads(path.read_text())
+        if saved["config"].get("init_from") == config.init_from:
+            record["init_step"] = saved.get("init_step")
+        changes = _changes(saved, record)
         if changes and not allow_change:
             lines = "\n  ".join(changes)
             raise ValueError(
@@ -74,11 +88,12 @@ def _open(folder: Path, config: RunConfig, store: TokenStore, allow_change: bool
         if changes:
             path.rename(folder / f"config.{len(list(folder.glob('config.*.json')))}.json")
     write_atomically(path, json.dumps(record, indent=2) + "\n")
-    shutil.copyfile(store.tokenizer_path, folder / "tokenizer.model")
+    shutil.copyfile(rows.tokenizer_path, folder / "tokenizer.model")
 
 
-def _record(config: RunConfig, store: TokenStore) -> dict[str, Any]:
-    return {"config": to_dict(config), "data": {"fingerprint": store.fingerprint}}
+def _record(config: RunConfig, rows: "Rows", init_step: int | None) -> dict[str, Any]:
+    data = {"fingerprint": rows.fingerprint}
+    return {"config": to_dict(config), "data": data, "init_step": init_step}
 
 
 def _wait_for(path: Path, text: str) -> None:
@@ -94,10 +109,15 @@ def _wait_for(path: Path, text: str) -> None:
 
 def load_run_config(workdir: str) -> RunConfig:
     """The config that a run was started with. Raises ValueError where there is no run."""
+    return load_config(load_record(workdir)["config"])
+
+
+def load_record(workdir: str) -> dict[str, Any]:
+    """The content of config.json. Raises ValueError where there is no run."""
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir}: no run here (config.json is missing)")
-    return load_config(json.loads(path.read_text())["config"])
+    return json.loads(path.read_text())
 
 
 def load_fingerprint(workdir: str) -> str:
@@ -119,9 +139,10 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     lines = [
         line
         for line in diff_configs(old["config"], new["config"])
-        if not line.startswith("data.store:")  # the same data may lie elsewhere
+        # The same data may lie elsewhere.
+        if not line.startswith(("data.store:", "data.tasks_dir:"))
     ]
     was, now = old["data"]["fingerprint"], new["data"]["fingerprint"]
     if was != now:
-        lines.append(f"data: the store's fingerprint {was} -> {now} (other text or tokenizer)")
+        lines.append(f"data: the fingerprint {was} -> {now} (other text or tokenizer)")
     return lines

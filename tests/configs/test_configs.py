@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from configs import c4
+from configs import base, c4, finetune
 from configs.arguments import parse_arguments
+from eval.text_to_text import PROMPTS
 from laser.training.config import load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted(
     path
     for path in (ROOT / "configs").rglob("*.py")
-    if path.name not in ("__init__.py", "arguments.py")
+    # slices.py is no config, and finetune.py has the model of another run.
+    if path.name not in ("__init__.py", "arguments.py", "slices.py", "finetune.py")
 )
 SIZES = ("234m", "301m", "435m", "1p1b", "2p2b", "7p7b")
 MODIFIERS = ("per_dim_temp", "qk_norm", "diff", "temp=0.5")
@@ -112,6 +114,27 @@ def test_mistakes_name_what_was_meant(arguments, message):
     with pytest.raises(ValueError) as error:
         c4.get_config(arguments)
     assert message in str(error.value)
+
+
+def test_finetuning_names_its_tasks_and_leaves_the_model_to_init_from():
+    config = finetune.get_config()
+    assert config.data.tasks == "boolq,cb,copa,multirc,record,rte,wic,wsc"
+    assert set(finetune.TASKS) == set(PROMPTS)
+    assert finetune.get_config("task=copa+rte").data.tasks == "copa,rte"
+    assert "model" not in config
+    assert "attention" not in config
+    for arguments, message in (
+        ("task=copaa", "unknown task 'copaa': did you mean 'copa'"),
+        ("task=copa+", "unknown task ''"),
+    ):
+        with pytest.raises(ValueError) as error:
+            finetune.get_config(arguments)
+        assert message in str(error.value)
+
+
+def test_there_are_fewer_than_80_fields():
+    config = base.get_config().to_dict()
+    assert sum(len(x) if isinstance(x, dict) else 1 for x in config.values()) < 80
 
 
 def test_arguments_override_the_defaults():

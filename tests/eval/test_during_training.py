@@ -72,8 +72,8 @@ def test_what_is_missing_is_said_before_training(trained_run, tokenizer, tmp_pat
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     config = load_run_config(str(trained_run))
     for fields, message in (
-        ({"tasks": "copaa"}, "evaluation: .*did you mean 'copa'"),
-        ({"tasks": "copa"}, "no data of super_glue"),
+        ({"tasks": "copaa"}, "evaluation.tasks=copaa: .*did you mean 'copa'"),
+        ({"tasks": "copa"}, "no data of super_glue.* in --config.evaluation.data_dir"),
         ({"tasks": "copa", "data_dir": "/nowhere"}, "data_dir=/nowhere: no such folder"),
     ):
         with pytest.raises(ValueError, match=message):

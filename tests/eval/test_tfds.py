@@ -10,9 +10,10 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from eval import sources
+from eval import finetuning, sources
 from eval.oneshot import Settings, load_task
 from eval.tasks import TASKS
+from eval.text_to_text import PROMPTS
 from tests.eval.test_prompts import MULTIRC, PASSAGE, RACE, RAW, RECORD, examples
 from tests.training.runs import ROOT
 
@@ -123,6 +124,10 @@ def test_rows_that_a_builder_wrote_are_asked_as_any_others(name, tmp_path, monke
         assert data.loaded.unusable == 0
         assert data.split == TASKS[name].protocols[protocol].split
         assert TASKS[name].source.tfds in data.loaded.origin
+    if name in PROMPTS:
+        (task,) = finetuning.load_tasks(name, "")
+        expected = [e for row in TASKS[name].source.rows(RAW[name]) for e in PROMPTS[name](row)]
+        assert task.splits == {"train": 2 * expected, "validation": 2 * expected}
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -167,11 +172,13 @@ def test_noise_does_not_crash(name, protocol):
 
 def test_local_files_are_read_without_tensorflow(tmp_path):
     (tmp_path / "RTE").mkdir()
-    (tmp_path / "RTE/val.jsonl").write_text(
-        '{"premise": "a", "hypothesis": "b", "label": "entailment"}\n'
-    )
+    for split in ("train", "val"):
+        (tmp_path / f"RTE/{split}.jsonl").write_text(
+            '{"premise": "a", "hypothesis": "b", "label": "entailment"}\n'
+        )
     program = (
-        "import sys\nfrom pathlib import Path\nimport eval.run\n"
+        "import sys\nfrom pathlib import Path\nimport eval.run\nfrom eval import finetuning\n"
+        f"finetuning.load_tasks('rte', {str(tmp_path)!r})\n"
         "from eval.oneshot import Settings, load_task\nfrom eval.tasks import TASKS\n"
         f"load_task(TASKS['rte'], Settings(shots=0), Path({str(tmp_path)!r}))\n"
         "print('tensorflow' in sys.modules or 'seqio' in sys.modules)"

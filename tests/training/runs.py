@@ -22,20 +22,20 @@ Report.push = push_and_signal
 
 KILL_IN_SAVE = """
 save = Checkpoints.save
-def save_and_die(self, step, state):
-    save(self, step, state)  # returns when the copy is made and the writing has begun
+def save_and_die(self, *rest):
+    save(self, *rest)  # returns when the copy is made and the writing has begun
     os.kill(os.getpid(), signal.SIGKILL)
 Checkpoints.save = save_and_die
 """
 
 FILL_DISK_BEFORE_SAVING_10 = """
 save = Checkpoints.save
-def fill_and_save(self, step, state):
+def fill_and_save(self, step, *rest):
     self.wait()
     if step == 10:
         free = shutil.disk_usage(os.environ["DISK"]).free
         Path(os.environ["DISK"], "filler").write_bytes(b"x" * (free - 32768))
-    save(self, step, state)
+    save(self, step, *rest)
 Checkpoints.save = fill_and_save
 """
 
@@ -71,10 +71,10 @@ ocp.Checkpointer.restore = restore_or_fail
 
 DISK_ERROR_ON_HOST_1 = """
 save = Checkpoints.save
-def save_or_fail(self, step, state):
+def save_or_fail(self, *rest):
     if this == 1:
         raise OSError("no space left on device")
-    save(self, step, state)
+    save(self, *rest)
 Checkpoints.save = save_or_fail
 """
 

@@ -1,6 +1,6 @@
 """Checkpoints: what is read is what was written, or it is not read at all."""
 
-import functools
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +13,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs import base
-from laser.training.checkpoint import CheckpointError, Checkpoints, restore_parameters
+from laser.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    restore_parameters,
+    saved_steps,
+)
 from laser.training.config import load_config
 from laser.training.step import TrainState
 
@@ -70,10 +75,47 @@ def test_no_checkpoint_is_no_error(tmp_path):
 
 def test_retention_by_count_and_by_period(tmp_path):
     config = load_config(base.get_config())
-    config = functools.partial(type(config.checkpoint), every=1)(keep=2, keep_period=4)
+    config = dataclasses.replace(config.checkpoint, keep=2, keep_period=4)
     save(tmp_path, *range(1, 10), config=config)
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [4, 8, 9]
+
+
+def best_config(best, keep=1):
+    config = load_config(base.get_config()).checkpoint
+    return dataclasses.replace(config, keep=keep, best=best)
+
+
+@pytest.mark.parametrize(
+    ("best", "values", "kept"),
+    [
+        ("loss", [3.0, 1.0, 2.0, 2.5], [2, 4]),
+        ("decoding_accuracy", [0.1, 0.5, 0.5, 0.2], [3, 4]),  # of equals the newest
+        ("decoding_accuracy", [0.1, 0.2, 0.3, 0.4], [4]),
+        ("decoding_accuracy", [0.9, None, 0.3, None], [1, 4]),  # None: not evaluated
+    ],
+)
+def test_the_best_is_kept_beside_the_newest_also_over_restarts(tmp_path, best, values, kept):
+    for step, value in enumerate(values, start=1):
+        with Checkpoints(tmp_path, best_config(best)) as checkpoints:
+            metrics = {"eval/other": 9.0} if value is None else {f"eval/{best}": value}
+            checkpoints.save(step, make_state(step), metrics)
+            checkpoints.wait()
+            found = checkpoints.best()
+    assert saved_steps(tmp_path) == kept
+    assert found == (kept[0], values[kept[0] - 1])
+    assert_equal(restore(tmp_path), make_state(4))
+
+
+def test_without_a_metric_there_is_no_best(tmp_path):
+    with Checkpoints(tmp_path, best_config("loss", keep=2)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_state(step))
+        checkpoints.wait()
+        assert checkpoints.best() is None
+    assert saved_steps(tmp_path) == [2, 3]
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        saved_steps(tmp_path / "nowhere")
 
 
 def data_files(workdir, step):

@@ -26,7 +26,10 @@ def _set(tree, **values):
     changed = copy.deepcopy(tree)
     for path, value in values.items():
         section, _, key = path.partition("__")
-        changed[section][key] = value
+        if key:
+            changed[section][key] = value
+        else:
+            changed[section] = value
     return changed
 
 
@@ -80,11 +83,22 @@ def test_an_int_is_taken_for_a_float(tree):
         ({"optimizer__weight_decay": -0.1}, ["optimizer.weight_decay=-0.1", "at least 0"]),
         ({"optimizer__clip_grad_norm": -1.0}, ["optimizer.clip_grad_norm=-1.0"]),
         ({"optimizer__clip_update_rms": 0.0}, ["optimizer.eps=1e-24", "clip_update_rms=1.0"]),
-        ({"training__steps": 0}, ["training.steps=0", "at least 1"]),
+        ({"training__steps": 0}, ["training.steps=0", "training.epochs=0", "at least 1"]),
+        ({"training__epochs": 2}, ["training.steps=160000", "training.epochs=2", "the other 0"]),
+        ({"training__eval_every": -1}, ["training.eval_every=-1", "at least 0"]),
+        ({"evaluation__every": -1}, ["evaluation.every=-1", "at least 0"]),
+        ({"evaluation__protocol": "gpt"}, ["evaluation.protocol='gpt'", "did you mean 'gpt3'"]),
+        # Fine-tuning
+        ({"init_from": 3}, ["init_from=3", "expected str"]),
+        ({"data__tasks": "rte"}, ["data.tasks=rte", "init_from is missing"]),
+        ({"data__tasks": "rte", "data__store": "s"}, ["data.store=s and data.tasks=rte"]),
+        ({"data__tasks": "rte", "data__segment_ids": True}, ["data.segment_ids=True", "use False"]),
+        ({"checkpoint__best": "decoding_accuracy"}, ["checkpoint.best", "data.tasks", "use loss"]),
+        ({"checkpoint__best": "lost"}, ["checkpoint.best='lost'", "did you mean 'loss'"]),
         ({"training__log_every": 0}, ["training.log_every=0", "at least 1"]),
         ({"training__max_skipped_steps": 0}, ["training.max_skipped_steps=0", "at least 1"]),
         ({"training__eval_batches": -1}, ["training.eval_batches=-1", "at least 0"]),
-        ({"checkpoint__every": 0}, ["checkpoint.every=0", "at least 1"]),
+        ({"checkpoint__every": -1}, ["checkpoint.every=-1", "at least 0"]),
         ({"checkpoint__keep": 0}, ["checkpoint.keep=0", "at least 1"]),
         ({"checkpoint__keep_period": -1}, ["checkpoint.keep_period=-1", "at least 0"]),
         ({"mesh__data": 0}, ["mesh.data=0", "at least 1, or -1"]),

@@ -1,5 +1,6 @@
 """The command line of train.py: a mistake is one line with a suggestion, before jax is imported."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from configs import quickstart
 from laser.training.flags import parse, read_config_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -93,6 +95,46 @@ def test_mistakes(monkeypatch, arguments, words):
     assert "\n" not in str(error.value)
 
 
+FINETUNE = "--config=configs/finetune.py:task=rte"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A run's folder as far as it is read: a quickstart model with rotary positions."""
+    config = quickstart.get_config()
+    config.model.positions = "rotary"
+    (tmp_path / "config.json").write_text(json.dumps({"config": config.to_dict()}))
+    return f"--config.init_from={tmp_path}"
+
+
+def test_the_model_is_that_of_the_run_to_start_from(monkeypatch, start):
+    config, _ = _parse(monkeypatch, FINETUNE, WORKDIR, start, "--config.model.dtype=bfloat16")
+    assert (config.model.num_layers, config.model.positions) == (4, "rotary")
+    assert config.model.dtype == "bfloat16"  # the command line has the last word
+    assert config.data.seq_len == 256
+    assert config.init_from == start.partition("=")[2]
+    apart = start.split("=")
+    assert _parse(monkeypatch, FINETUNE, *apart, WORKDIR)[0].model.positions == "rotary"
+    whole, _ = _parse(monkeypatch, C4, WORKDIR, start)  # a config with a model keeps its own
+    assert whole.model.positions == "sinusoidal"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([FINETUNE, WORKDIR], "--config.init_from=RUN is missing"),
+        (
+            [FINETUNE, WORKDIR, "--config.init_from=/nowhere"],
+            "init_from=/nowhere: /nowhere: no run here",
+        ),
+    ],
+)
+def test_a_run_to_start_from_must_be_there(monkeypatch, arguments, words):
+    with pytest.raises(ValueError) as error:
+        _parse(monkeypatch, *arguments)
+    assert words in str(error.value)
+
+
 def test_an_error_in_a_config_file_has_its_line(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def get_config():\n    return undefined\n")
@@ -109,7 +151,6 @@ def test_an_error_in_a_config_file_has_its_line(tmp_path):
         ([C4, WORKDIR, "--workdirr=x"], "did you mean '--workdir'?"),
         ([C4 + ":size=2p2", WORKDIR], "did you mean '2p2b'?"),
         ([C4, WORKDIR, "--config.modle.num_layers=3"], "did you mean 'model.num_layers'?"),
-        ([C4, WORKDIR, "--config.data.store=/nowhere/store"], "no such folder"),
     ],
 )
 def test_train_exits_with_2_and_one_line_before_jax(arguments, words):

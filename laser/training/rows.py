@@ -1,0 +1,216 @@
+"""The data of a run as rows: packed from a token store, or one example each for fine-tuning.
+
+Either gives the batches of a step as a function of the seed and the step, so that the loop need not
+know which one it trains on.
+"""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jax.sharding import Sharding
+
+from data import examples, loader
+from data.examples import Examples
+from data.order import row_ids
+from data.store import TokenStore
+from data.tokenizer import Tokenizer
+from laser.training.config import RunConfig
+
+log = logging.getLogger(__name__)
+
+ROW_MULTIPLE = 128  # rows of examples have this length or a multiple: attention kernels want it
+
+
+class Rows(Protocol):
+    """What the loop needs of its data; configs that methods take are resolved ones.
+
+    Attributes:
+      tokenizer_path: SentencePiece model.
+      fingerprint: equal for equal rows, as hex digits.
+    """
+
+    tokenizer_path: str
+    fingerprint: str
+
+    def row_length(self, config: RunConfig) -> int:
+        """Tokens of a row, at most data.seq_len."""
+
+    def steps_per_epoch(self, config: RunConfig) -> int:
+        """At least 1."""
+
+    def row_ids(self, config: RunConfig, step: int) -> np.ndarray:
+        """Rows of the batch that step `step`, counted from 0, reads."""
+
+    def train_batches(
+        self, config: RunConfig, start_step: int, sharding: Sharding
+    ) -> loader.Prefetcher:
+        """Batches of the steps from `start_step` to the end of the run."""
+
+    def validation_batches(self, config: RunConfig, sharding: Sharding) -> Iterator[loader.Batch]:
+        """The validation split, or its first training.eval_batches."""
+
+    def bytes_of(self, tokens: float) -> int:
+        """Bytes of text of the validation split if so many targets are all of it, or else 0."""
+
+
+class StoreRows:
+    """Packed rows of a prepared store."""
+
+    def __init__(self, config: RunConfig):
+        """Opens data.store. Raises ValueError if it is no finished one or does not fit the rest."""
+        if not Path(config.data.store).is_dir():
+            raise ValueError(
+                f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py"
+            )
+        self._store = TokenStore(config.data.store)
+        self.tokenizer_path = self._store.tokenizer_path
+        self.fingerprint = self._store.fingerprint
+        _check_vocabulary(config, self._store.vocab_size, config.data.store)
+        for name in ("train", "validation"):
+            tokens, length = self._store.split(name).num_tokens, config.data.seq_len
+            if tokens <= length:
+                raise ValueError(
+                    f"data.seq_len={length}: the {name} split of {config.data.store} has only "
+                    f"{tokens} tokens; use shorter rows or more text"
+                )
+
+    def row_length(self, config: RunConfig) -> int:
+        return config.data.seq_len
+
+    def steps_per_epoch(self, config: RunConfig) -> int:
+        num_rows = self._store.split("train").num_rows(config.data.seq_len)
+        return max(1, num_rows // config.training.batch_size)
+
+    def row_ids(self, config: RunConfig, step: int) -> np.ndarray:
+        num_rows = self._store.split("train").num_rows(config.data.seq_len)
+        return row_ids(config.data.shuffle_seed, step, config.training.batch_size, num_rows)
+
+    def train_batches(
+        self, config: RunConfig, start_step: int, sharding: Sharding
+    ) -> loader.Prefetcher:
+        return loader.train_batches(
+            self._store.split("train"),
+            seq_len=config.data.seq_len,
+            batch_size=config.training.batch_size,
+            seed=config.data.shuffle_seed,
+            start_step=start_step,
+            stop_step=config.training.steps,
+            segment_ids=config.data.segment_ids,
+            eos_id=self._store.eos_id,
+            sharding=sharding,
+            prefetch=config.data.prefetch,
+        )
+
+    def validation_batches(self, config: RunConfig, sharding: Sharding) -> Iterator[loader.Batch]:
+        return loader.eval_batches(
+            self._store.split("validation"),
+            seq_len=config.data.seq_len,
+            batch_size=config.training.batch_size,
+            segment_ids=config.data.segment_ids,
+            eos_id=self._store.eos_id,
+            pad_id=self._store.pad_id,
+            sharding=sharding,
+            max_batches=config.training.eval_batches,
+        )
+
+    def bytes_of(self, tokens: float) -> int:
+        split = self._store.split("validation")
+        return split.num_bytes if tokens == split.num_tokens - 1 else 0
+
+
+class ExampleRows:
+    """Padded rows of one example each; the targets alone are learned.
+
+    Attributes:
+      train, validation: the examples.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer_path: Path,
+        train: list[examples.Pair],
+        validation: list[examples.Pair],
+    ):
+        """Tokenises. Raises ValueError if tokenizer, model and examples do not fit together."""
+        tokenizer = Tokenizer(tokenizer_path)
+        _check_vocabulary(config, tokenizer.vocab_size, str(tokenizer_path))
+        self.tokenizer_path = str(tokenizer_path)
+        self.train = Examples(train, tokenizer, config.data.seq_len)
+        self.validation = Examples(validation, tokenizer, config.data.seq_len)
+        parts = (tokenizer.sha256, self.train.fingerprint, self.validation.fingerprint)
+        self.fingerprint = hashlib.sha256("".join(parts).encode()).hexdigest()
+        for name, split in (("train", self.train), ("validation", self.validation)):
+            cut = f", {split.truncated} of which lost the left of their prompt"
+            log.info("%s: %d examples%s", name, len(split), cut if split.truncated else "")
+
+    def row_length(self, config: RunConfig) -> int:
+        longest = max(self.train.longest, self.validation.longest)
+        return min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, config.data.seq_len)
+
+    def steps_per_epoch(self, config: RunConfig) -> int:
+        return examples.steps_per_epoch(len(self.train), config.training.batch_size)
+
+    def row_ids(self, config: RunConfig, step: int) -> np.ndarray:
+        return examples.example_ids(
+            config.data.shuffle_seed, step, config.training.batch_size, len(self.train)
+        )
+
+    def train_batches(
+        self, config: RunConfig, start_step: int, sharding: Sharding
+    ) -> loader.Prefetcher:
+        return examples.train_example_batches(
+            self.train,
+            seq_len=config.data.seq_len,
+            batch_size=config.training.batch_size,
+            seed=config.data.shuffle_seed,
+            start_step=start_step,
+            stop_step=config.training.steps,
+            sharding=sharding,
+            prefetch=config.data.prefetch,
+        )
+
+    def validation_batches(self, config: RunConfig, sharding: Sharding) -> Iterator[loader.Batch]:
+        return examples.eval_example_batches(
+            self.validation,
+            seq_len=config.data.seq_len,
+            batch_size=config.training.batch_size,
+            sharding=sharding,
+            max_batches=config.training.eval_batches,
+        )
+
+    def bytes_of(self, tokens: float) -> int:
+        del tokens  # targets are parts of texts
+        return 0
+
+
+def resolved(config: RunConfig, rows: Rows) -> RunConfig:
+    """Numbers for what a config leaves to its data: epochs as steps, a rhythm of 0 as once an
+    epoch, rows no longer than they need be. Raises ValueError as RunConfig."""
+    per_epoch = rows.steps_per_epoch(config)
+    training, evaluation, checkpoint = config.training, config.evaluation, config.checkpoint
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seq_len=rows.row_length(config)),
+        training=dataclasses.replace(
+            training,
+            steps=training.steps or training.epochs * per_epoch,
+            epochs=0,
+            eval_every=training.eval_every or per_epoch,
+        ),
+        evaluation=dataclasses.replace(evaluation, every=evaluation.every or per_epoch),
+        checkpoint=dataclasses.replace(checkpoint, every=checkpoint.every or per_epoch),
+    )
+
+
+def _check_vocabulary(config: RunConfig, entries: int, where: str) -> None:
+    if config.model.vocab_size < entries:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer of {where} has {entries} "
+            "entries; set it to that or more"
+        )
