@@ -22,8 +22,8 @@ from models.decoder import Parameters
 Array = jax.Array
 Result = TypeVar("Result")
 # Of a device's part of a weight: below it, XLA for TPU v5e takes an all-gather over two axes of the
-# torus for bound by latency, and all-reduces (it did at 64 KiB and not at 96).
-SMALL_PART_BYTES = 96 * 1024
+# torus for bound by latency, and all-reduces. It did so at 64 KiB on 16 x 16, at 128 KiB on 8 x 8.
+SMALL_PART_BYTES = 256 * 1024
 
 Axes = tuple[tuple[str, ...], ...]  # of every dim of an array, the mesh axes that split it
 
@@ -124,11 +124,12 @@ def _gather(part: Array, axes: Axes) -> Array:
     """The whole of an array whose dims are split over mesh axes.
 
     Forms that XLA for TPUs turns into what they say (docs/plans.md): an all-gather along a new
-    first dim, over all axes at once or, for a small part, over one after the other; and for the
-    gradient a reduce-scatter over one axis after the other. Else it all-reduces: twice the bytes.
+    first dim of an array of two, over all axes at once or, for a small part, over one after the
+    other; and for the gradient a reduce-scatter over one axis after the other. Else it all-reduces:
+    twice the bytes.
     """
     sizes, names, flat = _layout(part.shape, axes)
-    parts = part.reshape(flat)
+    parts = part.reshape(-1, flat[-1])
     if part.size * part.dtype.itemsize < SMALL_PART_BYTES:
         for name in reversed(names):
             parts = jax.lax.all_gather(parts, name)
@@ -142,11 +143,12 @@ def _gather(part: Array, axes: Axes) -> Array:
 def _layout(shape: Sequence[int], axes: Axes) -> tuple[list[list[int]], tuple[str, ...], list[int]]:
     """Sizes of the mesh axes of each dim, their names, and a part's shape up to the last split dim.
 
-    The dims after it are contiguous and joined to one: XLA gathers arrays of two dims best.
+    The dims after it are contiguous and joined to one.
     """
     sizes = [[jax.lax.axis_size(name) for name in names] for names in axes]
     last = max(i for i, dim in enumerate(axes) if dim)
-    flat = [*shape[: last + 1], math.prod(shape[last + 1 :])]
+    rest = shape[last + 1 :]
+    flat = [*shape[: last + 1], *([math.prod(rest)] if rest else [])]
     return sizes, tuple(name for dim in axes for name in dim), flat
 
 
