@@ -20,7 +20,8 @@ from laser.training.config import RunConfig
 from laser.training.program import Program
 
 GIB = 2**30
-KERNEL = re.compile(r'%?([\w.\-]+) = .*custom_call_target="tpu_custom_call"')
+# Of laser/attention/kernels; XLA for TPUs has custom calls of its own.
+KERNEL = re.compile(r'%(laser|standard)_(forward|backward)[\w.]* = .*"tpu_custom_call"')
 
 
 class OutOfMemory(Exception):
@@ -44,7 +45,7 @@ class Compiled:
       arguments, temporaries, peak: bytes as the compiler counts them.
       kept: bytes of activations between forward and backward pass of a micro-batch.
       collectives: all of them.
-      kernels: names of Pallas kernels.
+      attention: the implementation that is in it, pallas or chunked.
       xla_flops: as XLA counts them, a loop's body once.
       xla_seconds: XLA's own estimate, a loop's body once; negative where it has none.
       seconds, gb: that compiling took, and the memory of this process.
@@ -57,7 +58,7 @@ class Compiled:
     peak: int
     kept: float
     collectives: list[Collective]
-    kernels: list[str]
+    attention: str
     xla_flops: float
     xla_seconds: float
     seconds: float
@@ -114,7 +115,7 @@ def _read(program: Program, compiled: Any, seconds: float) -> Compiled:
         peak=memory.peak_memory_in_bytes,
         kept=kept_for_backward(text, program.config.model.num_layers),
         collectives=collectives(text, dict(program.mesh.shape)),
-        kernels=sorted({name.split(".")[0] for name in KERNEL.findall(text)}),
+        attention="pallas" if KERNEL.search(text) else "chunked",
         xla_flops=costs.get("flops", 0.0),
         xla_seconds=costs.get("optimal_seconds", -1.0),
         seconds=seconds,

@@ -115,8 +115,7 @@ def _plan(
     config: RunConfig, topology: Topology, sizes: MeshConfig, mesh: Mesh, compiled: Compiled
 ) -> Plan:
     chip = CHIPS[topology.device_kind]
-    attention = "pallas" if compiled.kernels else "chunked"
-    bound = roofline.analytic_bound(config, sizes, chip, attention)
+    bound = roofline.analytic_bound(config, sizes, chip, compiled.attention)
     interconnect, between = _network_seconds(topology, mesh, compiled.collectives)
     bound = dataclasses.replace(bound, interconnect=interconnect, slices=between)
     tokens = config.training.batch_size * config.data.seq_len
@@ -132,7 +131,7 @@ def _plan(
         mesh=dict(mesh.shape),
         accumulation=config.training.accumulation,
         remat=config.model.remat,
-        attention=attention,
+        attention=compiled.attention,
         fits=peak <= chip.hbm_gib if known else None,
         capacity_gib=chip.hbm_gib,
         peak_gib=peak,
@@ -141,7 +140,7 @@ def _plan(
         kept_gib=compiled.kept / GIB,
         temporaries_gib=compiled.temporaries / GIB,
         model_flops=roofline.model_flops(config),
-        recomputed_flops=roofline.recomputed_flops(config, attention),
+        recomputed_flops=roofline.recomputed_flops(config, compiled.attention),
         traffic=_traffic(compiled.collectives),
         bound=dataclasses.asdict(bound),
         binding=bound.binding,
