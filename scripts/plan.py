@@ -114,7 +114,7 @@ def _search(config: RunConfig, topology: topologies.Topology, values: flags.Flag
 
 def _attention(config: RunConfig) -> str:
     chosen = config.model.attention.implementation
-    return chosen if chosen != "auto" else "chunked"
+    return chosen if chosen != "auto" else "pallas"
 
 
 if __name__ == "__main__":

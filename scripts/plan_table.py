@@ -35,7 +35,6 @@ def make(name: str) -> dict:
     command = [
         sys.executable, str(ROOT / "scripts/plan.py"), "--json",
         f"--config=configs/c4.py:{name}", f"--topology={name.rpartition('=')[2]}",
-        "--config.attention.implementation=pallas",
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
