@@ -56,14 +56,22 @@ def _attention(model: ModelConfig) -> str:
 
 def _training(workdir: Path, origin: Origin) -> Iterator[tuple[str, str]]:
     config = origin.config
-    tokens = origin.step * config.training.batch_size * config.data.seq_len
-    yield "steps", f"{origin.step:,} of {config.training.steps:,}"
-    yield "tokens seen", f"{tokens:,}"
+    steps, epochs = config.training.steps, config.training.epochs
+    whole = f"{steps:,}" if steps else f"{epochs} epochs"
+    yield "steps", f"{origin.step:,} of {whole}"
+    if config.init_from:
+        yield "started from", f"run `{Path(config.init_from).name}`"
+    if not config.data.tasks:  # their rows are mostly padding
+        tokens = origin.step * config.training.batch_size * config.data.seq_len
+        yield "tokens seen", f"{tokens:,}"
     yield "row length", f"{config.data.seq_len:,} tokens"
     yield "rows in a step", f"{config.training.batch_size:,}"
     yield "activations in training", config.model.dtype
     yield "optimizer", f"{config.optimizer.name}, peak rate {config.optimizer.learning_rate:g}"
-    yield "data", f"store `{Path(config.data.store).name}`, fingerprint `{origin.fingerprint}`"
+    data = f"store `{Path(config.data.store).name}`"
+    if config.data.tasks:
+        data = f"tasks {config.data.tasks.replace(',', ', ')}"
+    yield "data", f"{data}, fingerprint `{origin.fingerprint}`"
     loss = _validation(workdir / "metrics.jsonl", origin.step)
     yield "validation loss", loss or "not measured at this step"
 

@@ -118,8 +118,10 @@ def summary(run: Run) -> dict[str, str]:
     rates, mfus = run.curve("tokens_per_second"), run.curve("mfu")
     last_losses = losses[-max(1, math.ceil(SMOOTHING * len(losses))) :]
     last_step = max(max(curve) for curve in run.curves.values())
+    training = run.config["training"]
+    whole = f"{training['steps']:,}" if training["steps"] else f"{training['epochs']} epochs"
     return {
-        "last step": f"{last_step:,} of {run.config['training']['steps']:,}",
+        "last step": f"{last_step:,} of {whole}",
         "train loss, smoothed": _number(statistics.mean(last_losses) if last_losses else None),
         "eval loss, last": _number(_last(evals)),
         "eval loss, best": _number(min(evals.values(), default=None)),
