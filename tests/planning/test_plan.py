@@ -14,6 +14,7 @@ from laser.planning.topologies import parse_topology
 from laser.training import flags, loop, roofline, sharding
 from laser.training.config import MeshConfig, load_config, to_dict
 from laser.training.hardware import CHIPS
+from laser.training.rows import StoreRows
 from models.decoder import init_parameters
 
 
@@ -23,7 +24,7 @@ def run(arguments, tmp_path):
     own: absl_flags.FlagValues = absl_flags.FlagValues()
     argv = ["train.py", *arguments, "--config.mesh.data=2", "--config.mesh.fsdp=-1"]
     config, _ = flags.parse(argv, lambda values: own)
-    return loop.open_run(config, str(tmp_path / "run"))
+    return loop.open_run(config, StoreRows(config), str(tmp_path / "run"), False)
 
 
 def test_the_plan_s_program_is_the_one_that_train_py_runs(run):
