@@ -42,6 +42,7 @@ def _prepare_libtpu(dump: str) -> None:
     """Settings that libtpu reads when it is loaded: no device, and a dump of its schedules."""
     os.environ.update(
         LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is held: compiles may run side by side
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_ACCELERATOR_TYPE="v5litepod-4",
