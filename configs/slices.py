@@ -2,8 +2,9 @@
 
     --config=configs/c4.py:size=2p2b,slice=v5e-256
 
-Found by `scripts/plan.py --search` and proven by compiling: docs/plans.md. Slices have Google's
-names, in which a number counts chips of v5e and cores, two a chip, of v5p. The paper trained the
+The first in the ranking of `scripts/plan.py --search`, or with the same bound as the first, and
+proven by compiling: docs/plans.md says more. Slices have Google's names, in which a number counts
+chips of v5e and cores, two a chip, of v5p. The paper trained the
 300M on 64 chips, the 1.1B on 128 and the 2.2B on 256; the other sizes take what their nearest has.
 """
 
