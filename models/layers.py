@@ -101,7 +101,7 @@ class Attention(nnx.Module):
         layer: Array,
         positions_BT: Array,
         segment_ids_BT: Array | None,
-        shared_segment: int | None,
+        shared_segment: int | None = None,
     ) -> tuple[Array, Array]:
         """Returns (B, T, M) and the attention range in nats, see `laser.attention.attention`."""
         queries, keys, value = self._project(x_BTM, positions_BT)
@@ -221,7 +221,7 @@ class Block(nnx.Module):
         layer: Array,
         positions_BT: Array,
         segment_ids_BT: Array | None,
-        shared_segment: int | None,
+        shared_segment: int | None = None,
     ) -> tuple[Array, Array]:
         out, range_nats = self.attention(
             self.attention_norm(x_BTM), layer, positions_BT, segment_ids_BT, shared_segment
