@@ -339,6 +339,7 @@ def test_heads_and_rows_over_a_mesh(kind):
     [
         ((1, 128, 1, 1024), jnp.float32, "head sizes up to 768; got 1024"),
         ((1, 128, 1, 64), jnp.float16, "takes float32 or bfloat16.*got float16"),
+        ((1, 1024, 1, 720), jnp.float32, "needs 76 MiB .* the limit is 64"),
         ((1, 2**17, 1, 768), jnp.float32, r"needs \d+ MiB .* the limit is 64"),
     ],
 )
