@@ -22,6 +22,8 @@ VMEM_BYTES = {"v5e": 128 * MEBI, "v5p": 64 * MEBI, "v6e": 128 * MEBI}
 SMALLEST_VMEM_BYTES = min(VMEM_BYTES.values())
 LANES = 128  # sizes are padded to it on the chip
 LARGEST_SIZE = 768
+# At 512 the TPU compiler runs out of on-chip memory; sizes between have not been compiled.
+LARGEST_FLOAT32_SIZE = 128
 
 
 @dataclasses.dataclass(frozen=True)
