@@ -48,9 +48,9 @@ def main() -> int:
     shapes: list[tuple[int, ...]] = []
     hidden = model.scorer._hidden
 
-    def recorded(params, tokens_BT):
+    def recorded(params, tokens_BT, *segment_ids_BT):
         shapes.append(tokens_BT.shape)
-        return hidden(params, tokens_BT)
+        return hidden(params, tokens_BT, *segment_ids_BT)
 
     def evaluate() -> None:
         parts = (model.scorer, model.params, model.tokenizer)
