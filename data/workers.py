@@ -119,7 +119,13 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     shared = _Shared(context)
     with ProcessPoolExecutor(processes, context, _start_worker, (job, threads, shared)) as pool:
-        futures: dict[Future, Part] = {pool.submit(_work, part): part for part in parts}
+        # All workers start now and inherit this; set in them alone it would come too late for a
+        # Ctrl-C while they import. The first process hears of it, and stops them.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            futures: dict[Future, Part] = {pool.submit(_work, part): part for part in parts}
+        finally:
+            signal.signal(signal.SIGINT, before)
         text = read = 0
         try:
             while futures:
@@ -142,7 +148,6 @@ _worker: tuple[Job, int, Callable[[int, int], None]]
 
 def _start_worker(job: Job, threads: int, shared: _Shared) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears of it, and stops us
     parent = multiprocessing.parent_process()
     assert parent is not None
 
