@@ -41,7 +41,10 @@ def source(tmp_path):
 
 def _script(*arguments):
     command = [*SCRIPT, *arguments]
-    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TQDM_")}  # as they are
+    return subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_script_prepares_from_anywhere_and_sums_up(source, tmp_path, tokenizer_path):
