@@ -108,15 +108,6 @@ def test_equals_the_oracle(kind, options, sizes):
     assert_close(run(inputs, jnp.float32, kind=kind, sizes=sizes, **options)[0], expected, 2e-6)
 
 
-def test_the_order_of_work_for_large_heads_changes_no_gradient(monkeypatch):
-    monkeypatch.setattr(backward, "PREPARE_EARLY_FROM", 1)
-    inputs = make_inputs(length=32)
-    options = {"kind": "laser", "logits_scale": 0.3}  # compiled for this test alone
-    actual = run(inputs, jnp.float32, sizes=BLOCKS, **options)[0]
-    assert_close(actual, oracle(inputs, **options), 2e-6)
-
-
-@KINDS
 @pytest.mark.parametrize("segment_ids", [None, SEGMENTS], ids=["", "packed"])
 def test_bfloat16(kind, segment_ids):
     inputs = rounded(make_inputs())

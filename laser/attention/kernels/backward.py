@@ -1,9 +1,11 @@
 """The backward kernel: one pass over the blocks, five matrix products a tile, no second exp(V).
 
 With w = P · exp(V - out), LASER's gradients are dV = Σ dO · w and dlogits = Σ_d dO · w - P Σ_d dO.
-No reference appears in them, so here one power of two per feature and head serves all blocks: the
-largest of the whole sequence. G = dO · 2^c · exp(-out) stands for dO, and E = exp(V) / 2^c for V;
-all else is as in standard attention. As in the forward pass, E - μ is what is rounded to bfloat16:
+No reference appears in them. G = dO · exp(-out) stands for dO, and E = exp(V) for V; all else is as
+in standard attention. Where these are too large or too small, `raw`, one power of two per feature
+and head serves all blocks, that of the largest value of the whole sequence: E = exp(V) / 2^c, and
+G = dO / y, where y is relative to it too. As in the forward pass, what is rounded to bfloat16 is
+E - μ:
 Σ_d G·E - Σ_d dO = Σ_d G·(E - μ) - Σ_d (dO - G·μ), with the last sum in float32.
 
 A tile of logits is held transposed, keys along the rows, so that what belongs to a query is a row.
@@ -22,8 +24,6 @@ from laser.attention.kernels import common
 from laser.attention.kernels.common import Options
 
 Array = jax.Array
-
-PREPARE_EARLY_FROM = 512  # head size; see `_next_delta`
 
 
 class _Blocks:
@@ -51,24 +51,24 @@ def _laser_queries(blocks: _Blocks, rows: slice, raw: bool) -> tuple[Array, Arra
     """G (R, D) and Σ_d (dO - G·μ) as a row (1, R). Elements without a certificate are left out."""
     dtype = blocks.d_out.dtype
     d_out = blocks.d_out[rows, :].astype(jnp.float32)
-    power, mu = blocks.reference[0:1, :], blocks.reference[1:2, :]
+    mu = blocks.reference[1:2, :]
     if raw:
         y = blocks.out[rows, :]
         certified = y >= common.SMALLEST_CERTIFIED
         d_out = jnp.where(certified, d_out, 0.0)
         g = d_out / jnp.where(certified, y, 1.0)
     else:
-        g = d_out * jnp.exp2(power - blocks.out[rows, :].astype(jnp.float32) * LOG2_E)
+        g = d_out * jnp.exp2(blocks.out[rows, :].astype(jnp.float32) * -LOG2_E)
     delta = (d_out - g * mu).sum(axis=1, keepdims=True)
     return g.astype(dtype), common.to_row(delta)
 
 
 def _exponentials(blocks: _Blocks, rows: slice, raw: bool) -> Array:
-    """exp(V) / 2^c of one tile of keys, float32."""
+    """exp(V), or with `raw` exp(V) / 2^c, of one tile of keys, float32."""
     # Where values are huge, the rounding of log2 exp(V) is a factor; it must be the one that is in
     # y.
     log2 = common.log2_exponential(blocks.v[rows, :], exact=raw)
-    return jnp.exp2(log2 - blocks.reference[0:1, :])
+    return jnp.exp2(log2 - blocks.reference[0:1, :] if raw else log2)
 
 
 def _values(blocks: _Blocks, options: Options, rows: slice, raw: bool) -> Array:
@@ -79,11 +79,8 @@ def _values(blocks: _Blocks, options: Options, rows: slice, raw: bool) -> Array:
     return (_exponentials(blocks, rows, raw) - blocks.reference[1:2, :]).astype(v.dtype)
 
 
-def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: bool, after):
-    """Transposed probabilities of a pair of tiles, float32, and the slope of the soft cap.
-
-    `after` is a row that must be known first, or None; see `_next_delta`.
-    """
+def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: bool):
+    """Transposed probabilities of a pair of tiles, float32, and the slope of the soft cap."""
     rows, columns = options.rows(key), options.rows(query)
     products = common.dot(blocks.k[rows, :], blocks.q[columns, :], (1, 1))
     logits, slope = common.capped(products, options)
@@ -94,23 +91,7 @@ def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: 
             blocks.query_segments[:, columns],
         )
     logits = common.masked(logits, *segments, diagonal and query == key, query_axis=1)
-    log_sum = blocks.log_sum[:, columns]
-    if after is not None:
-        log_sum = jnp.where(after == -jnp.inf, after, log_sum)
-    return jnp.exp2(logits - log_sum), slope
-
-
-def _next_delta(blocks: _Blocks, queries, key: int, query: int) -> Array | None:
-    """The sum that belongs to the next query tile, where its preparation is to be done by now.
-
-    The compiler would leave G of a tile until it is needed, when no matrix product is left to
-    overlap it. For v5e at head size 720 this saves 1.6 % of the bundles of this kernel, at 512
-    2.8 %; at 128 it costs 3 %.
-    """
-    wide = blocks.reference is not None and blocks.v.shape[-1] >= PREPARE_EARLY_FROM
-    if not wide or key or query + 1 == len(queries):
-        return None
-    return queries[query + 1][1]
+    return jnp.exp2(logits - blocks.log_sum[:, columns]), slope
 
 
 def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many: bool, raw: bool):
@@ -124,14 +105,15 @@ def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many:
     """
     prepare = functools.partial(_laser_queries, raw=raw) if options.laser else _standard_queries
     queries = [prepare(blocks, options.rows(number)) for number in range(options.tiles)]
-    for key in range(options.tiles):
+    started: set[int] = set()
+    # On the diagonal from the last key on: the work on queries and keys comes one tile at a time.
+    for key in sorted(range(options.tiles), reverse=diagonal):
         rows = options.rows(key)
         values, keys = _values(blocks, options, rows, raw), blocks.k[rows, :]
         dk, dv = [], []
         for query in options.pairs(key, diagonal, queries_of_key=True):
             g, delta = queries[query]
-            after = _next_delta(blocks, queries, key, query)
-            weights, slope = _weights(blocks, options, key, query, diagonal, after)
+            weights, slope = _weights(blocks, options, key, query, diagonal)
             d_logits = weights * (common.dot(values, g, (1, 1)) - delta)
             if slope is not None:
                 d_logits *= slope
@@ -139,7 +121,10 @@ def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many:
             dv.append(common.dot(weights.astype(g.dtype), g))
             dk.append(common.dot(rounded, blocks.q[options.rows(query), :]))
             at = pl.ds(first_row + query * options.tile, options.tile)
-            _add(blocks.dq_sum, at, common.dot(d_logits.T.astype(keys.dtype), keys), many or key)
+            to_what_is_there = many or query in started
+            d_queries = common.dot(d_logits.T.astype(keys.dtype), keys)
+            _add(blocks.dq_sum, at, d_queries, to_what_is_there)
+            started.add(query)
         _add(blocks.dk_sum, rows, functools.reduce(jnp.add, dk), many)
         _add(blocks.dv_sum, rows, functools.reduce(jnp.add, dv), many)
 
@@ -204,8 +189,8 @@ def backward(
       out: (B, H, N, D_v), the output; with `raw` y, float32, relative to `reference`.
       d_out: (B, H, N, D_v) cotangent, in the dtype of `v`.
       log_sum: (B, H, 1, N) float32, of the forward kernel.
-      reference: (B, H, 2, D_v) float32 for LASER: a power of two above all values, and the anchor
-        μ of exp(V) / 2^power; else None.
+      reference: (B, H, 2, D_v) float32 for LASER: log2 of the power of two, which only `raw` reads,
+        and the anchor μ; else None.
       raw: see `out`; elements whose y is not certified then have no part in the gradients.
 
     Returns:

@@ -17,8 +17,12 @@ from laser.attention.chunked import LOG2_E, MASKED, SMALLEST_CERTIFIED_EXPONENT
 Array = jax.Array
 
 SMALLEST_CERTIFIED = 2.0**SMALLEST_CERTIFIED_EXPONENT
+# Values in nats whose exponentials the narrow form adds up; leaves float32 room for 2^40 of them.
+LARGEST_NARROW_VALUE = 60.0
+# Largest of V - out, in nats, for which exp(V - out) is a float32 in the backward pass.
+LARGEST_RISE = 80.0
 # References are powers of 2^64: as long as the largest value lies within 22 nats of 0 the reference
-# is 1, and a later token cannot even change how a sum is rounded.
+# is 1, as in the narrow form.
 POWER_STEP = 64.0
 LOWEST_VALUE = -1e30  # where a running maximum starts
 LOWEST_ANCHORED = -2.0  # value down to which exp(V) - 1 is rounded in place of exp(V)
@@ -35,6 +39,7 @@ class Options:
       laser: LASER's readout instead of the standard one.
       causal: a query sees no later key.
       scale: factor of the logits.
+      wide: exp(V) relative to powers of two, for values that float32 does not hold; LASER only.
       soft_cap: c in c · tanh(logits / c), 0 for none.
       block: rows of queries and of keys that a grid step holds; divides the padded length.
       tile: rows of one matrix product within a block; divides `block`.
@@ -48,6 +53,7 @@ class Options:
     soft_cap: float
     block: int
     tile: int
+    wide: bool = False
     vmem_bytes: int | None = None
     interpret: bool = False
 
@@ -67,8 +73,9 @@ class Options:
 
 
 def kernel_name(what: str, options: Options, raw: bool) -> str:
-    """Such as laser_forward; `_raw` is of the exact path's branch."""
-    return f"{'laser' if options.laser else 'standard'}_{what}{'_raw' if raw else ''}"
+    """Such as laser_forward; `_wide` and `_raw` run where that one does not do."""
+    form = "_raw" if raw else "_wide" if options.wide else ""
+    return f"{'laser' if options.laser else 'standard'}_{what}{form}"
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:

@@ -1,10 +1,11 @@
 """The forward kernel: softmax(logits) V, or log(softmax(logits) exp(V)), block by block.
 
 A grid step holds one block of queries and one of keys of one head, and works through their tiles.
-exp(V) is formed here, in VMEM, relative to a power of two per feature that is the largest of the
-key tiles that a query tile meets: rescaling by a power of two rounds nothing, so a later token
-cannot change an earlier output by a bit. Outputs that lie too far below their reference are marked
-with -inf for the exact path (exact.py).
+exp(V) is formed here, in VMEM. Where float32 holds its sums, which the statistics tell, they are
+taken as they are. Else the caller asks for the wide form: relative to a power of two per feature,
+that of the largest value in the key tiles that a query tile meets. What lies too far below it is
+marked with -inf for the exact path (exact.py). Neither form, nor which one it is, lets a later
+token change an earlier output: multiplying by a power of two rounds nothing.
 
 In bfloat16, exp(V) near 1 would lose what distinguishes one key from another. There exp(V) - 1 is
 what is rounded and weighted (`common.anchor`), and the 1 is added to the weighted mean.
@@ -37,9 +38,9 @@ class KeyTile(NamedTuple):
     """One tile of values, and what is known of all values up to its end; (1, D) float32 each.
 
     Attributes:
-      values: (R, D), V or exp(V) / 2^power.
+      values: (R, D), V or exp(V), in the wide form exp(V) / 2^power.
       smallest: smallest value of this block of keys; None for standard attention, as all below.
-      largest: largest value of all blocks so far, which sets the reference.
+      largest: largest value of all blocks so far, which sets the power.
       power: log2 of the reference.
     """
 
@@ -49,18 +50,19 @@ class KeyTile(NamedTuple):
     power: Any = None
 
 
-def _exponential_tile(v: Array, before: KeyTile | None, exact: bool) -> KeyTile:
-    """exp(V) of a tile, float32, relative to the power of two of the largest value so far."""
+def _exponential_tile(v: Array, before: KeyTile | None, wide: bool, exact: bool) -> KeyTile:
+    """exp(V) of a tile, float32."""
     v = v.astype(jnp.float32)
     smallest, largest = v.min(axis=0, keepdims=True), v.max(axis=0, keepdims=True)
     if before is not None:
         smallest = jnp.minimum(smallest, before.smallest)
         largest = jnp.maximum(largest, before.largest)
     power = common.reference_power(largest)
-    return KeyTile(jnp.exp2(common.log2_exponential(v, exact) - power), smallest, largest, power)
+    log2 = common.log2_exponential(v, exact)
+    return KeyTile(jnp.exp2(log2 - power if wide else log2), smallest, largest, power)
 
 
-def _operand(tile: KeyTile, last: KeyTile, dtype) -> tuple[Array, Array | None]:
+def _operand(tile: KeyTile, last: KeyTile, wide: bool, dtype) -> tuple[Array, Array | None]:
     """What the weights of a tile multiply, and the anchor, for queries that see keys up to `last`.
 
     The reference of all of them is that of `last`; in float32 there is no anchor.
@@ -68,7 +70,7 @@ def _operand(tile: KeyTile, last: KeyTile, dtype) -> tuple[Array, Array | None]:
     values = tile.values
     if tile.power is None:
         return values, None
-    if tile is not last:
+    if wide and tile is not last:
         values = values * common.power_of_two(tile.power - last.power)
     if dtype == jnp.float32:
         return values, None
@@ -98,22 +100,24 @@ def _joined(before: Sums, sums: Sums, rescale: Array | None, mu: Array | None) -
 
 
 class Finished(NamedTuple):
-    """Output (R, D), -inf where it is not certified, y that it is made of, and log2 Σ (1, R)."""
+    """Output (R, D), in the wide form -inf where y, of which it is made, is too small; log2 Σ."""
 
     out: Array
     y: Array
     log_sum: Array
 
 
-def _finish(sums: Sums, mu: Array | None, power: Array | None) -> Finished:
+def _finish(sums: Sums, mu: Array | None, tile: KeyTile, options: Options) -> Finished:
     y = sums.values * (1 / sums.weight)
     if mu is not None:
         y += mu
     log_sum = common.to_row(sums.maximum + jnp.log2(sums.weight))
-    if power is None:
+    if not options.laser:
         return Finished(y, y, log_sum)
-    out = jnp.log(y) + power * LN_2
-    return Finished(jnp.where(y < common.SMALLEST_CERTIFIED, -jnp.inf, out), y, log_sum)
+    out = jnp.log(y)
+    if options.wide:
+        out = jnp.where(y < common.SMALLEST_CERTIFIED, -jnp.inf, out + tile.power * LN_2)
+    return Finished(out, y, log_sum)
 
 
 class _Blocks:
@@ -134,9 +138,9 @@ class _Blocks:
         self.largest: Any = next(refs) if both else None
 
 
-def _key_tile(blocks: _Blocks, options: Options, number: int, before, exact: bool) -> KeyTile:
+def _key_tile(blocks: _Blocks, options: Options, number: int, before, raw: bool) -> KeyTile:
     v = blocks.v[options.rows(number), :]
-    return _exponential_tile(v, before, exact) if options.laser else KeyTile(v)
+    return _exponential_tile(v, before, options.wide, raw) if options.laser else KeyTile(v)
 
 
 def _logits(blocks: _Blocks, options: Options, query: int, key: int, diagonal: bool) -> Array:
@@ -169,7 +173,8 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
         # Tiles are made when they are first met, so that their work overlaps the products'.
         while len(tiles) < len(keys):
             tiles.append(_key_tile(blocks, options, len(tiles), (tiles or [before])[-1], raw))
-        found = [_operand(tiles[key], tiles[keys[-1]], blocks.v.dtype) for key in keys]
+        tile, dtype = tiles[keys[-1]], blocks.v.dtype
+        found = [_operand(tiles[key], tile, options.wide, dtype) for key in keys]
         mu = found[-1][1]
         rows = options.rows(query)
         at_least = []
@@ -180,13 +185,12 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
             at_least.append(_after(finished[-1]))
         logits = [_logits(blocks, options, query, key, diagonal) for key in keys]
         sums = _attend(logits, [operand for operand, _ in found], at_least)
-        tile = tiles[keys[-1]]
         if many:
-            rescale = common.power_of_two(before.power - tile.power) if options.laser else None
+            rescale = common.power_of_two(before.power - tile.power) if options.wide else None
             sums, mu = _joined(carried, sums, rescale, mu), None
         carry = functools.partial(_carry, blocks, options, query, sums, tile)
         if last is True:
-            finished.append(_finish(sums, mu, tile.power))
+            finished.append(_finish(sums, mu, tile, options))
             _write(blocks, options, query, finished[-1], tile, raw)
         elif last is False:
             carry()
@@ -197,7 +201,7 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
 
 
 def _end(blocks: _Blocks, options: Options, query: int, sums: Sums, mu, tile: KeyTile, raw: bool):
-    _write(blocks, options, query, _finish(sums, mu, tile.power), tile, raw)
+    _write(blocks, options, query, _finish(sums, mu, tile, options), tile, raw)
 
 
 def _before(blocks: _Blocks, options: Options, many: bool) -> KeyTile | None:
@@ -235,19 +239,20 @@ def _write(blocks: _Blocks, options: Options, query: int, found: Finished, tile,
     blocks.out[rows, :] = (found.y if raw else found.out).astype(blocks.out.dtype)
     blocks.log_sum[:, rows] = found.log_sum
     if options.laser:
-        _write_statistics(blocks, found, tile, first=query == 0)
+        power = tile.power if options.wide else jnp.zeros_like(tile.power)
+        _write_statistics(blocks, found, tile, power * LN_2, first=query == 0)
 
 
-def _write_statistics(blocks: _Blocks, found: Finished, tile: KeyTile, first: bool):
+def _write_statistics(blocks: _Blocks, found: Finished, tile: KeyTile, shift: Array, first: bool):
     """Adds a query tile to the statistics of its block, in the order of `common.STATISTICS`."""
     ref = blocks.statistics
     if first:
         ref[...] = jnp.zeros(ref.shape, ref.dtype)
     # The logarithm is monotone: what is least and largest of y is so of the output.
     smallest, largest = found.y.min(axis=0, keepdims=True), found.y.max(axis=0, keepdims=True)
-    smallest_out = jnp.log(smallest) + tile.power * LN_2
+    smallest_out = jnp.log(smallest) + shift
     smallest_out = jnp.where(smallest < common.SMALLEST_CERTIFIED, -jnp.inf, smallest_out)
-    largest_out = jnp.log(largest) + tile.power * LN_2
+    largest_out = jnp.log(largest) + shift
     folds = (
         (jnp.minimum, smallest), (jnp.minimum, smallest_out), (jnp.maximum, largest_out),
     )  # fmt: skip
@@ -302,7 +307,7 @@ def forward(q, k, v, segment_ids, options: Options, *, reference=None, raw: bool
       raw: return y = softmax(logits) exp(V) / 2^power, float32, instead of its logarithm.
 
     Returns:
-      (B, H, N, D_v) output in the dtype of `v`, -inf where LASER is not certified; (B, H, 1, N)
+      (B, H, N, D_v) output in the dtype of `v`, see `Finished`; (B, H, 1, N)
       float32 log2 Σ exp(logits); and for LASER (B, H, blocks, 8, D_v) float32 statistics, in the
       order of `common.STATISTICS`, else None.
     """

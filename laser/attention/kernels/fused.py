@@ -1,14 +1,16 @@
 """Standard and LASER attention by Pallas kernels for TPUs, with exact gradients.
 
-The forward kernel certifies its outputs by the size of the sum under the logarithm; the few blocks
-that hold an uncertified one are repaired by the exact path. The backward pass reads the output in
-place of a second residual, which is as good as long as the output is neither far below the largest
-value nor too large for its dtype to say the logarithm precisely; else it runs the forward kernel
-again for the float32 sums, in a branch that costs nothing when it is not taken.
+The forward kernel certifies its outputs by the size of the values and of the sum under the
+logarithm. Where one fails, its wide form runs, and the few blocks that hold an output which that
+does not certify either are repaired by the exact path. The backward pass reads the output in place
+of a second residual, which is as good as long as the output is neither far below the largest value
+nor too large for its dtype to say the logarithm precisely; else it runs the forward kernel again
+for the float32 sums. None of this costs anything where it is not needed.
 
 Shapes: B batch, T length, N padded length, H heads, D size.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -20,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from laser.attention.chunked import LN_2, SMALLEST_CERTIFIED_EXPONENT
+from laser.attention.chunked import LN_2
 from laser.attention.kernels import blocks, common, exact
 from laser.attention.kernels.backward import backward
 from laser.attention.kernels.blocks import BlockSizes
@@ -36,6 +38,8 @@ NO_SEGMENT = np.iinfo(np.int32).min  # of the padding
 # The output serves as the residual up to this size: 2^-9 (bfloat16) or 2^-24 (float32) of it is the
 # relative error of exp(-out), at most 1.6 % and 4e-6.
 LARGEST_RESIDUAL = {jnp.dtype(jnp.bfloat16): 8.0, jnp.dtype(jnp.float32): 64.0}
+
+LARGEST_RANGE = -math.log(jnp.finfo(jnp.float32).tiny)
 
 
 def check(query: Array, value: Array) -> None:
@@ -180,16 +184,36 @@ def _attend_fwd(q, k, v, segment_ids, options: Options):
     out, log_sum, statistics = forward(q, k, v, segment_ids, options)
     range_BH = jnp.zeros(q.shape[:2], jnp.float32)
     if options.laser:
-        failed = (_row(statistics, "smallest_out") == -jnp.inf).any(-1)
-        out = exact.repair(out, q, k, v, segment_ids, failed, options)
-        y = jnp.maximum(_row(statistics, "smallest_y"), float(jnp.finfo(jnp.float32).tiny))
-        power = common.reference_power(_row(statistics, "largest_value"))
-        range_BH = jnp.maximum(power * LN_2 - jnp.log(y), 0).max((2, 3))
+        wide = dataclasses.replace(options, wide=True)
+
+        def redo(state):
+            out, log_sum, statistics = forward(q, k, v, segment_ids, wide)
+            failed = (_row(statistics, "smallest_out") == -jnp.inf).any(-1)
+            out = exact.repair(out, q, k, v, segment_ids, failed, options)
+            return (out, log_sum, statistics), jnp.bool(True)
+
+        # A loop of one or no turn: unlike a conditional, it copies nothing that it may change.
+        state = (out, log_sum, statistics), _certified(statistics)
+        (out, log_sum, statistics), _ = lax.while_loop(lambda state: ~state[1], redo, state)
+        range_BH = _range(statistics)
     named = (checkpoint_name(x, OUTPUT_NAME) for x in (out, log_sum))
     out, log_sum = named
     if options.laser:
         statistics = checkpoint_name(statistics, OUTPUT_NAME)
     return (out, range_BH), (q, k, v, segment_ids, out, log_sum, statistics)
+
+
+def _certified(statistics: Array) -> Array:
+    """Whether float32 holds all sums of exponentials as they are."""
+    fits = _row(statistics, "largest_value") <= common.LARGEST_NARROW_VALUE
+    return (fits & (_row(statistics, "smallest_y") >= common.SMALLEST_CERTIFIED)).all()
+
+
+def _range(statistics: Array) -> Array:
+    """(B, H) float32, nats from the reference of the wide form down to the smallest output."""
+    power = common.reference_power(_row(statistics, "largest_value"))
+    range_nats = power * LN_2 - _row(statistics, "smallest_out")
+    return jnp.clip(range_nats, 0, LARGEST_RANGE).max((2, 3))
 
 
 def _attend_bwd(options: Options, residuals, cotangents):
@@ -200,9 +224,9 @@ def _attend_bwd(options: Options, residuals, cotangents):
         return *gradients, None
     largest_value, reference = _reference(statistics)
     limit = LARGEST_RESIDUAL[v.dtype]
-    lowest = (reference[:, :, :1] + SMALLEST_CERTIFIED_EXPONENT) * LN_2
     smallest, largest = _row(statistics, "smallest_out"), _row(statistics, "largest_out")
-    precise = ((smallest >= jnp.maximum(lowest, -limit)) & (largest <= limit)).all()
+    precise = (smallest >= -limit) & (largest <= limit)
+    precise &= largest_value - smallest <= common.LARGEST_RISE
 
     def usual(operands):
         q, k, v, d_out = operands
@@ -210,11 +234,12 @@ def _attend_bwd(options: Options, residuals, cotangents):
 
     def wide(operands):
         q, k, v, d_out = operands
-        y = forward(q, k, v, segment_ids, options, reference=largest_value, raw=True)[0]
+        form = dataclasses.replace(options, wide=True)
+        y = forward(q, k, v, segment_ids, form, reference=largest_value, raw=True)[0]
         gradients = backward(q, k, v, y, d_out, log_sum, segment_ids, reference, options, raw=True)
         return exact.add_gradients(gradients, y, d_out, q, k, v, segment_ids, options)
 
-    return *map(_row_major, lax.cond(precise, usual, wide, (q, k, v, d_out))), None
+    return *map(_row_major, lax.cond(precise.all(), usual, wide, (q, k, v, d_out))), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
