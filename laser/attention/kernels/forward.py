@@ -170,8 +170,8 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
     finished: list[Finished] = []
     for query in range(options.tiles):
         keys = options.pairs(query, diagonal)
-        # Tiles are made when they are first met, so that their work overlaps the products'.
-        while len(tiles) < len(keys):
+        # Tiles are made one query tile before they are met, to overlap the products of that one.
+        while len(tiles) < min(len(keys) + 1, options.tiles):
             tiles.append(_key_tile(blocks, options, len(tiles), (tiles or [before])[-1], raw))
         tile, dtype = tiles[keys[-1]], blocks.v.dtype
         found = [_operand(tiles[key], tile, options.wide, dtype) for key in keys]
