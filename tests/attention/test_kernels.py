@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from laser.attention import attention, chunked, interface
-from laser.attention.kernels import backward, blocks, fused
+from laser.attention.kernels import blocks, fused
 from laser.attention.kernels.blocks import BlockSizes
 from tests.attention.closeness import NAMES, assert_close, errors
 

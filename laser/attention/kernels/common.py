@@ -16,7 +16,8 @@ from laser.attention.chunked import LOG2_E, MASKED, SMALLEST_CERTIFIED_EXPONENT
 
 Array = jax.Array
 
-SMALLEST_CERTIFIED = 2.0**SMALLEST_CERTIFIED_EXPONENT
+# A sum that is at least this much of the largest exponential has lost nothing to underflow.
+SMALLEST_SHARE = 2.0**SMALLEST_CERTIFIED_EXPONENT
 # Values in nats whose exponentials the narrow form adds up; leaves float32 room for 2^40 of them.
 LARGEST_NARROW_VALUE = 60.0
 # Largest of V - out, in nats, for which exp(V - out) is a float32 in the backward pass.
@@ -24,10 +25,12 @@ LARGEST_RISE = 80.0
 # References are powers of 2^64: as long as the largest value lies within 22 nats of 0 the reference
 # is 1, as in the narrow form.
 POWER_STEP = 64.0
+# The largest exponential may be half a step above its reference.
+SMALLEST_CERTIFIED = SMALLEST_SHARE * 2.0 ** (POWER_STEP / 2)
 LOWEST_VALUE = -1e30  # where a running maximum starts
 LOWEST_ANCHORED = -2.0  # value down to which exp(V) - 1 is rounded in place of exp(V)
 
-STATISTICS = ("smallest_y", "smallest_out", "largest_out", "smallest_value", "largest_value")
+STATISTICS = ("smallest_y", "smallest_out", "smallest_value", "largest_value")
 STATISTICS_ROWS = 8  # the smallest tile of rows that a TPU stores; rows beyond the names are zero
 
 

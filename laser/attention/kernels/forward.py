@@ -239,33 +239,29 @@ def _write(blocks: _Blocks, options: Options, query: int, found: Finished, tile,
     blocks.out[rows, :] = (found.y if raw else found.out).astype(blocks.out.dtype)
     blocks.log_sum[:, rows] = found.log_sum
     if options.laser:
-        power = tile.power if options.wide else jnp.zeros_like(tile.power)
-        _write_statistics(blocks, found, tile, power * LN_2, first=query == 0)
+        _write_statistics(blocks, found, tile, options.wide, first=query == 0)
 
 
-def _write_statistics(blocks: _Blocks, found: Finished, tile: KeyTile, shift: Array, first: bool):
+def _write_statistics(blocks: _Blocks, found: Finished, tile: KeyTile, wide: bool, first: bool):
     """Adds a query tile to the statistics of its block, in the order of `common.STATISTICS`."""
     ref = blocks.statistics
     if first:
         ref[...] = jnp.zeros(ref.shape, ref.dtype)
-    # The logarithm is monotone: what is least and largest of y is so of the output.
-    smallest, largest = found.y.min(axis=0, keepdims=True), found.y.max(axis=0, keepdims=True)
-    smallest_out = jnp.log(smallest) + shift
-    smallest_out = jnp.where(smallest < common.SMALLEST_CERTIFIED, -jnp.inf, smallest_out)
-    largest_out = jnp.log(largest) + shift
-    folds = (
-        (jnp.minimum, smallest), (jnp.minimum, smallest_out), (jnp.maximum, largest_out),
-    )  # fmt: skip
-    for number, (fold, x) in enumerate(folds):
+    smallest = found.y.min(axis=0, keepdims=True)
+    # The logarithm is monotone: what is least of y is so of the output.
+    smallest_out = jnp.log(smallest) + (tile.power * LN_2 if wide else 0.0)
+    lowest = common.SMALLEST_CERTIFIED if wide else 0.0
+    smallest_out = jnp.where(smallest < lowest, -jnp.inf, smallest_out)
+    for number, x in enumerate((smallest, smallest_out)):
         row = slice(number, number + 1)
-        ref[row, :] = x if first else fold(ref[row, :], x)
+        ref[row, :] = x if first else jnp.minimum(ref[row, :], x)
     earlier = (
         tile.smallest
         if blocks.smallest is None
         else jnp.minimum(tile.smallest, blocks.smallest[:1, :])
     )
-    ref[3:4, :] = earlier
-    ref[4:5, :] = tile.largest
+    ref[2:3, :] = earlier
+    ref[3:4, :] = tile.largest
 
 
 def _kernel(*refs, options: Options, segments: bool, reference: bool, blocks: int, raw: bool):

@@ -205,8 +205,10 @@ def _attend_fwd(q, k, v, segment_ids, options: Options):
 
 def _certified(statistics: Array) -> Array:
     """Whether float32 holds all sums of exponentials as they are."""
-    fits = _row(statistics, "largest_value") <= common.LARGEST_NARROW_VALUE
-    return (fits & (_row(statistics, "smallest_y") >= common.SMALLEST_CERTIFIED)).all()
+    largest = _row(statistics, "largest_value")
+    certified = largest <= common.LARGEST_NARROW_VALUE
+    certified &= _row(statistics, "smallest_y") >= common.SMALLEST_SHARE * jnp.exp(largest)
+    return certified.all()
 
 
 def _range(statistics: Array) -> Array:
@@ -223,10 +225,11 @@ def _attend_bwd(options: Options, residuals, cotangents):
         gradients = backward(q, k, v, out, d_out, log_sum, segment_ids, None, options)
         return *gradients, None
     largest_value, reference = _reference(statistics)
-    limit = LARGEST_RESIDUAL[v.dtype]
-    smallest, largest = _row(statistics, "smallest_out"), _row(statistics, "largest_out")
-    precise = (smallest >= -limit) & (largest <= limit)
-    precise &= largest_value - smallest <= common.LARGEST_RISE
+    smallest, limit = _row(statistics, "smallest_out"), LARGEST_RESIDUAL[v.dtype]
+    precise = (smallest >= -limit) & (largest_value - smallest <= common.LARGEST_RISE)
+    # No output is larger than the largest value; if that is too large, the outputs are looked at.
+    small = (largest_value <= limit).all()
+    small = lax.cond(small, lambda out: small, lambda out: (out <= limit).all(), out)
 
     def usual(operands):
         q, k, v, d_out = operands
@@ -239,7 +242,7 @@ def _attend_bwd(options: Options, residuals, cotangents):
         gradients = backward(q, k, v, y, d_out, log_sum, segment_ids, reference, options, raw=True)
         return exact.add_gradients(gradients, y, d_out, q, k, v, segment_ids, options)
 
-    return *map(_row_major, lax.cond(precise.all(), usual, wide, (q, k, v, d_out))), None
+    return *map(_row_major, lax.cond(precise.all() & small, usual, wide, (q, k, v, d_out))), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
