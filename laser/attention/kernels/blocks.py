@@ -5,14 +5,13 @@ forward and backward of a head at N = 1024, in one block of 1024 and tiles of 25
 
 | head size | v5e standard | v5e LASER | v5p standard | v5p LASER |
 |---|---|---|---|---|
-| 128 | 9,905 | 10,312 | 10,216 | 10,531 |
-| 256 | 17,616 | 17,960 | 17,663 | 18,286 |
-| 512 | 32,687 | 33,525 | 32,713 | 33,744 |
-| 720 | 47,408 | 50,526 | 48,425 | 50,702 |
+| 128 | 10,099 | 10,247 | 10,054 | 10,245 |
+| 256 | 17,475 | 17,649 | 17,250 | 18,043 |
+| 512 | 31,359 | 32,664 | 31,480 | 33,059 |
+| 720 | 47,127 | 49,565 | 46,385 | 48,467 |
 
-For v5p at 512 and 720 LASER was counted before `backward.PREPARE_EARLY_FROM` was there. Standard
-attention on v5e at size 128 takes 11,801 with tiles of 128 and 10,857 with tiles of 512. To renew:
-`python -m scripts.benchmark_attention static`, and `search` for other sizes.
+What the compiler makes of equal work differs by 1 to 2 %, up or down, with details that do not matter
+otherwise. To renew: `python -m scripts.benchmark_attention static`, and `search` for other sizes.
 """
 
 import dataclasses
