@@ -108,6 +108,7 @@ def test_equals_the_oracle(kind, options, sizes):
     assert_close(run(inputs, jnp.float32, kind=kind, sizes=sizes, **options)[0], expected, 2e-6)
 
 
+@KINDS
 @pytest.mark.parametrize("segment_ids", [None, SEGMENTS], ids=["", "packed"])
 def test_bfloat16(kind, segment_ids):
     inputs = rounded(make_inputs())
@@ -172,6 +173,27 @@ def test_outliers_are_exact(spoil, segment_ids, sizes):
     assert_close(actual, oracle(inputs, **options), 1e-5)
     first_row_only = spoil is outlier_at_the_first_token and segment_ids is None
     assert first_row_only or range_nats > chunked.RANGE_LIMIT_NATS  # the exact path was met
+
+
+@pytest.mark.parametrize("shift", [-100.0, 50.0, 100.0])
+def test_a_shift_of_all_values_shifts_the_output(shift):
+    inputs = rounded(make_inputs())
+    inputs[2] = inputs[2] + shift
+    actual, range_nats = run(inputs, jnp.float32, kind="laser", sizes=BLOCKS)
+    assert_close(actual, oracle(inputs, kind="laser"), 1e-5)
+    assert range_nats < chunked.RANGE_LIMIT_NATS  # without the exact path
+
+
+def test_a_weight_that_float32_does_not_hold_counts_where_its_value_is_large():
+    """exp(-95) * exp(55) against 1 * exp(-60): the key that hardly any weight is on decides."""
+    query, key, value, d_out = make_inputs()
+    query[:], key[:], value[:] = 0, 0, value - 60
+    query[..., 0], key[:, 10, :, 0], value[:, 10] = 1, -95, 55
+    inputs = (query, key, value, d_out)
+    options = {"kind": "laser", "logits_scale": 1.0}
+    actual = run(inputs, jnp.float32, sizes=BLOCKS, **options)[0]
+    assert actual[0][:, 40].max() > -46
+    assert_close(actual, oracle(inputs, **options), 1e-5)
 
 
 def test_wide_values_in_bfloat16():

@@ -10,8 +10,9 @@ forward and backward of a head at N = 1024, in one block of 1024 and tiles of 25
 | 512 | 31,359 | 32,664 | 31,480 | 33,059 |
 | 720 | 47,127 | 49,565 | 46,385 | 48,467 |
 
-What the compiler makes of equal work differs by 1 to 2 %, up or down, with details that do not matter
-otherwise. To renew: `python -m scripts.benchmark_attention static`, and `search` for other sizes.
+What the compiler makes of equal work differs by 1 to 2 %, up or down, with details that do not
+matter otherwise. To renew: `python -m scripts.benchmark_attention static`, and `search` for other
+sizes.
 """
 
 import dataclasses

@@ -43,8 +43,8 @@ def _rows(q_MD, k_ND, v_ND, block: Array, segments_1N: Array | None, options: Op
     return lax.map(one_query, log_probs)
 
 
-def _next(flags: Array) -> tuple[tuple[Array, ...], Array]:
-    """Batch, head and block of a flag that is set, and the flags without it."""
+def next_flag(flags: Array) -> tuple[tuple[Array, ...], Array]:
+    """Where a flag is set, such as (batch, head, block), and the flags without it."""
     at = jnp.unravel_index(jnp.argmax(flags), flags.shape)
     return at, flags.at[at].set(False)
 
@@ -76,7 +76,7 @@ def repair(out, q, k, v, segment_ids, failed, options: Options) -> Array:
 
     def body(state):
         out, flags = state
-        at, flags = _next(flags)
+        at, flags = next_flag(flags)
         head = at[:2]
         exact = _rows(
             _block(q, at, options), k[head], v[head], at[2], _head_segments(segment_ids, at),
@@ -105,7 +105,7 @@ def add_gradients(gradients, y, d_out, q, k, v, segment_ids, options: Options):
 
     def body(state):
         (dq, dk, dv), flags = state
-        at, flags = _next(flags)
+        at, flags = next_flag(flags)
         head = at[:2]
         uncertified = ~(_block(y, at, options) >= SMALLEST_CERTIFIED)
         d_rows = jnp.where(uncertified, _block(d_out, at, options).astype(jnp.float32), 0.0)

@@ -93,10 +93,9 @@ def _attend(logits: list[Array], operands: list[Array], at_least: list[Array]) -
 def _joined(before: Sums, sums: Sums, rescale: Array | None, mu: Array | None) -> Sums:
     """Sums over all blocks so far, relative to this block's reference and to no anchor."""
     shrink = jnp.exp2(before.maximum - sums.maximum)
-    earlier = before.values * shrink
-    earlier = earlier if rescale is None else earlier * rescale
+    earlier = before.values if rescale is None else before.values * rescale
     values = sums.values if mu is None else sums.values + sums.weight * mu
-    return Sums(sums.maximum, before.weight * shrink + sums.weight, earlier + values)
+    return Sums(sums.maximum, before.weight * shrink + sums.weight, earlier * shrink + values)
 
 
 class Finished(NamedTuple):
@@ -140,7 +139,10 @@ class _Blocks:
 
 def _key_tile(blocks: _Blocks, options: Options, number: int, before, raw: bool) -> KeyTile:
     v = blocks.v[options.rows(number), :]
-    return _exponential_tile(v, before, options.wide, raw) if options.laser else KeyTile(v)
+    if not options.laser:
+        return KeyTile(v)
+    # A CPU's compiler would fold constants in the one form and not in the other.
+    return _exponential_tile(v, before, options.wide, exact=raw or options.interpret)
 
 
 def _logits(blocks: _Blocks, options: Options, query: int, key: int, diagonal: bool) -> Array:

@@ -13,6 +13,7 @@ Shapes: B batch, T length, N padded length, H heads, D size.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -182,33 +183,51 @@ def _row_major(x: Array) -> Array:
 def _attend_fwd(q, k, v, segment_ids, options: Options):
     q, k, v = map(_row_major, (q, k, v))
     out, log_sum, statistics = forward(q, k, v, segment_ids, options)
-    range_BH = jnp.zeros(q.shape[:2], jnp.float32)
+    range_BH, extremes = jnp.zeros(q.shape[:2], jnp.float32), None
     if options.laser:
-        wide = dataclasses.replace(options, wide=True)
+        found = out, log_sum, statistics
+        out, log_sum, statistics = _certified_or_redone(found, q, k, v, segment_ids, options)
+        range_BH, extremes = _range(statistics), _extremes(statistics)
+    # A dim of size 1 that is next to last would take the space of 8 in memory.
+    named = (out, log_sum[:, :, 0], extremes)
+    out, log_sum, extremes = jax.tree.map(lambda x: checkpoint_name(x, OUTPUT_NAME), named)
+    return (out, range_BH), (q, k, v, segment_ids, out, log_sum, extremes)
 
-        def redo(state):
-            out, log_sum, statistics = forward(q, k, v, segment_ids, wide)
-            failed = (_row(statistics, "smallest_out") == -jnp.inf).any(-1)
-            out = exact.repair(out, q, k, v, segment_ids, failed, options)
-            return (out, log_sum, statistics), jnp.bool(True)
 
-        # A loop of one or no turn: unlike a conditional, it copies nothing that it may change.
-        state = (out, log_sum, statistics), _certified(statistics)
-        (out, log_sum, statistics), _ = lax.while_loop(lambda state: ~state[1], redo, state)
-        range_BH = _range(statistics)
-    named = (checkpoint_name(x, OUTPUT_NAME) for x in (out, log_sum))
-    out, log_sum = named
-    if options.laser:
-        statistics = checkpoint_name(statistics, OUTPUT_NAME)
-    return (out, range_BH), (q, k, v, segment_ids, out, log_sum, statistics)
+def _certified_or_redone(found, q, k, v, segment_ids, options: Options):
+    """What the forward kernel found; rows of the batch that failed, in the wide form.
+
+    They are redone one at a time, for the sake of memory, in a loop: unlike a conditional, it
+    copies nothing that it may change.
+    """
+    options = dataclasses.replace(options, wide=True)
+
+    def redo(state):
+        found, flags = state
+        (row,), flags = exact.next_flag(flags)
+        *qkv, ids = _of_row(row, q, k, v, segment_ids)
+        out, log_sum, statistics = forward(*qkv, ids, options)
+        failed = (_row(statistics, "smallest_out") == -jnp.inf).any(-1)
+        out = exact.repair(out, *qkv, ids, failed, options)
+        again = out, log_sum, statistics
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
+        return tuple(map(put, found, again)), flags
+
+    state = found, ~_certified(found[2]).all((1, 2, 3))
+    return lax.while_loop(lambda state: state[1].any(), redo, state)[0]
+
+
+def _of_row(row: Array, *arrays: Array | None) -> list[Array | None]:
+    return [None if x is None else lax.dynamic_slice_in_dim(x, row, 1) for x in arrays]
 
 
 def _certified(statistics: Array) -> Array:
-    """Whether float32 holds all sums of exponentials as they are."""
+    """Whether float32 holds the sums of exponentials as they are, (B, H, blocks, D_v)."""
     largest = _row(statistics, "largest_value")
-    certified = largest <= common.LARGEST_NARROW_VALUE
-    certified &= _row(statistics, "smallest_y") >= common.SMALLEST_SHARE * jnp.exp(largest)
-    return certified.all()
+    # Weights are at most 1, and both they and their products may be lost to underflow.
+    smallest = common.SMALLEST_SHARE * jnp.exp(jnp.maximum(largest, 0))
+    fits = largest <= common.LARGEST_NARROW_VALUE
+    return fits & (_row(statistics, "smallest_y") >= smallest)
 
 
 def _range(statistics: Array) -> Array:
@@ -219,30 +238,34 @@ def _range(statistics: Array) -> Array:
 
 
 def _attend_bwd(options: Options, residuals, cotangents):
-    q, k, v, segment_ids, out, log_sum, statistics = residuals
+    q, k, v, segment_ids, out, log_sum, extremes = residuals
+    log_sum = log_sum[:, :, None]
     d_out = _row_major(cotangents[0])  # the range is a report; nothing is trained on it
     if not options.laser:
         gradients = backward(q, k, v, out, d_out, log_sum, segment_ids, None, options)
         return *gradients, None
-    largest_value, reference = _reference(statistics)
-    smallest, limit = _row(statistics, "smallest_out"), LARGEST_RESIDUAL[v.dtype]
-    precise = (smallest >= -limit) & (largest_value - smallest <= common.LARGEST_RISE)
-    # No output is larger than the largest value; if that is too large, the outputs are looked at.
-    small = (largest_value <= limit).all()
-    small = lax.cond(small, lambda out: small, lambda out: (out <= limit).all(), out)
+    largest_value, reference = extremes.largest_value[:, :, None], _reference(extremes)
+    precise = _output_is_precise(out, extremes)
 
     def usual(operands):
         q, k, v, d_out = operands
         return tuple(backward(q, k, v, out, d_out, log_sum, segment_ids, reference, options))
 
-    def wide(operands):
-        q, k, v, d_out = operands
-        form = dataclasses.replace(options, wide=True)
-        y = forward(q, k, v, segment_ids, form, reference=largest_value, raw=True)[0]
-        gradients = backward(q, k, v, y, d_out, log_sum, segment_ids, reference, options, raw=True)
-        return exact.add_gradients(gradients, y, d_out, q, k, v, segment_ids, options)
+    form = dataclasses.replace(options, wide=True)
 
-    return *map(_row_major, lax.cond(precise.all() & small, usual, wide, (q, k, v, d_out))), None
+    def wide(operands):
+        def one_row(row):
+            q, k, v, d_out, ids = _of_row(row, *operands, segment_ids)
+            sums, largest, both = _of_row(row, log_sum, largest_value, reference)
+            y = forward(q, k, v, ids, form, reference=largest, raw=True)[0]
+            gradients = backward(q, k, v, y, d_out, sums, ids, both, form, raw=True)
+            return exact.add_gradients(gradients, y, d_out, q, k, v, ids, form)
+
+        # One row of the batch at a time, for the sake of memory.
+        found = lax.map(one_row, jnp.arange(v.shape[0]))
+        return tuple(x[:, 0] for x in found)
+
+    return *map(_row_major, lax.cond(precise, usual, wide, (q, k, v, d_out))), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -253,11 +276,30 @@ def _row(statistics: Array, name: str) -> Array:
     return statistics[:, :, :, STATISTICS.index(name)]
 
 
-def _reference(statistics: Array) -> tuple[Array, Array]:
-    """The largest value, (B, H, 1, D_v), and the backward kernel's reference."""
+class Extremes(NamedTuple):
+    """Of all values and of all outputs of a head, (B, H, D_v) float32 each."""
+
+    smallest_value: Array
+    largest_value: Array
+    smallest_out: Array
+
+
+def _extremes(statistics: Array) -> Extremes:
     # The last block of queries has met every key.
-    smallest = _row(statistics, "smallest_value")[:, :, -1:]
-    largest = _row(statistics, "largest_value")[:, :, -1:]
-    power = common.reference_power(largest)
-    mu = common.anchor(smallest, power)
-    return largest, jnp.concatenate([power, mu], axis=2)
+    smallest, largest = (_row(statistics, f"{name}_value") for name in ("smallest", "largest"))
+    return Extremes(smallest[:, :, -1], largest[:, :, -1], _row(statistics, "smallest_out").min(2))
+
+
+def _reference(extremes: Extremes) -> Array:
+    """Of the backward kernel."""
+    power = common.reference_power(extremes.largest_value)
+    return jnp.stack([power, common.anchor(extremes.smallest_value, power)], axis=2)
+
+
+def _output_is_precise(out: Array, extremes: Extremes) -> Array:
+    """Whether the backward kernel may read the output in place of the sums; a bool."""
+    smallest, limit = extremes.smallest_out, LARGEST_RESIDUAL[out.dtype]
+    precise = (smallest >= -limit) & (extremes.largest_value - smallest <= common.LARGEST_RISE)
+    # No output is larger than the largest value; if that is too large, the outputs are looked at.
+    small = (extremes.largest_value <= limit).all()
+    return precise.all() & lax.cond(small, lambda _: small, lambda x: (x <= limit).all(), out)
