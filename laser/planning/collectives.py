@@ -6,7 +6,8 @@ all-gather or a reduce-scatter over n chips, twice that for an all-reduce.
 
 XLA for TPUs has forms of its own: an all-gather that goes on beside other work is a fusion to start
 it, fusions that carry it along and one that ends it; a reduce-scatter may be a fusion named
-all-reduce-scatter, of which only the owner's part is ever formed.
+all-reduce-scatter, of which only the owner's part is ever formed; what slices sum is sent to their
+hosts.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "u4": 4, "s4": 4}
 
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+# The slices of a sum over them, as "{1,2}x{0:7}": slices by chips.
+BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}[^"]*",[^}]*"ALL_REDUCE"')
 ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+[a-z\d]*)\[([\d,]*)\]")
 
 
@@ -89,6 +92,8 @@ class _Program:
                 yield from self._fusion(op, times)
             elif op.opcode.removesuffix("-start") in KINDS:
                 yield self._collective(op, op.opcode.removesuffix("-start"), times)
+            elif op.opcode == "send" and BETWEEN_SLICES.search(op.rest):
+                yield self._between_slices(op, times)
 
     def _fusion(self, op: _Instruction, times: int) -> Iterator[Collective]:
         name = _called(op, "calls")
@@ -123,6 +128,16 @@ class _Program:
         factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
         dtype = max(arrays, key=lambda array: array[1])[0]
         return Collective(kind, axes, size * factor * times, times, dtype)
+
+    def _between_slices(self, op: _Instruction, times: int) -> Collective:
+        """A sum over slices, on which the copies of the data axis lie."""
+        slices = re.findall(r"(\d+)(?::(\d+))?", BETWEEN_SLICES.findall(op.rest)[0])
+        n = sum(int(last or first) - int(first) + 1 for first, last in slices)
+        dtype, size = max(
+            ((dtype, _bytes(dtype, dims)) for dtype, dims in ARRAY.findall(op.type)),
+            key=lambda array: array[1],
+        )
+        return Collective("all-reduce", ("data",), 2 * (n - 1) / n * size * times, times, dtype)
 
     def _axes(self, rest: str) -> tuple[str, ...]:
         """The mesh axes along which the members of a group differ."""

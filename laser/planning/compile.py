@@ -67,8 +67,17 @@ class Compiled:
 
 def lower_step(config: RunConfig, devices: Sequence) -> tuple[Program, jax.stages.Lowered]:
     """The train step before XLA compiles it. Raises ValueError as `compile_step`."""
-    program = Program(config, sharding.make_mesh(config, devices))
+    program = Program(_with_steps(config), sharding.make_mesh(config, devices))
     return program, program.train_step.lower(program.abstract_state, program.abstract_batch())
+
+
+def _with_steps(config: RunConfig) -> RunConfig:
+    """Of a config in epochs, one of the same program but for the length of its schedule."""
+    if config.training.steps:
+        return config
+    steps = config.optimizer.warmup_steps + 1
+    training = dataclasses.replace(config.training, steps=steps, epochs=0)
+    return dataclasses.replace(config, training=training)
 
 
 def compile_step(config: RunConfig, devices: Sequence) -> tuple[Mesh, Compiled]:

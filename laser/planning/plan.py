@@ -46,7 +46,8 @@ class Plan:
       traffic: collectives that move more than a thousandth of all bytes.
       bound, binding: seconds by resource, and which of them is the largest.
       mfu, tokens_per_second: that the bound allows.
-      hours, chip_hours: of the config's steps, at the bound.
+      hours, chip_hours: of the config's steps, at the bound; None if it counts in epochs, whose
+        number of steps the data decide.
       unsharded: share of the parameters' bytes that fsdp does not split.
       estimate_seconds: XLA's own, where asked for.
       compile_seconds, compile_gb: of the plan itself.
@@ -74,8 +75,8 @@ class Plan:
     binding: str
     mfu: float
     tokens_per_second: float
-    hours: float
-    chip_hours: float
+    hours: float | None
+    chip_hours: float | None
     unsharded: float
     compile_seconds: float
     compile_gb: float
@@ -119,7 +120,8 @@ def _plan(
     interconnect, between = _network_seconds(topology, mesh, compiled.collectives)
     bound = dataclasses.replace(bound, interconnect=interconnect, slices=between)
     tokens = config.training.batch_size * config.data.seq_len
-    hours = bound.seconds * config.training.steps / 3600
+    steps = config.training.steps
+    hours = bound.seconds * steps / 3600 if steps else None
     known = has_libtpu()
     peak = compiled.peak / GIB
     params = sharding.abstract_parameters(config.model)
@@ -147,7 +149,7 @@ def _plan(
         mfu=roofline.mfu(config, topology.chips, chip, bound.seconds),
         tokens_per_second=tokens / bound.seconds,
         hours=hours,
-        chip_hours=hours * topology.chips,
+        chip_hours=None if hours is None else hours * topology.chips,
         unsharded=sharding.unsharded_share(mesh, params),
         compile_seconds=compiled.seconds,
         compile_gb=compiled.gb,

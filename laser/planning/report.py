@@ -80,9 +80,10 @@ def _time(plan: Plan) -> list[str]:
         if seconds:
             binds = "  <- binds" if name == plan.binding else ""
             lines.append(f"  {RESOURCES[name]:24} {seconds:8.4f}{binds}")
+    steps = "" if plan.hours is None else f"; all steps {plan.hours:.1f} hours"
+    steps += "" if plan.chip_hours is None else f", {plan.chip_hours:,.0f} chip-hours"
     lines.append(
-        f"  allows {100 * plan.mfu:.1f} % MFU, {plan.tokens_per_second:,.0f} tokens/s; "
-        f"all steps {plan.hours:.1f} hours, {plan.chip_hours:,.0f} chip-hours"
+        f"  allows {100 * plan.mfu:.1f} % MFU, {plan.tokens_per_second:,.0f} tokens/s{steps}"
     )
     if plan.estimate_seconds is not None:
         mfu = plan.mfu * plan.seconds / plan.estimate_seconds
@@ -99,6 +100,8 @@ def unknown(plan: Plan) -> list[str]:
     lines = ["not known without the chips"]
     lines.append("  how near to the bounds a step comes; nothing here was run")
     lines.append("  waiting for data, for other hosts, for checkpoints and evaluation")
+    if plan.hours is None:
+        lines.append("  hours: training.epochs is set, and the data decide how many steps that is")
     if plan.slices > 1 and not plan.bound["slices"]:
         lines.append("  the bandwidth between slices of this chip: only its bytes are given")
     if plan.fits is None:

@@ -93,10 +93,15 @@ def search(
     """Compiles candidates in order until `wanted` of them fit. The fastest by its bounds first."""
     found: list[tuple[RunConfig, Plan]] = []
     too_large = 0
-    for candidate, _ in candidates(config, topology, attention):
+    impossible: set[MeshConfig] = set()
+    for candidate, mesh in candidates(config, topology, attention):
+        if mesh in impossible:
+            continue
         try:
             plan = make_plan(candidate, topology, devices)
-        except ValueError:  # parameters that the mesh does not divide
+        except ValueError:  # not of the torus' own axes, or it does not divide the parameters
+            impossible.add(mesh)
+            log(f"no such mesh: {' '.join(flags(candidate)[:3])}")
             continue
         if isinstance(plan, TooLarge) or plan.fits is False:
             too_large += 1

@@ -4,6 +4,10 @@ Every device computes its own rows of the batch and asks for the whole weights o
 comes to the layer; the backward pass asks again and returns their gradient to the devices that own
 the parts. Left to itself, XLA's partitioner all-reduces whole gradients, and does not always keep
 activations split by rows. The tensor axis, where there is one, is still its work.
+
+Split weights are gathered in the compute dtype, and their gradients are summed in it over the
+devices that share them. Sums over micro-batches, over the data axis, and of what is not split are
+float32.
 """
 
 import dataclasses

@@ -80,9 +80,10 @@ def make_loss(config: RunConfig) -> Callable[[Parameters, Batch, Share], tuple[A
         hidden_BTM, ranges_L = model(
             batch["inputs"], batch.get("segment_ids"), whole=share.gatherer(dtype)
         )
+        hidden_BTM, embedding = _gradients_together(hidden_BTM, params["embedding"])
         total, nll = cross_entropy(
             hidden_BTM,
-            share.whole("embedding", params["embedding"], dtype),
+            share.whole("embedding", embedding, dtype),
             batch["targets"],
             batch["weights"],
             config.model.logits_soft_cap,
@@ -93,6 +94,21 @@ def make_loss(config: RunConfig) -> Callable[[Parameters, Batch, Share], tuple[A
         return total, jax.lax.stop_gradient(sums)
 
     return loss
+
+
+@jax.custom_vjp
+def _gradients_together(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays as they are. Their gradients are all complete before one of them is used.
+
+    Else XLA puts off what the embedding's gradient still needs until after the blocks' backward
+    pass, and keeps the whole of it in float32 meanwhile: 250 MiB of the 2.2B.
+    """
+    return arrays
+
+
+_gradients_together.defvjp(
+    lambda *arrays: (arrays, None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+)
 
 
 def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:

@@ -50,6 +50,8 @@ ENTRY %main (p: f32[10]) -> f32[10] {
   %while.1 = (s32[], bf16[8,64]{1,0}) while(%t), condition=%condition, body=%body
   %while.2 = (s32[], bf16[8,64]{1,0}) while(%t), condition=%unbounded, body=%body
   %all-reduce.9 = (f32[10]{0}, f32[]) all-reduce(%p, %q), replica_groups=mesh['a'=1,'b'=16] {'b'}, to_apply=%add
+  %send.1 = (f32[1000,8]{1,0:T(8,128)}, u32[], token[]) send(%p, %after), is_host_transfer=true, frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,3:5}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (f32[1000,8]{1,0:T(8,128)}, u32[], token[]) recv(%after), is_host_transfer=true, frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,3:5}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %permute = f32[10]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
 }
 """  # noqa: E501
@@ -58,7 +60,7 @@ ENTRY %main (p: f32[10]) -> f32[10] {
 def test_the_forms_of_tpu_programs():
     found = collectives(HLO, {"data": 1, "fsdp": 4, "fsdp_1": 4})
     by_kind = {(c.kind, c.axes): c for c in found}
-    assert len(found) == len(by_kind) == 5
+    assert len(found) == len(by_kind) == 6
     both, whole = ("fsdp", "fsdp_1"), 128 * 64 * 2
     gather = by_kind["all-gather", both]
     assert (gather.count, gather.bytes, gather.dtype) == (5, 5 * whole * 15 / 16, "bf16")
@@ -66,6 +68,7 @@ def test_the_forms_of_tpu_programs():
     assert by_kind["reduce-scatter", ("fsdp_1",)].bytes == 5 * (8 * 64 * 2 * 4) * 3 / 4
     assert by_kind["all-reduce", both].bytes == 44 * 2 * 15 / 16
     assert by_kind["collective-permute", ("fsdp_1",)].bytes == 40
+    assert by_kind["all-reduce", ("data",)].bytes == 1000 * 8 * 4 * 2 * 3 / 4  # over four slices
 
 
 def compile_on_eight_devices(local, mesh, batch_shape):

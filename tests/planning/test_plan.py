@@ -7,7 +7,7 @@ import pytest
 from absl import flags as absl_flags
 
 from configs import c4
-from laser.planning import search, table
+from laser.planning import report, search, table
 from laser.planning.compile import compile_step, lower_step
 from laser.planning.plan import make_plan
 from laser.planning.topologies import parse_topology
@@ -117,6 +117,17 @@ def test_candidates_divide_and_are_ranked():
         assert changed == to_dict(config)
     # A second or third copy of the state of 7.7B does not fit 16 chips.
     assert all(mesh.data <= 2 for _, mesh in found)
+
+
+def test_hours_of_epochs_are_not_known(run):
+    """How many steps they are depends on data that are not there."""
+    training = dataclasses.replace(run.config.training, steps=0, epochs=2)
+    config = dataclasses.replace(run.config, training=training)
+    plan = make_plan(config, parse_topology("v5e:2x4"), jax.devices())
+    assert plan.hours is plan.chip_hours is None
+    text = report.describe(plan)
+    assert "all steps" not in text
+    assert "hours: training.epochs is set" in text
 
 
 def test_a_plan_of_simulated_devices_says_what_it_is(run, monkeypatch):

@@ -62,6 +62,16 @@ def run(config, steps=3, packed=False, devices=None):
     return np.array(history), state
 
 
+def test_the_embedding_s_gradient_is_reduced_before_the_blocks_backward_pass():
+    """The gradient of the hidden states waits for a device's part of it (memory on TPUs)."""
+    config = make_config(mesh=(1, 8, 1))
+    program = Program(config, sharding.make_mesh(config))
+    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch())
+    barriers = [x for x in lowered.as_text().splitlines() if "optimization_barrier" in x]
+    part, hidden = f"tensor<{VOCAB // 8}x32xf32>", f"tensor<{BATCH // 8}x{LENGTH}x32xf32>"
+    assert any(part in line and hidden in line for line in barriers)
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_loss_and_gradient_are_means_over_target_tokens(accumulation):
     config = make_config(**{"training.accumulation": accumulation})
