@@ -213,8 +213,9 @@ def _compile_apart(*arguments: Any) -> dict | None:
 
 
 def total_bundles(kind: str, found: dict) -> int:
-    """Bundles a head, forward and backward, without the exact path's kernels."""
-    usual = sum(count for name, count in found["bundles"].items() if "raw" not in name)
+    """Bundles a head, forward and backward, without what runs where these do not do."""
+    bundles = found["bundles"].items()
+    usual = sum(count for name, count in bundles if not name.endswith(("_raw", "_wide")))
     blocks = LENGTH // SPLASH_BLOCK
     return usual * (blocks * (blocks + 1) // 2 if kind == "splash" else 1)
 

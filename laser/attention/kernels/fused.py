@@ -182,52 +182,53 @@ def _row_major(x: Array) -> Array:
 
 def _attend_fwd(q, k, v, segment_ids, options: Options):
     q, k, v = map(_row_major, (q, k, v))
-    out, log_sum, statistics = forward(q, k, v, segment_ids, options)
-    range_BH, extremes = jnp.zeros(q.shape[:2], jnp.float32), None
+    found = forward(q, k, v, segment_ids, options)
+    range_BH, residual = jnp.zeros(q.shape[:2], jnp.float32), None
     if options.laser:
-        found = out, log_sum, statistics
-        out, log_sum, statistics = _certified_or_redone(found, q, k, v, segment_ids, options)
-        range_BH, extremes = _range(statistics), _extremes(statistics)
+
+        def wide_form(q, k, v, segment_ids):
+            form = dataclasses.replace(options, wide=True)
+            out, log_sum, statistics = forward(q, k, v, segment_ids, form)
+            failed = (_row(statistics, "smallest_out") == -jnp.inf).any(-1)
+            out = exact.repair(out, q, k, v, segment_ids, failed, form)
+            return out, log_sum, statistics
+
+        found = _redone(found, ~_certified(found[2]), wide_form, q, k, v, segment_ids)
+        range_BH, residual = _range(found[2]), _residual(found[0], found[2])
     # A dim of size 1 that is next to last would take the space of 8 in memory.
-    named = (out, log_sum[:, :, 0], extremes)
-    out, log_sum, extremes = jax.tree.map(lambda x: checkpoint_name(x, OUTPUT_NAME), named)
-    return (out, range_BH), (q, k, v, segment_ids, out, log_sum, extremes)
+    named = (found[0], found[1][:, :, 0], residual)
+    out, log_sum, residual = jax.tree.map(lambda x: checkpoint_name(x, OUTPUT_NAME), named)
+    return (out, range_BH), (q, k, v, segment_ids, out, log_sum, residual)
 
 
-def _certified_or_redone(found, q, k, v, segment_ids, options: Options):
-    """What the forward kernel found; rows of the batch that failed, in the wide form.
+def _redone(found, failed: Array, function, *given: Array | None):
+    """`found` with function(*given) in place of those rows of the batch that failed, (B,).
 
-    They are redone one at a time, for the sake of memory, in a loop: unlike a conditional, it
-    copies nothing that it may change.
+    They are done one at a time, for the sake of memory, in a loop that does not turn in the usual
+    case; unlike a conditional it copies nothing that it may change.
     """
-    options = dataclasses.replace(options, wide=True)
 
     def redo(state):
-        found, flags = state
-        (row,), flags = exact.next_flag(flags)
-        *qkv, ids = _of_row(row, q, k, v, segment_ids)
-        out, log_sum, statistics = forward(*qkv, ids, options)
-        failed = (_row(statistics, "smallest_out") == -jnp.inf).any(-1)
-        out = exact.repair(out, *qkv, ids, failed, options)
-        again = out, log_sum, statistics
+        found, failed = state
+        (row,), failed = exact.next_flag(failed)
+        again = function(*(None if x is None else _of_row(x, row) for x in given))
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
-        return tuple(map(put, found, again)), flags
+        return tuple(map(put, found, again)), failed
 
-    state = found, ~_certified(found[2]).all((1, 2, 3))
-    return lax.while_loop(lambda state: state[1].any(), redo, state)[0]
+    return lax.while_loop(lambda state: state[1].any(), redo, (tuple(found), failed))[0]
 
 
-def _of_row(row: Array, *arrays: Array | None) -> list[Array | None]:
-    return [None if x is None else lax.dynamic_slice_in_dim(x, row, 1) for x in arrays]
+def _of_row(x: Array, row: Array) -> Array:
+    return lax.dynamic_slice_in_dim(x, row, 1)
 
 
 def _certified(statistics: Array) -> Array:
-    """Whether float32 holds the sums of exponentials as they are, (B, H, blocks, D_v)."""
+    """Whether float32 holds the sums of exponentials as they are, of each row of the batch."""
     largest = _row(statistics, "largest_value")
     # Weights are at most 1, and both they and their products may be lost to underflow.
     smallest = common.SMALLEST_SHARE * jnp.exp(jnp.maximum(largest, 0))
     fits = largest <= common.LARGEST_NARROW_VALUE
-    return fits & (_row(statistics, "smallest_y") >= smallest)
+    return (fits & (_row(statistics, "smallest_y") >= smallest)).all((1, 2, 3))
 
 
 def _range(statistics: Array) -> Array:
@@ -238,34 +239,27 @@ def _range(statistics: Array) -> Array:
 
 
 def _attend_bwd(options: Options, residuals, cotangents):
-    q, k, v, segment_ids, out, log_sum, extremes = residuals
+    q, k, v, segment_ids, out, log_sum, residual = residuals
     log_sum = log_sum[:, :, None]
     d_out = _row_major(cotangents[0])  # the range is a report; nothing is trained on it
-    if not options.laser:
-        gradients = backward(q, k, v, out, d_out, log_sum, segment_ids, None, options)
-        return *gradients, None
-    largest_value, reference = extremes.largest_value[:, :, None], _reference(extremes)
-    precise = _output_is_precise(out, extremes)
+    reference = None
+    if options.laser:
+        mu = residual.anchored.astype(jnp.float32)
+        reference = jnp.stack([jnp.zeros_like(mu), mu], axis=2)
+    gradients = backward(q, k, v, out, d_out, log_sum, segment_ids, reference, options)
+    if options.laser:
 
-    def usual(operands):
-        q, k, v, d_out = operands
-        return tuple(backward(q, k, v, out, d_out, log_sum, segment_ids, reference, options))
+        def from_sums(q, k, v, d_out, log_sum, segment_ids):
+            form = dataclasses.replace(options, wide=True)
+            largest = v.max(axis=2, keepdims=True).astype(jnp.float32)
+            reference = _reference(v.min(axis=2, keepdims=True).astype(jnp.float32), largest)
+            y = forward(q, k, v, segment_ids, form, reference=largest, raw=True)[0]
+            gradients = backward(q, k, v, y, d_out, log_sum, segment_ids, reference, form, raw=True)
+            return exact.add_gradients(gradients, y, d_out, q, k, v, segment_ids, form)
 
-    form = dataclasses.replace(options, wide=True)
-
-    def wide(operands):
-        def one_row(row):
-            q, k, v, d_out, ids = _of_row(row, *operands, segment_ids)
-            sums, largest, both = _of_row(row, log_sum, largest_value, reference)
-            y = forward(q, k, v, ids, form, reference=largest, raw=True)[0]
-            gradients = backward(q, k, v, y, d_out, sums, ids, both, form, raw=True)
-            return exact.add_gradients(gradients, y, d_out, q, k, v, ids, form)
-
-        # One row of the batch at a time, for the sake of memory.
-        found = lax.map(one_row, jnp.arange(v.shape[0]))
-        return tuple(x[:, 0] for x in found)
-
-    return *map(_row_major, lax.cond(precise, usual, wide, (q, k, v, d_out))), None
+        given = (q, k, v, d_out, log_sum, segment_ids)
+        gradients = _redone(gradients, ~residual.precise, from_sums, *given)
+    return *gradients, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -276,30 +270,33 @@ def _row(statistics: Array, name: str) -> Array:
     return statistics[:, :, :, STATISTICS.index(name)]
 
 
-class Extremes(NamedTuple):
-    """Of all values and of all outputs of a head, (B, H, D_v) float32 each."""
-
-    smallest_value: Array
-    largest_value: Array
-    smallest_out: Array
+def _reference(smallest: Array, largest: Array) -> Array:
+    """(..., 2, D): log2 of the power of two of the wide form, and the anchor."""
+    power = common.reference_power(largest)
+    return jnp.concatenate([power, common.anchor(smallest, power)], axis=-2)
 
 
-def _extremes(statistics: Array) -> Extremes:
+class Residual(NamedTuple):
+    """What else the backward pass of LASER needs of the forward pass.
+
+    Attributes:
+      anchored: (B, H, D_v) bool, where the anchor of all values is 1.
+      precise: (B,) bool, where the output may be read in place of the sums.
+    """
+
+    anchored: Array
+    precise: Array
+
+
+def _residual(out: Array, statistics: Array) -> Residual:
     # The last block of queries has met every key.
-    smallest, largest = (_row(statistics, f"{name}_value") for name in ("smallest", "largest"))
-    return Extremes(smallest[:, :, -1], largest[:, :, -1], _row(statistics, "smallest_out").min(2))
-
-
-def _reference(extremes: Extremes) -> Array:
-    """Of the backward kernel."""
-    power = common.reference_power(extremes.largest_value)
-    return jnp.stack([power, common.anchor(extremes.smallest_value, power)], axis=2)
-
-
-def _output_is_precise(out: Array, extremes: Extremes) -> Array:
-    """Whether the backward kernel may read the output in place of the sums; a bool."""
-    smallest, limit = extremes.smallest_out, LARGEST_RESIDUAL[out.dtype]
-    precise = (smallest >= -limit) & (extremes.largest_value - smallest <= common.LARGEST_RISE)
+    smallest_value, largest_value = (
+        _row(statistics, name)[:, :, -1:] for name in ("smallest_value", "largest_value")
+    )
+    anchored = _reference(smallest_value, largest_value)[:, :, 0, 1] == 1
+    smallest, limit = _row(statistics, "smallest_out"), LARGEST_RESIDUAL[out.dtype]
+    precise = (smallest >= -limit) & (largest_value - smallest <= common.LARGEST_RISE)
     # No output is larger than the largest value; if that is too large, the outputs are looked at.
-    small = (extremes.largest_value <= limit).all()
-    return precise.all() & lax.cond(small, lambda _: small, lambda x: (x <= limit).all(), out)
+    small = (largest_value <= limit).all((1, 2, 3))
+    small = lax.cond(small.all(), lambda _: small, lambda x: (x <= limit).all((1, 2, 3)), out)
+    return Residual(anchored, precise.all((1, 2, 3)) & small)
