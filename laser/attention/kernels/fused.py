@@ -293,7 +293,7 @@ def _residual(out: Array, statistics: Array) -> Residual:
     smallest_value, largest_value = (
         _row(statistics, name)[:, :, -1:] for name in ("smallest_value", "largest_value")
     )
-    anchored = _reference(smallest_value, largest_value)[:, :, 0, 1] == 1
+    anchored = _reference(smallest_value, largest_value)[:, :, 1] == 1
     smallest, limit = _row(statistics, "smallest_out"), LARGEST_RESIDUAL[out.dtype]
     precise = (smallest >= -limit) & (largest_value - smallest <= common.LARGEST_RISE)
     # No output is larger than the largest value; if that is too large, the outputs are looked at.
