@@ -1,6 +1,6 @@
 """Says what a run would be like on a slice of TPUs, without having one.
 
-    python scripts/plan.py --config=configs/c4.py:size=2p2b --topology=v5e:16x16
+    python scripts/plan.py --config=configs/c4.py:size=2p2b,slice=v5e-256 --topology=v5e:16x16
     python scripts/plan.py --config=... --topology=v5p-512 --slices=2 --json
     python scripts/plan.py --config=... --topology=v5e-64 --search
 
