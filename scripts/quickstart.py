@@ -38,20 +38,19 @@ def main(argv: list[str]) -> None:
     start_logging()
     workdir = _WORKDIR.value or f"runs/quickstart-{_ATTENTION.value}"
     config = quickstart.get_config(f"attention={_ATTENTION.value}")
-    train = [
-        "train.py",
-        f"--config=configs/quickstart.py:attention={_ATTENTION.value}",
-        f"--workdir={workdir}",
-        *argv[1:],
-    ]
     _run(
         "scripts/prepare_data.py",
         "--source=bible",
         f"--output={config.data.store}",
         f"--vocab_size={config.model.vocab_size}",
     )
-    _run(*train)
-    _summarise(Path(workdir), train)
+    _run(
+        "train.py",
+        f"--config=configs/quickstart.py:attention={_ATTENTION.value}",
+        f"--workdir={workdir}",
+        *argv[1:],
+    )
+    _summarise(Path(workdir))
 
 
 def _run(*command: str) -> None:
@@ -66,7 +65,7 @@ def _shown(*command: str) -> str:
     return shlex.join([".venv/bin/python", *command])
 
 
-def _summarise(workdir: Path, train: list[str]) -> None:
+def _summarise(workdir: Path) -> None:
     records = [json.loads(line) for line in (ROOT / workdir / "metrics.jsonl").open()]
     last_eval = [record for record in records if "eval/loss" in record][-1]
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
@@ -77,15 +76,14 @@ def _summarise(workdir: Path, train: list[str]) -> None:
     print(f"  bits per byte      {last_eval['eval/bits_per_byte']:.3f}   (xz -9e: {xz_bits:.3f})")
     print(f"  speed              {speeds[len(speeds) // 2]:,.0f} tokens/s, median")
     print("  files")
-    for path in sorted((ROOT / workdir).iterdir()):
+    for path in sorted((ROOT / workdir).glob("[!.]*")):
         print(f"    {workdir / path.name}{'/' if path.is_dir() else ''}")
     accuracy, passages, sample = _scored_and_sampled(ROOT / workdir)
-    print(f"  continuations      {accuracy:.1%} of {passages} held-out passages, by chance 25 %")
+    held_out = f"{passages} held-out passages (0 shots), by chance 25 %"
+    print(f"  continuations      {accuracy:.1%} of {held_out}")
     print(f"  sample             {PROMPT}{sample.rstrip()}")
     other = "laser" if _ATTENTION.value == "standard" else "standard"
-    print("\nResume it, or go on after an interruption:")
-    print(f"  {_shown(*train)}")
-    print(f"Compare it with {other} attention, from the same seed and on the same rows:")
+    print(f"\nCompare it with {other} attention, from the same seed and on the same rows:")
     print(f"  {_shown('scripts/quickstart.py', f'--attention={other}')}")
     print(f"  {_shown('scripts/compare_runs.py', str(workdir), f'runs/quickstart-{other}')}")
 
@@ -101,4 +99,7 @@ def _scored_and_sampled(workdir: Path) -> tuple[float, int, str]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+        print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
+    else:
+        app.run(main)

@@ -123,6 +123,9 @@ def _open(
                 "Choose another --workdir, or go on with the new one by --allow_config_change"
             )
         if changes:
+            log.info("%s goes on with another config or other data:", folder)
+            for line in changes:
+                log.info("  %s", line)
             path.rename(folder / f"config.{len(list(folder.glob('config.*.json')))}.json")
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     shutil.copyfile(rows.tokenizer_path, folder / "tokenizer.model")

@@ -25,6 +25,7 @@ def test_workdir_of_another_config_is_refused_with_the_difference(arguments, tmp
     longer = [*arguments, "--config.training.steps=6"]
     allowed = runs.train(longer, tmp_path, "--allow_config_change")
     assert allowed.returncode == 0, allowed.stderr
+    assert "  training.steps: 4 -> 6\n" in allowed.stdout
     assert sorted(runs.losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
     assert json.loads((tmp_path / "config.json").read_text())["config"]["training"]["steps"] == 6
     assert json.loads((tmp_path / "config.0.json").read_text())["config"]["training"]["steps"] == 4
