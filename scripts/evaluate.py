@@ -17,9 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from laser.training.console import end_on_ctrl_c
 from laser.training.hardware import tune_cpu
 
 if __name__ == "__main__":
+    end_on_ctrl_c("stopped; what is finished is kept, and the same command goes on")
     tune_cpu()  # before anything imports jax
 
 from tqdm import tqdm

@@ -21,6 +21,7 @@ from absl import flags
 
 from laser.planning import topologies
 from laser.training.config import RunConfig, check_devices
+from laser.training.console import end_on_ctrl_c
 from laser.training.flags import exit_with, parse_or_exit
 
 SEARCH_WANTED = 3  # programs that fit, to rank
@@ -118,4 +119,5 @@ def _attention(config: RunConfig) -> str:
 
 
 if __name__ == "__main__":
+    end_on_ctrl_c("stopped")
     sys.exit(main(sys.argv))

@@ -8,6 +8,7 @@ was. Held-out chapters are compared with `xz -9e` of the same text, a compressor
 run.
 """
 
+import contextlib
 import json
 import lzma
 import shlex
@@ -56,7 +57,11 @@ def main(argv: list[str]) -> None:
 def _run(*command: str) -> None:
     """Runs one of our commands in the repository's root; leaves with its exit code if it fails."""
     print(f"\n$ {_shown(*command)}", flush=True)
-    code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    code = None
+    while code is None:
+        with contextlib.suppress(KeyboardInterrupt):  # it reaches the command, which saves and ends
+            code = process.wait()
     if code:
         sys.exit(code)
 

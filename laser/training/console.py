@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from types import TracebackType
 
 
 def start_logging() -> None:
@@ -10,3 +11,18 @@ def start_logging() -> None:
     logging.getLogger("jax").setLevel(logging.ERROR)
     # Orbax logs by absl what it also raises, each error with several pages of tracebacks.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def end_on_ctrl_c(words: str) -> None:
+    """From here on Ctrl-C ends the program with these words in place of a traceback.
+
+    Python then ends itself by SIGINT, which shells call exit code 130.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print(f"\n{words}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -56,6 +58,21 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(run_folder.fcntl, "flock", flock)
     run_folder._lock(tmp_path)
     assert "no locks there" in caplog.text
+
+
+def test_ctrl_c_before_the_first_step_ends_in_one_line(arguments, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments, f"--workdir={tmp_path}"],
+        cwd=runs.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "starting a new run" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT
+    assert error.startswith("\nstopped; the same command goes on")
+    assert error.count("\n") == 2
 
 
 def test_corrupt_shard_is_named(arguments, store, tmp_path):
