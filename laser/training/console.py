@@ -1,8 +1,12 @@
 """What programs print: our own messages to stdout, and libraries only when something is wrong."""
 
 import logging
+import os
+import signal
 import sys
-from types import TracebackType
+from types import FrameType
+
+from laser.training import hosts
 
 
 def start_logging() -> None:
@@ -14,15 +18,17 @@ def start_logging() -> None:
 
 
 def end_on_ctrl_c(words: str) -> None:
-    """From here on Ctrl-C ends the program with these words in place of a traceback.
+    """From here on Ctrl-C ends the program at once, with these words in place of a traceback.
 
-    Python then ends itself by SIGINT, which shells call exit code 130.
+    No KeyboardInterrupt, which jax's callback of the garbage collector may swallow. The program
+    ends by SIGINT, which shells call exit code 130.
     """
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            print(f"\n{words}", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        os.write(2, f"\n{words}\n".encode())  # print may have been interrupted itself
+        hosts.end_the_others("it was stopped by Ctrl-C")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
-    sys.excepthook = hook
+    signal.signal(signal.SIGINT, end)
