@@ -23,7 +23,7 @@ from absl import app, flags
 
 from configs import quickstart
 from data import corpus
-from laser.training.console import start_logging
+from laser.training.console import end_on_ctrl_c, start_logging
 
 _ATTENTION = flags.DEFINE_string(
     "attention", "laser", "as in configs/c4.py: standard or laser, and modifiers such as +qk_norm"
@@ -71,6 +71,7 @@ def _shown(*command: str) -> str:
 
 
 def _summarise(workdir: Path) -> None:
+    end_on_ctrl_c("stopped; the run is done, and the same command shows what came of it")
     records = [json.loads(line) for line in (ROOT / workdir / "metrics.jsonl").open()]
     last_eval = [record for record in records if "eval/loss" in record][-1]
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
