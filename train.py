@@ -7,7 +7,7 @@
 Starting it again with the same --workdir resumes from the newest checkpoint. On several hosts start
 it on each: see laser/training/hosts.py.
 Exit codes: 0 done, 2 mistake in the command line or the config, 75 saved on preemption (start it
-again), 1 anything else.
+again), 130 stopped by Ctrl-C at once, as before the first step, 1 anything else.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from laser.training.config import RunConfig
-from laser.training.console import start_logging
+from laser.training.console import end_on_ctrl_c, start_logging
 from laser.training.flags import exit_with, parse_or_exit
 from laser.training.hardware import tune_cpu
 
@@ -92,4 +92,5 @@ def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evalu
 
 
 if __name__ == "__main__":
+    end_on_ctrl_c("stopped; the same command goes on from the newest checkpoint, if there is one")
     sys.exit(main(sys.argv))

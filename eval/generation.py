@@ -175,8 +175,8 @@ class Generator:
             fit = f"at most {room} fit" if room > 0 else "shorten it"
             require(
                 max_new_tokens <= room,
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={max_new_tokens}: the "
-                f"model's length is {self.max_length}, so {fit}",
+                f"prompt {i} has {len(prompt)} tokens with its EOS and max_new_tokens="
+                f"{max_new_tokens}: the model's length is {self.max_length}, so {fit}",
             )
 
     def _batch_size(self, prompts: int) -> int:

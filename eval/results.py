@@ -1,16 +1,18 @@
 """Results on disk and as a table.
 
-    RUN/eval/STEP/PROTOCOL-Nshot/TASK.json          one finished task, written at once
-                                 TASK.records.jsonl each example: prompt, scores, choice; on request
-                                 results.json       all finished tasks, and why others are missing
-    RUN/eval/checkpoints/PROTOCOL-Nshot/results.json  over those last asked for
+    RUN/eval/STEP/SETTINGS/TASK.json           one finished task, written at once
+                           TASK.records.jsonl  each example: prompt, scores, choice; on request
+                           results.json        all finished tasks, and why others are missing
+    RUN/eval/checkpoints/SETTINGS/results.json  over those last asked for
 
-A task whose file was written with the same settings is not evaluated again.
+SETTINGS names all of them, such as gpt3-1shot-5seeds or, of the first 20 examples of each task,
+gpt3-1shot-5seeds-limit20: a quick look never stands in the place of a full evaluation. A task whose
+file is there is not evaluated again.
 """
 
 import contextlib
-import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,29 +27,27 @@ Record = dict[str, Any]
 
 
 class ResultsFolder:
-    """The results of one checkpoint under one protocol and number of shots; made if not there."""
+    """The results of one checkpoint with the same settings; made if not there."""
 
     def __init__(self, output: Path, step: int, settings: Settings):
         self.path = _folder(output, str(step), settings)
-        self._settings = settings
         self.path.mkdir(parents=True, exist_ok=True)
 
     def finished(self, task: str, records: bool) -> Result | None:
-        """An earlier result with these settings, and with records if they are wanted."""
+        """An earlier result, with records if they are wanted."""
         path = self.path / f"{task}.json"
         if not path.is_file() or (records and not self._records(task).is_file()):
             return None
-        result = json.loads(path.read_text())
-        wanted = dataclasses.asdict(self._settings)
-        return result if all(result.get(key) == wanted[key] for key in wanted) else None
+        return json.loads(path.read_text())
 
     def save(self, result: Result) -> None:
         write_atomically(self.path / f"{result['task']}.json", _text(result))
 
-    def save_all(self, results: Sequence[Result], missing: Mapping[str, str]) -> Path:
-        """Writes results.json and returns its path."""
+    def save_all(self, missing: Mapping[str, str]) -> Path:
+        """Writes results.json, of these tasks and of those finished before; returns its path."""
         path = self.path / "results.json"
-        tasks = {result["task"]: result for result in results}
+        finished = sorted(file for file in self.path.glob("*.json") if file != path)
+        tasks = {file.stem: json.loads(file.read_text()) for file in finished}
         write_atomically(path, _text({"tasks": tasks, "missing": dict(missing)}))
         return path
 
@@ -65,6 +65,18 @@ class ResultsFolder:
 
 def _text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
+
+
+def describe(settings: Settings) -> str:
+    """The settings in words."""
+    words = [settings.protocol, _count(settings.shots, "shot")]
+    words += [_count(settings.seeds, "seed")] if settings.shots else []
+    words += [f"the first {settings.limit} of each task alone"] if settings.limit else []
+    return ", ".join(words)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def over_checkpoints(results: Sequence[Result]) -> Result:
@@ -88,15 +100,22 @@ def save_over_checkpoints(
 
 
 def _folder(output: Path, name: str, settings: Settings) -> Path:
-    return output / name / f"{settings.protocol}-{settings.shots}shot"
+    parts = [settings.protocol, f"{settings.shots}shot"]
+    if settings.shots:  # without demonstrations there is nothing to draw
+        parts.append(_count(settings.seeds, "seed").replace(" ", ""))
+    if settings.limit:
+        parts.append(f"limit{settings.limit}")
+    return output / name / "-".join(parts)
 
 
-def table(results: Sequence[Result], paper: Figures) -> str:
-    """The table that is printed, in percent: the metric, ± deviation, chance, the paper's figure.
+def table(results: Sequence[Result], paper: Figures, over: str = "seeds") -> str:
+    """The table that is printed, in percent.
 
-    The paper's column is there only if it has figures for such a model.
+    Metric, its deviation `over` seeds or checkpoints, the standard error of a share of n examples,
+    chance, and the paper's figure, which is there only if it has figures for such a model.
     """
-    header = ["task", "n", "metric", "score", "±", "chance"] + (["paper"] if paper else [])
+    header = ["task", "n", "metric", "score", f"± {over}", "± sample", "chance"]
+    header += ["paper"] if paper else []
     rows = [header]
     for result in results:
         for name, values in result["metrics"].items():
@@ -104,6 +123,7 @@ def table(results: Sequence[Result], paper: Figures) -> str:
             row = [result["task"] if first else "", str(result["n"]) if first else "", name]
             deviation = values["std"]
             row += [_percent(values["mean"]), "" if deviation is None else _percent(deviation)]
+            row += [_percent(_sample_error(values["mean"], result["n"])) if _is_share(name) else ""]
             row += [_percent(result["chance"]) if name in ("accuracy", "em") else ""]
             task = TASKS.get(result["task"])
             figure = paper.get(task.paper) if task and first else None
@@ -118,6 +138,23 @@ def table(results: Sequence[Result], paper: Figures) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def legend(over: str) -> str:
+    """What the columns behind ± are, for below the table."""
+    return (
+        f"± {over}: standard deviation over {over}; ± sample: standard error of the score with n "
+        "examples (binomial)"
+    )
+
+
+def _is_share(metric: str) -> bool:
+    """Whether a metric is the share of the examples that were answered well."""
+    return metric == "em" or metric.startswith("accuracy")
+
+
+def _sample_error(share: float, n: int) -> float:
+    return math.sqrt(share * (1 - share) / n)
 
 
 def remarks(results: Sequence[Result]) -> list[str]:

@@ -98,10 +98,12 @@ def _fields(model: ModelConfig) -> Iterator[tuple[str, str]]:
 
 
 def _scores(workdir: Path, step: int) -> list[str]:
-    """Tables of what scripts/evaluate.py has written for this step."""
+    """Tables of what scripts/evaluate.py has written for this step, of whole tasks alone."""
     lines: list[str] = []
     for path in sorted((workdir / "eval" / str(step)).glob("*/results.json")):
         tasks = json.loads(path.read_text())["tasks"].values()
+        if any(task["limit"] for task in tasks):
+            continue
         rows = [
             (
                 f"{task['task']} ({task['split']}, {task['n']:,})",

@@ -1,10 +1,10 @@
 """Attention kernels compared: compiled for TPUs without one, or timed on a CPU or a GPU.
 
-    python -m scripts.benchmark_attention static [--json=PATH]
-    python -m scripts.benchmark_attention search CHIP SIZE LENGTH
-    python -m scripts.benchmark_attention compile CHIP HEADS SIZE LENGTH KIND [--sizes=1024x256]
+    python scripts/benchmark_attention.py static [--json=PATH]
+    python scripts/benchmark_attention.py search CHIP SIZE LENGTH
+    python scripts/benchmark_attention.py compile CHIP HEADS SIZE LENGTH KIND [--sizes=1024x256]
         [--value_size=512] [--dtype=float32] [--packed] [--soft_cap=50] [--full]
-    python -m scripts.benchmark_attention times [--json=PATH]
+    python scripts/benchmark_attention.py times [--json=PATH]
 
 `static` needs libtpu, not a TPU: instruction bundles (about cycles, if no transfer is waited for),
 HBM bytes and VMEM of our kernels and of jax's splash attention, forward and backward, at the
@@ -28,6 +28,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 SHAPES = ((8, 128), (8, 256), (8, 512), (16, 720))  # heads and head size of the paper's models
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 KINDS = ("standard", "laser", "splash")
@@ -35,7 +38,6 @@ BATCH, LENGTH = 4, 1024
 SPLASH_BLOCK = 512
 SPLASH_VMEM_KIB = "49152"  # its blocks of 512 do not fit the default at size 720
 ITEM_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def _prepare_libtpu(dump: str) -> None:

@@ -26,15 +26,39 @@ os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
 
 from laser.training.hardware import tune_cpu
 
+REAL = ("arc_easy", "cb", "copa", "multirc", "record", "rte", "winogrande")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--data_dir", type=Path, required=True, help="as for evaluate.py")
+    parser.add_argument("--tasks", default=",".join(REAL))
+    parser.add_argument("--shots", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="documents of each task")
+    return parser
+
+
 if __name__ == "__main__":
+    _parser().parse_args()  # --help needs nothing of what follows
     tune_cpu()  # before anything imports jax
 
-import datasets
+try:
+    import datasets
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+except ModuleNotFoundError as error:
+    print(
+        f"check_lm_eval.py: error: no package {error.name}: pip install -r requirements-eval.txt",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 import jax
-import lm_eval
 import numpy as np
 from flax import nnx
-from lm_eval.api.model import TemplateLM
 
 from eval import oneshot
 from eval.run import TrainedModel, open_model
@@ -42,7 +66,6 @@ from eval.tasks import TASKS
 from models.decoder import structure
 
 HARNESS_NAMES = {"rte": "sglue_rte"}
-REAL = ("arc_easy", "cb", "copa", "multirc", "record", "rte", "winogrande")
 # Ours → theirs, where CB's and ReCoRD's F1 have one name.
 METRICS = {
     "accuracy": "acc",
@@ -111,15 +134,7 @@ def _score(logits_TV: np.ndarray, continuation: Sequence[int]) -> tuple[float, b
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--data_dir", type=Path, required=True, help="as for evaluate.py")
-    parser.add_argument("--tasks", default=",".join(REAL))
-    parser.add_argument("--shots", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="documents of each task")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     model = open_model(arguments.workdir)
     settings = oneshot.Settings("lm_eval", arguments.shots, limit=arguments.limit)
     agree = [

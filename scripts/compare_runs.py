@@ -8,6 +8,7 @@ the same rows in the same order, without which a small difference in loss means 
 """
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from laser.training.config import diff_configs
 from laser.training.metrics import METRICS_FILE, read_metrics
 
+SEEDS = (("training", "seed"), ("data", "shuffle_seed"))
 SMOOTHING = 0.05  # of the last training losses, as a share of all of them
 Curve = dict[int, float]
 
@@ -93,7 +95,23 @@ def report(runs: Sequence[Run]) -> list[str]:
     paragraphs.append(table(letters, [summary(run) for run in runs]))
     for letter, run in zip(letters[1:], runs[1:]):
         paragraphs.append(at_equal_steps(runs[0], run, letter))
+    if len(runs) > 1 and not any_repeated(runs):
+        paragraphs.append(
+            "Each of them is a single run, so a difference of this size may be chance: train each "
+            "config again with --config.training.seed=1, in a --workdir of its own."
+        )
     return paragraphs
+
+
+def any_repeated(runs: Sequence[Run]) -> bool:
+    """Whether some of the runs differ by their seeds alone."""
+    configs = []
+    for run in runs:
+        config = copy.deepcopy(run.config)
+        for section, key in SEEDS:
+            del config[section][key]
+        configs.append(config)
+    return any(config in configs[:i] for i, config in enumerate(configs))
 
 
 def same_rows(first: Run, other: Run) -> str:

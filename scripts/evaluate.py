@@ -17,9 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from laser.training.console import end_on_ctrl_c
 from laser.training.hardware import tune_cpu
 
 if __name__ == "__main__":
+    end_on_ctrl_c("stopped; what is finished is kept, and the same command goes on")
     tune_cpu()  # before anything imports jax
 
 from tqdm import tqdm
@@ -74,7 +76,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"data_dir={arguments.data_dir}: no such folder")
     steps = choose_steps(arguments.step, arguments.last, saved_steps(arguments.workdir))
     data, missing, broken = _load(tasks, settings, arguments.data_dir)
-    if arguments.show:
+    if not data:
+        pass  # why is said below
+    elif arguments.show:
         for task_data in data:
             print("\n".join(shown(task_data, settings, arguments.show)))
     else:
@@ -147,16 +151,18 @@ def _score(
     for step in steps:
         folder = ResultsFolder(arguments.workdir / "eval", step, settings)
         by_step[step] = _score_step(arguments, step, settings, data, folder)
-        path = folder.save_all(by_step[step], missing)
+        path = folder.save_all(missing)
         figures = paper.figures(_model_config(arguments.workdir))
-        print(f"\nstep {step}, {settings.protocol}, {settings.shots} shots, in percent")
+        print(f"\nstep {step}, {results.describe(settings)}, in percent")
         print(results.table(by_step[step], figures))
-        print("\n".join([*results.remarks(by_step[step]), f"written: {path}"]))
+        lines = [results.legend("seeds"), *results.remarks(by_step[step]), f"written: {path}"]
+        print("\n".join(lines))
     if len(steps) > 1:
         merged = [results.over_checkpoints(group) for group in zip(*by_step.values())]
         path = results.save_over_checkpoints(arguments.workdir / "eval", settings, steps, merged)
         print(f"\nover the checkpoints {', '.join(map(str, steps))}: mean and deviation")
-        print(f"{results.table(merged, figures)}\nwritten: {path}")
+        print(results.table(merged, figures, "checkpoints"))
+        print(f"{results.legend('checkpoints')}\nwritten: {path}")
 
 
 def _model_config(workdir: Path):

@@ -18,6 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from laser.training.hardware import tune_cpu
+
+if __name__ == "__main__":
+    tune_cpu()  # before anything imports jax
+
 import jax
 
 from eval.run import open_model

@@ -18,9 +18,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from laser.training.console import end_on_ctrl_c
 from laser.training.hardware import tune_cpu
 
 if __name__ == "__main__":
+    end_on_ctrl_c("stopped")
     tune_cpu()  # before anything imports jax
 
 from tqdm import tqdm
@@ -81,14 +83,13 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _stream(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     model = open_model(arguments.workdir, arguments.step)
-    print(arguments.prompt, end="", flush=True)
-    model.generator.generate(
-        model.params,
-        [arguments.prompt],
-        on_text=lambda _, piece: print(piece, end="", flush=True),
-        **settings,
-    )
-    print()
+    before = [arguments.prompt]  # until the first piece is there: by then nothing was refused
+
+    def show(_: int, piece: str) -> None:
+        print(before.pop() if before else "", piece, sep="", end="", flush=True)
+
+    model.generator.generate(model.params, [arguments.prompt], on_text=show, **settings)
+    print(*before)
 
 
 def _write(arguments: argparse.Namespace, prompts: Sequence[str], settings: dict[str, Any]) -> None:

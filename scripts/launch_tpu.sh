@@ -7,7 +7,7 @@ usage() {
 Runs train.py on a TPU slice of Google Cloud, or on several, until the run is done.
 
     scripts/launch_tpu.sh run --name=laser --zone=us-west4-a --type=v5litepod-256 --spot \
-        --bucket=my-bucket -- --config=configs/c4.py:size=2p2b,attention=laser \
+        --bucket=my-bucket -- --config=configs/c4.py:size=2p2b,attention=laser,slice=v5e-256 \
         --config.data.store=bucket/c4 --workdir=bucket/runs/laser
 
 Commands
@@ -26,7 +26,8 @@ Commands
 Options
   --name=NAME      of the queued resource and its slices
   --zone=ZONE      where
-  --type=TYPE      of accelerator, such as v5litepod-256; the number in v5p-512 counts cores, 2 a chip
+  --type=TYPE      of accelerator, such as v5litepod-256, also called v5e-256; the number in v5p-512
+                   counts cores, 2 a chip
   --version=V      runtime version; by default the one of the type
   --project=ID     default: gcloud's own
   --slices=N       so many slices of that type, which train as one [1]
@@ -95,6 +96,7 @@ bucket=${bucket#gs://}
 [[ $bucket != */* ]] || fail "--bucket=$bucket: the name of the bucket alone, without a folder"
 if [[ $command == run || $command == create ]]; then
   [[ $type ]] || fail "--type is missing, such as --type=v5litepod-256"
+  type=${type/#v5e-/v5litepod-}  # its name in gcloud
   case $type in
     v[234]-*) default=tpu-ubuntu2204-base ;;
     v5litepod-*) default=v2-alpha-tpuv5-lite ;;
@@ -113,6 +115,10 @@ if [[ $command == run || $command == start ]]; then
   [[ $bucket || ! $spot ]] || say "no --bucket: what train.py writes on the slice goes with it"
 fi
 
+if [[ ($command == run || $command == create) && ! $project && ! $dry ]]; then
+  [[ $(gcloud config get-value project 2>/dev/null) ]] ||
+    fail "gcloud has no project: give --project=ID, or 'gcloud config set project ID' once"
+fi
 where=(--zone="$zone")
 [[ ! $project ]] || where+=(--project="$project")
 nodes=("$name")
@@ -176,12 +182,14 @@ delete_all() { run gcloud compute tpus queued-resources delete "$name" "${where[
 
 # Returns when the slices are there: 0 as they were, 3 newly made. Fails if they cannot be had.
 ensure() {
-  local now last="" made=0
+  local now last="" made=0 unknown=0
   while true; do
     now=$(state)
     [[ $now == "$last" ]] || say "$name: $now"
     last=$now
+    [[ $now == UNKNOWN ]] || unknown=0
     case $now in
+      UNKNOWN) ((++unknown < 5)) || { say "$name: $unknown times in a row no known state"; return 1; } ;;
       READY) return $((made ? 3 : 0)) ;;
       MISSING) create || return 1; made=1 ;;
       GONE) delete_all || return 1; continue ;;

@@ -1,6 +1,6 @@
 """Says what a run would be like on a slice of TPUs, without having one.
 
-    python scripts/plan.py --config=configs/c4.py:size=2p2b --topology=v5e:16x16
+    python scripts/plan.py --config=configs/c4.py:size=2p2b,slice=v5e-256 --topology=v5e:16x16
     python scripts/plan.py --config=... --topology=v5p-512 --slices=2 --json
     python scripts/plan.py --config=... --topology=v5e-64 --search
 
@@ -21,6 +21,7 @@ from absl import flags
 
 from laser.planning import topologies
 from laser.training.config import RunConfig, check_devices
+from laser.training.console import end_on_ctrl_c
 from laser.training.flags import exit_with, parse_or_exit
 
 SEARCH_WANTED = 3  # programs that fit, to rank
@@ -118,4 +119,5 @@ def _attention(config: RunConfig) -> str:
 
 
 if __name__ == "__main__":
+    end_on_ctrl_c("stopped")
     sys.exit(main(sys.argv))

@@ -92,7 +92,9 @@ def _run() -> None:
     elif VALUES.beam is not None:
         _run_beam(config)
     else:
-        _print_counts(prepare(config, VALUES.output, workers=VALUES.workers))
+        manifest = prepare(config, VALUES.output, workers=VALUES.workers)
+        _print_counts(manifest)
+        print(f"a small model on it:\n  {_training_command(manifest['vocab_size'])}")
 
 
 def _run_beam(config: StoreConfig) -> None:
@@ -106,6 +108,14 @@ def _run_beam(config: StoreConfig) -> None:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for workers on this machine
     prepare_with_beam(config, VALUES.output, options=shlex.split(VALUES.beam))
+
+
+def _training_command(vocab_size: int) -> str:
+    return shlex.join([
+        "python", "train.py", "--config=configs/quickstart.py",
+        f"--config.data.store={VALUES.output}", f"--config.model.vocab_size={vocab_size}",
+        f"--workdir=runs/{Path(VALUES.output).name}",
+    ])  # fmt: skip
 
 
 def _print_counts(manifest: dict) -> None:

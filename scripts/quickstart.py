@@ -8,6 +8,7 @@ was. Held-out chapters are compared with `xz -9e` of the same text, a compressor
 run.
 """
 
+import contextlib
 import json
 import lzma
 import shlex
@@ -22,7 +23,7 @@ from absl import app, flags
 
 from configs import quickstart
 from data import corpus
-from laser.training.console import start_logging
+from laser.training.console import end_on_ctrl_c, start_logging
 
 _ATTENTION = flags.DEFINE_string(
     "attention", "laser", "as in configs/c4.py: standard or laser, and modifiers such as +qk_norm"
@@ -38,26 +39,29 @@ def main(argv: list[str]) -> None:
     start_logging()
     workdir = _WORKDIR.value or f"runs/quickstart-{_ATTENTION.value}"
     config = quickstart.get_config(f"attention={_ATTENTION.value}")
-    train = [
-        "train.py",
-        f"--config=configs/quickstart.py:attention={_ATTENTION.value}",
-        f"--workdir={workdir}",
-        *argv[1:],
-    ]
     _run(
         "scripts/prepare_data.py",
         "--source=bible",
         f"--output={config.data.store}",
         f"--vocab_size={config.model.vocab_size}",
     )
-    _run(*train)
-    _summarise(Path(workdir), train)
+    _run(
+        "train.py",
+        f"--config=configs/quickstart.py:attention={_ATTENTION.value}",
+        f"--workdir={workdir}",
+        *argv[1:],
+    )
+    _summarise(Path(workdir))
 
 
 def _run(*command: str) -> None:
     """Runs one of our commands in the repository's root; leaves with its exit code if it fails."""
     print(f"\n$ {_shown(*command)}", flush=True)
-    code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    code = None
+    while code is None:
+        with contextlib.suppress(KeyboardInterrupt):  # it reaches the command, which saves and ends
+            code = process.wait()
     if code:
         sys.exit(code)
 
@@ -66,7 +70,8 @@ def _shown(*command: str) -> str:
     return shlex.join([".venv/bin/python", *command])
 
 
-def _summarise(workdir: Path, train: list[str]) -> None:
+def _summarise(workdir: Path) -> None:
+    end_on_ctrl_c("stopped; the run is done, and the same command shows what came of it")
     records = [json.loads(line) for line in (ROOT / workdir / "metrics.jsonl").open()]
     last_eval = [record for record in records if "eval/loss" in record][-1]
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
@@ -77,15 +82,14 @@ def _summarise(workdir: Path, train: list[str]) -> None:
     print(f"  bits per byte      {last_eval['eval/bits_per_byte']:.3f}   (xz -9e: {xz_bits:.3f})")
     print(f"  speed              {speeds[len(speeds) // 2]:,.0f} tokens/s, median")
     print("  files")
-    for path in sorted((ROOT / workdir).iterdir()):
+    for path in sorted((ROOT / workdir).glob("[!.]*")):
         print(f"    {workdir / path.name}{'/' if path.is_dir() else ''}")
     accuracy, passages, sample = _scored_and_sampled(ROOT / workdir)
-    print(f"  continuations      {accuracy:.1%} of {passages} held-out passages, by chance 25 %")
+    held_out = f"{passages} held-out passages (0 shots), by chance 25 %"
+    print(f"  continuations      {accuracy:.1%} of {held_out}")
     print(f"  sample             {PROMPT}{sample.rstrip()}")
     other = "laser" if _ATTENTION.value == "standard" else "standard"
-    print("\nResume it, or go on after an interruption:")
-    print(f"  {_shown(*train)}")
-    print(f"Compare it with {other} attention, from the same seed and on the same rows:")
+    print(f"\nCompare it with {other} attention, from the same seed and on the same rows:")
     print(f"  {_shown('scripts/quickstart.py', f'--attention={other}')}")
     print(f"  {_shown('scripts/compare_runs.py', str(workdir), f'runs/quickstart-{other}')}")
 
@@ -101,4 +105,7 @@ def _scored_and_sampled(workdir: Path) -> tuple[float, int, str]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+        print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
+    else:
+        app.run(main)

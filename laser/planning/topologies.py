@@ -2,6 +2,7 @@
 
     v5e:16x16      chips along each axis of the torus
     v5e-256        the name under which Google rents it; of v4 and v5p it counts cores, two a chip
+    v5litepod-256  the same slice in the words of gcloud
 
 libtpu, which `pip install libtpu` brings, compiles for a described slice on any x86 Linux machine.
 """
@@ -72,10 +73,11 @@ class Topology:
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """`v5e:16x16` or `v5e-256`. Raises ValueError with the nearest known name."""
+    """`v5e:16x16`, `v5e-256` or `v5litepod-256`. Raises ValueError with the nearest known name."""
     known = [Topology(chip, _shape(shape)) for chip in SHAPES for shape in SHAPES[chip]]
     names = {topology.name: topology for topology in known}
     names |= {topology.rented_as: topology for topology in known}
+    text = text.replace("v5litepod-", "v5e-")
     if text not in names:
         near = difflib.get_close_matches(text, names, n=1, cutoff=0.3)
         suggestion = f"did you mean {near[0]!r}? " if near else ""

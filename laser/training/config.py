@@ -186,7 +186,7 @@ class RunConfig:
         require(
             warmup <= steps or not steps,  # epochs become steps once the data are known
             f"optimizer.warmup_steps={warmup}: the run ends before, at training.steps={steps}; "
-            "lower the one or raise the other",
+            f"add --config.optimizer.warmup_steps=N with N up to {steps}, or train longer",
         )
         require(
             not self.data.tasks or bool(self.init_from),

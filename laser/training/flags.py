@@ -24,6 +24,9 @@ from laser.training.config import RunConfig, load_config, nearest
 from laser.training.run_folder import load_record
 
 EXIT_BAD_CONFIG = 2
+CONFIG_HELP = """\
+  --config: file of a recipe, such as configs/c4.py:size=2p2b, with its arguments after the colon
+  --config.SECTION.FIELD: one field of it; all are in configs/base.py"""
 DefineFlags = Callable[[flags.FlagValues], None]
 
 
@@ -32,7 +35,7 @@ def parse_or_exit(
 ) -> tuple[RunConfig, flags.FlagValues]:
     """`parse` for a program's first line: prints `usage` for --help, exits with 2 on a mistake."""
     if {"--help", "-help", "-h"} & set(argv[1:]):
-        print(usage.strip(), _define(define_flags).main_module_help(), sep="\n\n")
+        print(usage.strip(), _define(define_flags).main_module_help(), CONFIG_HELP, sep="\n\n")
         sys.exit(0)
     try:
         return parse(argv, define_flags)

@@ -11,8 +11,9 @@ costs a step nothing and takes a second or two.
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
@@ -20,9 +21,12 @@ from laser.training import hosts
 
 
 class Preemption:
-    """Whether a signal has come; `name` says which."""
+    """Whether a signal has come; `name` says which. A second Ctrl-C is for `at_once`."""
 
     name = ""
+
+    def __init__(self, at_once: Callable[[int, FrameType | None], Any]):
+        self.at_once = at_once
 
     def stops_after(self, step: int) -> bool:
         """Whether to save and leave after this step; to be asked once after each, on all hosts."""
@@ -34,9 +38,8 @@ class Preemption:
         return stops
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        del frame
         if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            self.at_once(number, frame)
         self.name = signal.Signals(number).name
         if hosts.several():
             os.kill(os.getpid(), signal.SIGTERM)  # for jax's service
@@ -45,7 +48,8 @@ class Preemption:
 @contextlib.contextmanager
 def watch() -> Iterator[Preemption]:
     """Catches SIGTERM and SIGINT while the context is open; main thread only."""
-    preemption = Preemption()
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    preemption = Preemption(ctrl_c if callable(ctrl_c) else signal.default_int_handler)
     numbers = [signal.SIGINT] if hosts.several() else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, preemption._receive) for number in numbers}
     try:

@@ -5,14 +5,19 @@ tokenizer.model   a copy of the data's
 checkpoints/      laser/training/checkpoint.py
 metrics.jsonl, tensorboard/     laser/training/metrics.py
 skipped.jsonl     steps without an update, with the ids of their rows
+.lock             held by the process that trains here, and its pid
 """
 
+import errno
+import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
@@ -20,6 +25,10 @@ from laser.training.config import RunConfig, diff_configs, load_config, to_dict
 if TYPE_CHECKING:  # imports jax; what reads a config must not
     from laser.training.rows import Rows
 
+log = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of some file systems
+_locks: dict[Path, IO[str]] = {}  # of this process, open: to close one is to give it back
 SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
 
 
@@ -55,11 +64,12 @@ def open_run_folder(
 
     Raises:
       ValueError: the folder holds a run of another config or other data, and the message shows
-      what differs; or it is not one folder for all hosts.
+      what differs; or another process trains there; or it is not one folder for all hosts.
     """
     path = Path(workdir) / "config.json"
     with hosts.together("open the run's folder"):
         if hosts.is_first():
+            _lock(Path(workdir))
             _open(Path(workdir), config, rows, init_step, allow_change)
     own = path.read_text() if hosts.is_first() else ""
     written = hosts.exchange("read the run's folder", own)[0]
@@ -68,10 +78,37 @@ def open_run_folder(
     return json.loads(written)["init_step"]
 
 
+def _lock(folder: Path) -> None:
+    """Keeps other processes from training here until this one has ended, however it ends.
+
+    On a mounted bucket those of this machine alone. Raises ValueError if one does already.
+    """
+    if folder in _locks:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(
+            f"{folder}: another process trains here ({file.read().strip() or 'pid unknown'}); stop "
+            "it or choose another --workdir"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s: no locks there, so take care that no other process trains in it", folder)
+        return
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[folder] = file
+
+
 def _open(
     folder: Path, config: RunConfig, rows: "Rows", init_step: int | None, allow_change: bool
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     record = _record(config, rows, init_step)
     path = folder / "config.json"
     if path.exists():
@@ -86,6 +123,9 @@ def _open(
                 "Choose another --workdir, or go on with the new one by --allow_config_change"
             )
         if changes:
+            log.info("%s goes on with another config or other data:", folder)
+            for line in changes:
+                log.info("  %s", line)
             path.rename(folder / f"config.{len(list(folder.glob('config.*.json')))}.json")
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     shutil.copyfile(rows.tokenizer_path, folder / "tokenizer.model")

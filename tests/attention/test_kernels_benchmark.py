@@ -1,5 +1,9 @@
 """What scripts/benchmark_attention.py reads out of a compiled program."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from scripts import benchmark_attention as benchmark
@@ -52,3 +56,13 @@ def test_times_are_ratios_of_one_run(capsys):
 @pytest.mark.parametrize("kind", benchmark.KINDS)
 def test_every_kind_is_an_attention(kind):
     assert callable(benchmark._attention(kind, 128, None))
+
+
+def test_it_starts_from_anywhere(tmp_path):
+    """As a path it finds the repository, whatever folder it is called from."""
+    program = (
+        "import runpy, sys; runpy.run_path(sys.argv[1]); import laser.attention.kernels.blocks"
+    )
+    path = Path(benchmark.__file__).resolve()
+    done = subprocess.run([sys.executable, "-c", program, path], cwd=tmp_path, check=False)
+    assert done.returncode == 0

@@ -13,7 +13,7 @@ from laser.training.config import load_config
 from scripts import evaluate
 from tests.eval.test_prompts import RAW
 
-FOLDER = "eval/4/gpt3-1shot"
+FOLDER = "eval/4/gpt3-1shot-2seeds-limit2"
 
 
 @pytest.fixture
@@ -56,7 +56,10 @@ def test_tasks_are_evaluated_and_missing_ones_reported(workdir, data_dir, capsys
     assert (copa["n"], len(copa["metrics"]["accuracy"]["values"])) == (2, 2)
     row = next(line.split() for line in out.splitlines() if line.startswith("copa "))
     mean, deviation = copa["metrics"]["accuracy"]["mean"], copa["metrics"]["accuracy"]["std"]
-    assert row == ["copa", "2", "accuracy", f"{100 * mean:.2f}", f"{100 * deviation:.2f}", "50.00"]
+    error = (mean * (1 - mean) / 2) ** 0.5
+    percent = [f"{100 * x:.2f}" for x in (mean, deviation, error)]
+    assert row == ["copa", "2", "accuracy", *percent, "50.00"]
+    assert "step 4, gpt3, 1 shot, 2 seeds, the first 2 of each task alone, in percent" in out
     lines = (workdir / FOLDER / "copa.records.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [(record["index"], record["seed"]) for record in records] == [
@@ -94,6 +97,27 @@ def test_finished_tasks_are_not_repeated(workdir, data_dir, capsys, monkeypatch)
     assert evaluated == ["copa", "cb"] * 3
     monkeypatch.setattr(evaluate, "open_model", None)  # nothing left to do, so no model is loaded
     assert run(capsys, workdir, data_dir, *flags, "--limit=2")[0] == 0
+
+
+def test_a_quick_look_leaves_a_fuller_result_alone(workdir, data_dir, capsys):
+    assert run(capsys, workdir, data_dir, "--tasks=copa", "--seeds=2")[0] == 0
+    path = workdir / "eval/4/gpt3-1shot-2seeds/results.json"
+    full = json.loads(path.read_text())["tasks"]
+    for less in (["--seeds=1"], ["--seeds=2", "--limit=1"]):
+        assert run(capsys, workdir, data_dir, "--tasks=copa", *less)[0] == 0
+    assert json.loads(path.read_text())["tasks"] == full
+    names = sorted(folder.name for folder in (workdir / "eval/4").iterdir())
+    assert names == ["gpt3-1shot-1seed", "gpt3-1shot-2seeds", "gpt3-1shot-2seeds-limit1"]
+    assert run(capsys, workdir, data_dir, "--tasks=cb", "--seeds=2")[0] == 0  # another task joins
+    assert json.loads(path.read_text())["tasks"].keys() == {"cb", "copa"}
+
+
+def test_without_any_data_nothing_is_written(workdir, data_dir, capsys):
+    code, out, _ = run(capsys, workdir, data_dir, "--tasks=piqa")
+    assert code == 2
+    assert out.startswith("piqa: no data of piqa")
+    assert "written" not in out
+    assert not (workdir / "eval").exists()
 
 
 def test_several_checkpoints_give_mean_and_deviation(workdir, data_dir, capsys):
@@ -231,8 +255,20 @@ def test_the_table_has_the_papers_column_and_remarks(trained_run):
         "metrics": {"accuracy": {"mean": 0.5, "std": None, "values": [0.5]}},
     }  # fmt: skip
     lines = results.table([result], {"COPA": 87.0}).splitlines()
-    assert lines[0].split() == ["task", "n", "metric", "score", "±", "chance", "paper"]
-    assert lines[1].split() == ["copa", "4", "accuracy", "50.00", "50.00", "87.00"]
+    assert lines[0].split() == [
+        "task",
+        "n",
+        "metric",
+        "score",
+        "±",
+        "seeds",
+        "±",
+        "sample",
+        "chance",
+        "paper",
+    ]
+    assert lines[1].split() == ["copa", "4", "accuracy", "50.00", "25.00", "50.00", "87.00"]
+    assert "± checkpoints" in results.table([result], {}, "checkpoints")
     assert "paper" not in results.table([result], {})
     assert results.remarks([result]) == [
         "copa: the train split, as there is no validation split here; 2 rows without a usable "

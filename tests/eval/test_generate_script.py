@@ -53,9 +53,12 @@ def test_mistakes_end_in_one_line(trained_run, tmp_path, capsys):
         (["--prompt=a", "--step=3"], "no checkpoint 3"),
         (["--prompt=a", "--max_new_tokens=1000"], "the model's length is 128"),
         (["--prompt=a", "--top_p=2"], "top_p=2.0"),
+        (["--prompt=", "--max_new_tokens=129"], "prompt 0 has 1 tokens with its EOS"),
+        (["--prompt=", "--max_new_tokens=129"], "so at most 128 fit"),
     ]:
         assert run(trained_run, *arguments) == 2
-        error = capsys.readouterr().err
+        out, error = capsys.readouterr()
+        assert out == ""
         assert error.startswith("generate.py: error: ")
         assert message in error
         assert error.count("\n") == 1

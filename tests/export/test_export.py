@@ -180,13 +180,16 @@ def test_nothing_is_overwritten_or_left_half_written(store, tmp_path, monkeypatc
 
 def test_a_run_goes_out_and_comes_back(trained_run, arguments, tmp_path, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
-    results = trained_run / "eval" / "4" / "gpt3-1shot"
-    results.mkdir(parents=True)
+    results = trained_run / "eval" / "4" / "gpt3-1shot-5seeds"
+    glance = results.with_name("gpt3-1shot-1seed-limit5")
     task = {
-        "task": "copa", "split": "validation", "n": 100, "metric": "accuracy",
+        "task": "copa", "split": "validation", "n": 100, "limit": None, "metric": "accuracy",
         "metrics": {"accuracy": {"mean": 0.625}},
     }  # fmt: skip
-    (results / "results.json").write_text(json.dumps({"tasks": {"copa": task}, "missing": {}}))
+    for folder, less in ((results, {}), (glance, {"n": 5, "limit": 5})):
+        folder.mkdir(parents=True)
+        tasks = {"copa": {**task, **less}}
+        (folder / "results.json").write_text(json.dumps({"tasks": tasks, "missing": {}}))
     assert export.main([f"--workdir={trained_run}", f"--output={out}"]) == 0
     card = (out / "README.md").read_text()
     run = json.loads((trained_run / "config.json").read_text())
@@ -196,6 +199,7 @@ def test_a_run_goes_out_and_comes_back(trained_run, arguments, tmp_path, capsys)
         run["data"]["fingerprint"], f"{loss:.4f} nats per token", "| attention.kind | laser |",
     ):  # fmt: skip
         assert expected in card
+    assert "limit5" not in card
 
     assert export.main([f"--from_export={out}", f"--workdir={again}"]) == 0
     first, second = open_model(trained_run), open_model(again)

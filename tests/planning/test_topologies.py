@@ -9,6 +9,7 @@ from laser.planning.topologies import parse_topology
     ("name", "other_name", "chips", "wrap"),
     [
         ("v5e:16x16", "v5e-256", 256, (True, True)),
+        ("v5e:16x16", "v5litepod-256", 256, (True, True)),
         ("v5e:8x16", "v5e-128", 128, (False, True)),
         ("v5e:4x4", "v5e-16", 16, (False, False)),
         ("v5p:4x8x8", "v5p-512", 256, (True, True, True)),
@@ -20,7 +21,7 @@ from laser.planning.topologies import parse_topology
 def test_both_names_of_a_slice(name, other_name, chips, wrap):
     topology = parse_topology(name)
     assert topology == parse_topology(other_name)
-    assert (topology.name, topology.rented_as) == (name, other_name)
+    assert (topology.name, topology.rented_as) == (name, other_name.replace("litepod", "e"))
     assert (topology.chips, topology.wrap) == (chips, wrap)
 
 

@@ -73,6 +73,19 @@ def test_other_rows_are_said(tmp_path, capsys, changes, words):
     assert (tmp_path / "deeper" / "x.png").is_file()
 
 
+def test_single_runs_are_said_to_be_single(tmp_path, capsys):
+    words = "may be chance: train each config again with --config.training.seed=1"
+    a = _make_run(tmp_path / "a")
+    b = _make_run(tmp_path / "b", attention__kind="standard")
+    again = _make_run(tmp_path / "again", training__seed=1)
+    assert main([a, b]) == 0
+    assert words in capsys.readouterr().out
+    assert main([a, b, again]) == 0
+    assert words not in capsys.readouterr().out
+    assert main([a]) == 0
+    assert words not in capsys.readouterr().out
+
+
 def test_a_run_alone_and_one_that_never_evaluated(tmp_path, capsys):
     a = _make_run(tmp_path / "a")
     (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 10, "loss": 2.5}\n')

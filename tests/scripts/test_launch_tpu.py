@@ -20,6 +20,7 @@ TRAIN = ["--", "--config=configs/c4.py:size=2p2b,attention=laser", "--workdir=bu
 # $CLOUD/state holds the queued resource's state, $CLOUD/NODE-WORKER is a worker's home folder.
 GCLOUD = r"""#!/usr/bin/env bash
 set -eu
+[ "$*" != "config get-value project" ] || { [ -f "$CLOUD/projectless" ] || echo mine; exit 0; }
 echo "$*" >>"$CLOUD/calls"
 shift 2
 for argument; do
@@ -142,6 +143,11 @@ def test_dry_run_prints_the_commands():
     ]
 
 
+def test_the_short_name_of_a_type_is_taken_for_the_long_one():
+    short = [*OPTIONS[:2], "--type=v5e-16"]
+    assert dry_run("create", *short, "--dry-run") == dry_run("create", *OPTIONS, "--dry-run")
+
+
 def test_dry_run_of_several_slices_reaches_each():
     lines = dry_run("run", *OPTIONS, "--slices=2", "--project=p", "--dry-run", *TRAIN)
     assert "--project=p" in lines[0]
@@ -243,6 +249,23 @@ def test_creation_that_is_refused_ends_with_the_reason(cloud):
     done = cloud.launch("run", *OPTIONS, *TRAIN)
     assert done.returncode == 1
     assert "quota exceeded" in done.stderr
+
+
+def test_without_a_project_nothing_is_asked_for(cloud):
+    (cloud.folder / "projectless").touch()
+    done = cloud.launch("run", *OPTIONS, *TRAIN)
+    assert done.returncode == 2
+    assert "gcloud has no project: give --project=ID" in done.stderr
+    assert not (cloud.folder / "calls").exists()
+    assert cloud.launch("create", *OPTIONS, "--project=p").returncode == 0
+
+
+def test_states_that_nobody_knows_are_not_waited_for(cloud):
+    (cloud.folder / "state").write_text("NEVER_HEARD_OF\n")
+    done = cloud.launch("run", *OPTIONS, *TRAIN)
+    assert done.returncode == 1
+    assert done.stderr.count("state: NEVER_HEARD_OF") == 5
+    assert "5 times in a row no known state" in done.stderr
 
 
 @pytest.mark.parametrize(

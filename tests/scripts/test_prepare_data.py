@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+import train
 from configs import c4
 from data import corpus
 from data.store import TokenStore
-from data.tokenizer import train_tokenizer
+from data.tokenizer import Tokenizer, train_tokenizer
+from laser.training.flags import parse
 from scripts import prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +69,12 @@ def test_the_script_prepares_from_anywhere_and_sums_up(source, tmp_path, tokeniz
         f"{split.num_bytes:,} bytes, {ratio:.2f} bytes per token"
     )
     assert sum(int(line.split()[1]) for line in lines if "duplicates dropped" in line) == 3
-    assert lines[-2:] == ["skipped: 1 records, no text", "skipped: 1 records, not JSON"]
+    assert lines[-4:-2] == ["skipped: 1 records, no text", "skipped: 1 records, not JSON"]
+    command = shlex.split(lines[-1])
+    assert command[:2] == ["python", "train.py"]
+    config, values = parse(command[1:], train.define_flags)
+    assert config.model.vocab_size == Tokenizer(tokenizer_path).vocab_size
+    assert (config.data.store, values.workdir) == (str(tmp_path / "store"), "runs/store")
     assert "MB/s" in result.stderr
     assert "left" in result.stderr
 

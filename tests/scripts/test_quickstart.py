@@ -24,7 +24,7 @@ WORDS = (
     "bits per byte",
     "xz -9e",
     "tokens/s",
-    "by chance 25 %",
+    "(0 shots), by chance 25 %",
     "metrics.jsonl",
     "In the beginning",
     "--attention=standard",
@@ -43,6 +43,14 @@ def test_quickstart_ends_with_a_summary_and_resumes(tmp_path):
         summary = done.stdout.partition("Quickstart, step 6")[2]
         for word in WORDS:
             assert word in summary, word
+
+
+def test_it_explains_itself():
+    command = [sys.executable, "scripts/quickstart.py", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0
+    assert "--attention" in shown.stdout
+    assert "--workdir" in shown.stdout
 
 
 def test_a_mistake_in_an_override_ends_it(tmp_path):

@@ -111,7 +111,14 @@ def test_an_int_is_taken_for_a_float(tree):
             {"training__batch_size": 2, "training__accumulation": 4},
             ["training.batch_size=2", "use 4"],
         ),
-        ({"training__steps": 500}, ["optimizer.warmup_steps=1000", "training.steps=500"]),
+        (
+            {"training__steps": 500},
+            [
+                "optimizer.warmup_steps=1000",
+                "training.steps=500",
+                "--config.optimizer.warmup_steps=N",
+            ],
+        ),
         ({"mesh__fsdp": -1}, ["mesh.data=-1 and mesh.fsdp=-1", "only one"]),
         ({"mesh__tensor": 3}, ["mesh.tensor=3", "model.num_heads=8"]),
         ({"mesh__tensor": 8, "model__mlp_dim": 100}, ["mesh.tensor=8", "model.mlp_dim=100"]),

@@ -1,11 +1,16 @@
 """What goes wrong ends in one message and the right exit code, and nothing older is lost."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
 
 import pytest
 
+from laser.training import run_folder
 from tests.training import runs
 
 
@@ -22,9 +27,52 @@ def test_workdir_of_another_config_is_refused_with_the_difference(arguments, tmp
     longer = [*arguments, "--config.training.steps=6"]
     allowed = runs.train(longer, tmp_path, "--allow_config_change")
     assert allowed.returncode == 0, allowed.stderr
+    assert "  training.steps: 4 -> 6\n" in allowed.stdout
     assert sorted(runs.losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
     assert json.loads((tmp_path / "config.json").read_text())["config"]["training"]["steps"] == 6
     assert json.loads((tmp_path / "config.0.json").read_text())["config"]["training"]["steps"] == 4
+
+
+def test_a_second_process_is_refused_while_one_trains(arguments, tmp_path):
+    holder = "import os, sys; from laser.training import run_folder as r; from pathlib import Path"
+    holder += "; r._lock(Path(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path)],
+        cwd=runs.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    pid = first.stdout.readline().strip()
+    refused = runs.train(arguments, tmp_path)
+    assert refused.returncode == 2
+    assert f"{tmp_path}: another process trains here (pid {pid} on" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    first.kill()
+    first.communicate()
+    run_folder._lock(tmp_path)  # killed, it holds nothing
+    run_folder._lock(tmp_path)  # a process does not shut itself out
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    run_folder._lock(tmp_path)
+    assert "no locks there" in caplog.text
+
+
+def test_ctrl_c_before_the_first_step_ends_in_one_line(arguments, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments, f"--workdir={tmp_path}"],
+        cwd=runs.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "starting a new run" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT
+    assert error.startswith("\nstopped; the same command goes on")
+    assert error.count("\n") == 2
 
 
 def test_corrupt_shard_is_named(arguments, store, tmp_path):

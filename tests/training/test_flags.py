@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -170,7 +171,10 @@ def test_train_exits_with_2_and_one_line_before_jax(arguments, words):
 def test_help_shows_the_flags(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
     with pytest.raises(SystemExit) as left:
         runpy.run_path("train.py", run_name="__main__")
     assert left.value.code == 0
-    assert "--config=configs/c4.py" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for words in ("--config=configs/c4.py", "  --workdir: ", "  --config: ", "configs/base.py"):
+        assert words in shown
