@@ -232,13 +232,16 @@ def test_small_values_in_bfloat16(options):
 
 
 @SIZES
-def test_values_far_below_zero_in_bfloat16(sizes):
+@pytest.mark.parametrize("until", [T, 30])
+def test_values_far_below_zero_in_bfloat16(sizes, until):
     """exp(V) - 1 would be rounded to -1 there."""
     inputs = make_inputs()
-    inputs[2][:] = inputs[2] - 8
+    inputs[2][:, :until] -= 5
     inputs = rounded(inputs)
     actual = run(inputs, jnp.bfloat16, kind="laser", sizes=sizes)[0]
-    assert_close(actual, oracle(inputs, kind="laser"), 8e-3)
+    expected = oracle(inputs, kind="laser")
+    assert errors(actual, expected)["out"] < 4e-3
+    assert_close(actual, expected, 3e-2)  # outputs near -5 are residuals of 9 bits
 
 
 @SIZES
