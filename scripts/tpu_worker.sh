@@ -39,6 +39,7 @@ start() {
     .venv/bin/python train.py "$@" >train.log 2>&1
     echo $? >train.exit
   ' train "$@" </dev/null >/dev/null 2>&1 &
+  until [[ -f train.pid ]]; do sleep 0.1; done  # else `running` could say no
 }
 
 running() { [[ -f train.pid && ! -f train.exit ]] && kill -0 "$(cat train.pid)" 2>/dev/null; }

@@ -198,7 +198,7 @@ def test_saved_run_goes_on_where_the_slice_is_still_there(cloud):
 def test_called_again_it_follows_the_run_that_is_there(cloud):
     assert cloud.launch("create", *OPTIONS).returncode == 0
     assert cloud.launch("install", *OPTIONS[:2]).returncode == 0
-    play = ["sleep 4; exit 0"]
+    play = ["sleep 6; exit 0"]
     assert cloud.launch("start", *OPTIONS[:2], *TRAIN, play=play).returncode == 0
     done = cloud.launch("run", *OPTIONS, *TRAIN, play=play)
     assert done.returncode == 0, done.stderr
