@@ -39,13 +39,13 @@ start() {
     .venv/bin/python train.py "$@" >train.log 2>&1
     echo $? >train.exit
   ' train "$@" </dev/null >/dev/null 2>&1 &
-  until [[ -f train.pid ]]; do sleep 0.1; done  # else `running` could say no
+  until [[ -s train.pid ]]; do sleep 0.1; done  # else `running` could say no
 }
 
 running() { [[ -f train.pid && ! -f train.exit ]] && kill -0 "$(cat train.pid)" 2>/dev/null; }
 
 follow() {
-  until [[ -f train.pid ]]; do sleep 0.2; done
+  until [[ -s train.pid ]]; do sleep 0.2; done
   tail -s 0.2 -n +1 --pid="$(cat train.pid)" -F train.log 2>/dev/null
   echo "train.py: exit code $(cat train.exit 2>/dev/null || echo unknown)"
 }
