@@ -119,6 +119,28 @@ def test_candidates_divide_and_are_ranked():
     assert all(mesh.data <= 2 for _, mesh in found)
 
 
+def test_a_mesh_that_cannot_be_made_is_tried_and_told_once(monkeypatch):
+    config = load_config(c4.get_config("size=7p7b"))
+    topology = parse_topology("v5e:4x4")
+    asked, told = [], []
+
+    def refuse(candidate, *_):
+        asked.append(candidate.mesh)
+        raise ValueError("no such mesh")
+
+    monkeypatch.setattr(search, "make_plan", refuse)
+    assert search.search(config, topology, (), "pallas", 1, told.append) == []
+    meshes = {mesh for _, mesh in search.candidates(config, topology, "pallas")}
+    assert len(asked) == len(set(asked)) == len(meshes) > 1
+    said = [line.removeprefix("no such mesh: ") for line in told]
+    assert len(set(said)) == len(meshes)
+    for mesh, line in zip(asked, said, strict=True):
+        sizes = (
+            f"--config.mesh.{name}={getattr(mesh, name)}" for name in ("data", "fsdp", "tensor")
+        )
+        assert line == " ".join(sizes)
+
+
 def test_hours_of_epochs_are_not_known(run):
     """How many steps they are depends on data that are not there."""
     training = dataclasses.replace(run.config.training, steps=0, epochs=2)

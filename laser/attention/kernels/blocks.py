@@ -11,7 +11,7 @@ forward and backward of a head at N = 1024, in one block of 1024 and tiles of 25
 | 720 | 47,127 | 49,565 | 46,385 | 48,467 |
 
 What the compiler makes of equal work differs by 1 to 2 %, up or down, with details that do not
-matter otherwise. To renew: `python -m scripts.benchmark_attention static`, and `search` for other
+matter otherwise. To renew: `python scripts/benchmark_attention.py static`, and `search` for other
 sizes.
 """
 

@@ -42,10 +42,10 @@ class Options:
       laser: LASER's readout instead of the standard one.
       causal: a query sees no later key.
       scale: factor of the logits.
-      wide: exp(V) relative to powers of two, for values that float32 does not hold; LASER only.
       soft_cap: c in c · tanh(logits / c), 0 for none.
       block: rows of queries and of keys that a grid step holds; divides the padded length.
       tile: rows of one matrix product within a block; divides `block`.
+      wide: exp(V) relative to powers of two, for values that float32 does not hold; LASER only.
       vmem_bytes: what the compiler may use, None for its default.
       interpret: run on the CPU, for tests.
     """

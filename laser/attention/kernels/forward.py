@@ -5,7 +5,7 @@ exp(V) is formed here, in VMEM. Where float32 holds its sums, which the statisti
 taken as they are. Else the caller asks for the wide form: relative to a power of two per feature,
 that of the largest value in the key tiles that a query tile meets. What lies too far below it is
 marked with -inf for the exact path (exact.py). Neither form, nor which one it is, lets a later
-token change an earlier output: multiplying by a power of two rounds nothing.
+token change the outputs of an earlier tile: multiplying by a power of two rounds nothing.
 
 In bfloat16, exp(V) near 1 would lose what distinguishes one key from another. There exp(V) - 1 is
 what is rounded and weighted (`common.anchor`), and the 1 is added to the weighted mean.
@@ -99,7 +99,10 @@ def _joined(before: Sums, sums: Sums, rescale: Array | None, mu: Array | None) -
 
 
 class Finished(NamedTuple):
-    """Output (R, D), in the wide form -inf where y, of which it is made, is too small; log2 Σ."""
+    """Output (R, D), y that it is made of, and log2 Σ (1, R).
+
+    In the wide form the output is -inf where y is too small to be certified.
+    """
 
     out: Array
     y: Array
