@@ -18,7 +18,7 @@ from laser.attention.kernels.blocks import BlockSizes
 from tests.attention.closeness import NAMES, assert_close, errors
 
 B, T, H, D_QK, D_V = 2, 90, 2, 8, 16  # ragged: no block divides it
-ONE_BLOCK, BLOCKS = BlockSizes(96, 48), BlockSizes(32, 16)
+ONE_BLOCK, BLOCKS = BlockSizes(96, 48, 32), BlockSizes(32, 16, 16)
 SEGMENTS = np.stack([np.repeat([0, 1, 2], [20, 33, 37]), np.repeat([5, 3, 4], [50, 7, 33])])
 SIZES = pytest.mark.parametrize("sizes", [ONE_BLOCK, BLOCKS], ids=["one-block", "blocks"])
 KINDS = pytest.mark.parametrize("kind", ["standard", "laser"])
@@ -430,6 +430,6 @@ def test_what_cudnn_cannot_serve_names_its_limit(dtype, options, limit):
 @pytest.mark.parametrize("length", [1, 128, 129, 1000, 1024, 1025, 1536, 8192])
 def test_blocks_hold_whole_tiles_and_little_padding(length):
     sizes = blocks.block_sizes(length, 128, 128)
-    assert sizes.block % sizes.tile == 0
+    assert sizes.block % sizes.tile == sizes.block % sizes.backward_tile == 0
     padded = blocks.padded_length(length, sizes)
     assert 0 <= padded - length < (sizes.tile if length <= 1024 else 512)

@@ -28,10 +28,17 @@ LARGEST_FLOAT32_SIZE = 128
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Rows of a block (a grid step) and of a tile (a matrix product) of it."""
+    """Rows of a block (a grid step) and of a tile (a matrix product) of it.
+
+    Attributes:
+      block: of the forward and of the backward kernel.
+      tile: of the forward kernel; divides `block`.
+      backward_tile: of the backward kernel; divides `block`.
+    """
 
     block: int
     tile: int
+    backward_tile: int
 
 
 def padded_length(length: int, sizes: BlockSizes) -> int:
@@ -42,9 +49,11 @@ def padded_length(length: int, sizes: BlockSizes) -> int:
 def block_sizes(length: int, d_qk: int, d_v: int) -> BlockSizes:
     """The sizes for a sequence: the largest block of the table that pads the length least."""
     tile = 256 if length > 128 else 128
+    # Small tiles skip more of the causal square; large ones are read less often.
+    backward_tile = 128 if max(d_qk, d_v) > 256 else tile
     if length <= 1024:
-        return BlockSizes(-(-length // tile) * tile, tile)
-    candidates = [BlockSizes(block, tile) for block in (1024, 768, 512)]
+        return BlockSizes(-(-length // tile) * tile, tile, backward_tile)
+    candidates = [BlockSizes(block, tile, backward_tile) for block in (1024, 768, 512)]
     return min(candidates, key=lambda sizes: (padded_length(length, sizes), -sizes.block))
 
 

@@ -44,7 +44,8 @@ class Options:
       scale: factor of the logits.
       soft_cap: c in c · tanh(logits / c), 0 for none.
       block: rows of queries and of keys that a grid step holds; divides the padded length.
-      tile: rows of one matrix product within a block; divides `block`.
+      tile: rows of one matrix product within a block, of the forward kernel; divides `block`.
+      backward_tile: that of the backward kernel.
       wide: exp(V) relative to powers of two, for values that float32 does not hold; LASER only.
       vmem_bytes: what the compiler may use, None for its default.
       interpret: run on the CPU, for tests.
@@ -56,6 +57,7 @@ class Options:
     soft_cap: float
     block: int
     tile: int
+    backward_tile: int
     wide: bool = False
     vmem_bytes: int | None = None
     interpret: bool = False

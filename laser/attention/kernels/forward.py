@@ -12,6 +12,7 @@ what is rounded and weighted (`common.anchor`), and the 1 is added to the weight
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -38,64 +39,75 @@ class KeyTile(NamedTuple):
     """One tile of values, and what is known of all values up to its end; (1, D) float32 each.
 
     Attributes:
-      values: (R, D), V or exp(V), in the wide form exp(V) / 2^power.
+      operand: (R, D), what weights multiply: V, or E - μ with E = exp(V), in the wide form
+        exp(V) / 2^power.
       smallest: smallest value of this block of keys; None for standard attention, as all below.
       largest: largest value of all blocks so far, which sets the power.
       power: log2 of the reference.
+      mu: the anchor; None for float32, whose sums need none.
     """
 
-    values: Any
+    operand: Any
     smallest: Any = None
     largest: Any = None
     power: Any = None
+    mu: Any = None
 
 
 def _exponential_tile(v: Array, before: KeyTile | None, wide: bool, exact: bool) -> KeyTile:
-    """exp(V) of a tile, float32."""
-    v = v.astype(jnp.float32)
+    dtype, v = v.dtype, v.astype(jnp.float32)
     smallest, largest = v.min(axis=0, keepdims=True), v.max(axis=0, keepdims=True)
     if before is not None:
         smallest = jnp.minimum(smallest, before.smallest)
         largest = jnp.maximum(largest, before.largest)
     power = common.reference_power(largest)
     log2 = common.log2_exponential(v, exact)
-    return KeyTile(jnp.exp2(log2 - power if wide else log2), smallest, largest, power)
+    exponential = jnp.exp2(log2 - power if wide else log2)
+    mu = None if dtype == jnp.float32 else common.anchor(smallest, power)
+    operand = exponential if mu is None else (exponential - mu).astype(dtype)
+    return KeyTile(operand, smallest, largest, power, mu)
 
 
-def _operand(tile: KeyTile, last: KeyTile, wide: bool, dtype) -> tuple[Array, Array | None]:
-    """What the weights of a tile multiply, and the anchor, for queries that see keys up to `last`.
+def _attend(logits: list[Array], tiles: list[KeyTile], at_least: list[Array], wide: bool) -> Sums:
+    """One query tile against the key tiles of a block, relative to the reference of the last one.
 
-    The reference of all of them is that of `last`; in float32 there is no anchor.
+    The maximum is no less than `at_least`.
     """
-    values = tile.values
-    if tile.power is None:
-        return values, None
-    if wide and tile is not last:
-        values = values * common.power_of_two(tile.power - last.power)
-    if dtype == jnp.float32:
-        return values, None
-    mu = common.anchor(last.smallest, last.power)
-    return (values - mu).astype(dtype), mu
-
-
-def _attend(logits: list[Array], operands: list[Array], at_least: list[Array]) -> Sums:
-    """One query tile against the key tiles of a block; the maximum is no less than `at_least`."""
     maximum = functools.reduce(jnp.maximum, logits).max(axis=1, keepdims=True)
     maximum = functools.reduce(jnp.maximum, at_least, maximum)
     weight, values = [], []
-    for tile_logits, operand in zip(logits, operands, strict=True):
+    for tile_logits, tile in zip(logits, tiles, strict=True):
         weights = jnp.exp2(tile_logits - maximum)
         weight.append(weights.sum(axis=1, keepdims=True))
+        operand = tile.operand
+        if wide and tile is not tiles[-1]:
+            shrink = common.power_of_two(tile.power - tiles[-1].power)
+            operand = (operand.astype(jnp.float32) * shrink).astype(operand.dtype)
         values.append(common.dot(weights.astype(operand.dtype), operand))
+    if tiles[-1].mu is not None:
+        values.insert(0, _anchored(weight, tiles, wide))
     return Sums(maximum, functools.reduce(jnp.add, weight), functools.reduce(jnp.add, values))
 
 
-def _joined(before: Sums, sums: Sums, rescale: Array | None, mu: Array | None) -> Sums:
-    """Sums over all blocks so far, relative to this block's reference and to no anchor."""
+def _anchored(weight: list[Array], tiles: list[KeyTile], wide: bool) -> Array:
+    """Σ P·μ over all tiles, (R, D), which their Σ P·(E - μ) lack.
+
+    From one tile to the next an anchor stays or falls from 1 to 0, so this is the weight of the
+    tiles before it fell, and costs no multiplication.
+    """
+    anchored = jnp.float32(0)
+    for so_far, tile in zip(itertools.accumulate(weight), tiles, strict=True):
+        anchored = jnp.where(tile.mu > 0, so_far, anchored)
+    if wide:  # what has an anchor has the reference 1
+        anchored *= common.power_of_two(jnp.minimum(-tiles[-1].power, 0))
+    return anchored
+
+
+def _joined(before: Sums, sums: Sums, rescale: Array | None) -> Sums:
+    """Sums over all blocks so far, relative to this block's reference."""
     shrink = jnp.exp2(before.maximum - sums.maximum)
     earlier = before.values if rescale is None else before.values * rescale
-    values = sums.values if mu is None else sums.values + sums.weight * mu
-    return Sums(sums.maximum, before.weight * shrink + sums.weight, earlier * shrink + values)
+    return Sums(sums.maximum, before.weight * shrink + sums.weight, earlier * shrink + sums.values)
 
 
 class Finished(NamedTuple):
@@ -109,10 +121,8 @@ class Finished(NamedTuple):
     log_sum: Array
 
 
-def _finish(sums: Sums, mu: Array | None, tile: KeyTile, options: Options) -> Finished:
+def _finish(sums: Sums, tile: KeyTile, options: Options) -> Finished:
     y = sums.values * (1 / sums.weight)
-    if mu is not None:
-        y += mu
     log_sum = common.to_row(sums.maximum + jnp.log2(sums.weight))
     if not options.laser:
         return Finished(y, y, log_sum)
@@ -175,13 +185,9 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
     finished: list[Finished] = []
     for query in range(options.tiles):
         keys = options.pairs(query, diagonal)
-        # Tiles are made one query tile before they are met, to overlap the products of that one.
-        while len(tiles) < min(len(keys) + 1, options.tiles):
+        while len(tiles) < len(keys):
             tiles.append(_key_tile(blocks, options, len(tiles), (tiles or [before])[-1], raw))
-        tile, dtype = tiles[keys[-1]], blocks.v.dtype
-        found = [_operand(tiles[key], tile, options.wide, dtype) for key in keys]
-        mu = found[-1][1]
-        rows = options.rows(query)
+        tile, rows = tiles[-1], options.rows(query)
         at_least = []
         if many:
             carried = Sums(blocks.maximum[rows, :], blocks.weight[rows, :], blocks.values[rows, :])
@@ -189,24 +195,24 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
         if finished and options.laser:
             at_least.append(_after(finished[-1]))
         logits = [_logits(blocks, options, query, key, diagonal) for key in keys]
-        sums = _attend(logits, [operand for operand, _ in found], at_least)
+        sums = _attend(logits, tiles, at_least, options.wide)
         if many:
             rescale = common.power_of_two(before.power - tile.power) if options.wide else None
-            sums, mu = _joined(carried, sums, rescale, mu), None
+            sums = _joined(carried, sums, rescale)
         carry = functools.partial(_carry, blocks, options, query, sums, tile)
         if last is True:
-            finished.append(_finish(sums, mu, tile, options))
+            finished.append(_finish(sums, tile, options))
             _write(blocks, options, query, finished[-1], tile, raw)
         elif last is False:
             carry()
         else:
-            end = functools.partial(_end, blocks, options, query, sums, mu, tile, raw)
+            end = functools.partial(_end, blocks, options, query, sums, tile, raw)
             pl.when(last)(end)
             pl.when(jnp.logical_not(last))(carry)
 
 
-def _end(blocks: _Blocks, options: Options, query: int, sums: Sums, mu, tile: KeyTile, raw: bool):
-    _write(blocks, options, query, _finish(sums, mu, tile, options), tile, raw)
+def _end(blocks: _Blocks, options: Options, query: int, sums: Sums, tile: KeyTile, raw: bool):
+    _write(blocks, options, query, _finish(sums, tile, options), tile, raw)
 
 
 def _before(blocks: _Blocks, options: Options, many: bool) -> KeyTile | None:

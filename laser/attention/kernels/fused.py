@@ -117,6 +117,7 @@ def attention(
         soft_cap=float(logits_soft_cap or 0),
         block=sizes.block,
         tile=sizes.tile,
+        backward_tile=sizes.backward_tile,
         vmem_bytes=needed,
         interpret=interpret,
     )
