@@ -22,8 +22,6 @@ VMEM_BYTES = {"v5e": 128 * MEBI, "v5p": 64 * MEBI, "v6e": 128 * MEBI}
 SMALLEST_VMEM_BYTES = min(VMEM_BYTES.values())
 LANES = 128  # sizes are padded to it on the chip
 LARGEST_SIZE = 768
-# At 512 the TPU compiler runs out of on-chip memory; sizes between have not been compiled.
-LARGEST_FLOAT32_SIZE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +44,21 @@ def padded_length(length: int, sizes: BlockSizes) -> int:
     return -(-length // sizes.block) * sizes.block
 
 
-def block_sizes(length: int, d_qk: int, d_v: int) -> BlockSizes:
-    """The sizes for a sequence: the largest block of the table that pads the length least."""
+def block_sizes(length: int, d_qk: int, d_v: int, itemsize: int) -> BlockSizes:
+    """The sizes for a sequence: of the blocks that fit, the largest that pads the length least."""
     tile = 256 if length > 128 else 128
     # Small tiles skip more of the causal square; large ones are read less often.
     backward_tile = 128 if max(d_qk, d_v) > 256 else tile
-    if length <= 1024:
-        return BlockSizes(-(-length // tile) * tile, tile, backward_tile)
-    candidates = [BlockSizes(block, tile, backward_tile) for block in (1024, 768, 512)]
-    return min(candidates, key=lambda sizes: (padded_length(length, sizes), -sizes.block))
+    whole = -(-length // tile) * tile
+    candidates = [block for block in (1024, 768, 512) if block <= whole] or [whole]
+
+    def fits(block: int) -> bool:
+        sizes = BlockSizes(block, tile, backward_tile)
+        return vmem_estimate(length, d_qk, d_v, sizes, itemsize) <= SMALLEST_VMEM_BYTES
+
+    fitting = [block for block in candidates if fits(block)] or [tile]
+    block = min(fitting, key=lambda block: (-(-length // block) * block, -block))
+    return BlockSizes(block, tile, backward_tile)
 
 
 def _lanes(size: int) -> int:
@@ -74,4 +78,6 @@ def vmem_estimate(length: int, d_qk: int, d_v: int, sizes: BlockSizes, itemsize:
     sums = 4 * (padded_length(length, sizes) * d_qk + rows * (d_qk + d_v))
     prepared = rows * d_v * (itemsize + 4) + 4 * sizes.tile * (2 * d_v + d_qk)
     logits = 5 * 4 * sizes.tile * sizes.block
-    return transfers + sums + prepared + logits
+    needed = transfers + sums + prepared + logits
+    # Products of float32 are made of several of bfloat16, whose operands take space, too.
+    return needed * 5 // 4 if itemsize == 4 else needed

@@ -53,15 +53,14 @@ def check(query: Array, value: Array) -> None:
             f"got {wrong}; use 'chunked'"
         )
     length, d_qk, d_v = query.shape[1], query.shape[-1], value.shape[-1]
-    float32 = query.dtype == jnp.float32
-    largest = blocks.LARGEST_FLOAT32_SIZE if float32 else blocks.LARGEST_SIZE
-    if max(d_qk, d_v) > largest:
+    if max(d_qk, d_v) > blocks.LARGEST_SIZE:
         raise ValueError(
-            f"implementation='pallas' serves head sizes up to {largest} in {query.dtype}; got "
-            f"{d_qk} and {d_v}; use 'chunked'"
+            f"implementation='pallas' serves head sizes up to {blocks.LARGEST_SIZE}; got {d_qk} "
+            f"and {d_v}; use 'chunked'"
         )
-    sizes = blocks.block_sizes(length, d_qk, d_v)
-    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, query.dtype.itemsize)
+    itemsize = query.dtype.itemsize
+    sizes = blocks.block_sizes(length, d_qk, d_v, itemsize)
+    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, itemsize)
     if needed > blocks.SMALLEST_VMEM_BYTES:
         raise ValueError(
             f"implementation='pallas' needs {needed / blocks.MEBI:.0f} MiB of on-chip memory at "
@@ -108,7 +107,7 @@ def attention(
     length, d_qk, d_v = query.shape[1], query.shape[-1], value.shape[-1]
     if sizes is None:
         check(query, value)
-        sizes = blocks.block_sizes(length, d_qk, d_v)
+        sizes = blocks.block_sizes(length, d_qk, d_v, query.dtype.itemsize)
     needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, query.dtype.itemsize)
     options = Options(
         laser=kind == "laser",
