@@ -23,8 +23,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from laser.attention import chunked
+from laser.attention.kernels.fused import OUTPUT_NAME
 
 Array = jax.Array
 Library = Literal["cudnn", "xla"]
@@ -80,13 +82,6 @@ class Options(NamedTuple):
     causal: bool
     library: Library
 
-    def weighted_mean(self, query: Array, key: Array, operand: Array) -> Array:
-        """softmax(scale · Q Kᵀ) operand, in the dtype of the operand."""
-        return jax.nn.dot_product_attention(
-            query, key, operand, scale=self.scale, is_causal=self.causal,
-            implementation=self.library,
-        )  # fmt: skip
-
 
 def attention(
     query: Array,
@@ -111,8 +106,40 @@ def attention(
     """
     options = Options(float(logits_scale), causal, library)
     if kind == "standard":
-        return options.weighted_mean(query, key, value), jnp.float32(0)
+        return _weighted_mean(query, key, value, options), jnp.float32(0)
     return _laser(query, key, value, options)
+
+
+def _call(query: Array, key: Array, operand: Array, options: Options) -> Array:
+    return jax.nn.dot_product_attention(
+        query, key, operand, scale=options.scale, is_causal=options.causal,
+        implementation=options.library,
+    )  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _weighted_mean(query: Array, key: Array, operand: Array, options: Options) -> Array:
+    """softmax(scale · Q Kᵀ) operand, in the dtype of the operand, by the library.
+
+    What the library keeps for the backward pass has the name `OUTPUT_NAME`, so that a policy of
+    jax.checkpoint can keep it too.
+    """
+    return _call(query, key, operand, options)
+
+
+def _weighted_mean_fwd(query, key, operand, options: Options):
+    found = jax.vjp(functools.partial(_call, options=options), query, key, operand)
+    given = {id(x) for x in (query, key, operand)}
+    made = {id(x): x for x in jax.tree.leaves(found) if id(x) not in given}
+    named = {key: checkpoint_name(x, OUTPUT_NAME) for key, x in made.items()}
+    return jax.tree.map(lambda x: named.get(id(x), x), found)
+
+
+def _weighted_mean_bwd(options: Options, pullback, d_mean):
+    return pullback(d_mean)
+
+
+_weighted_mean.defvjp(_weighted_mean_fwd, _weighted_mean_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -123,7 +150,8 @@ def _laser(query: Array, key: Array, value: Array, options: Options) -> tuple[Ar
 
 def _laser_fwd(query, key, value, options: Options):
     mu = _anchor(value)
-    mean, pullback = jax.vjp(options.weighted_mean, query, key, _operand(value, mu))
+    weighted_mean = functools.partial(_weighted_mean, options=options)
+    mean, pullback = jax.vjp(weighted_mean, query, key, _operand(value, mu))
     largest = value.max(axis=1, keepdims=True).astype(jnp.float32)
     # Of all sums, not of the smallest: XLA for CPUs may overlook a NaN in a minimum.
     usual = _certified(_anchored(mean, mu), largest, mu).all()
@@ -207,7 +235,7 @@ def _certified(y: Array, largest: Array, mu: Array | float) -> Array:
 
 def _unanchored(query: Array, key: Array, value: Array, options: Options) -> Array:
     """log(softmax(·) exp(V)), float32, without an anchor, where need be by `chunked`."""
-    y = options.weighted_mean(query, key, _operand(value, 0)).astype(jnp.float32)
+    y = _weighted_mean(query, key, _operand(value, 0), options).astype(jnp.float32)
     certified = _certified(y, lax.stop_gradient(_largest_seen(value, options)), 0)
 
     def exact(query, key, value):

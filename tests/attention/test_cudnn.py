@@ -15,6 +15,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from laser.attention import attention, chunked, cudnn
+from models.decoder import REMAT_POLICIES
 from tests.attention.closeness import NAMES, assert_close, errors
 
 B, T, H, D = 2, 192, 2, 8  # the anchor is that of the first 128
@@ -71,6 +72,13 @@ def test_equals_the_oracle(value_std, causal):
     inputs = make_inputs(value_std, jnp.bfloat16)
     tolerance = 1.2e-2 if value_std == 0.3 else 8e-3  # small values, some of them without an anchor
     assert_close(run(inputs, jnp.bfloat16, causal)[0], oracle(inputs, causal), tolerance)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_short_sequences(length):
+    inputs = [x[:, :length] for x in make_inputs(0.05)]
+    for a, e in zip(run(inputs)[0], oracle(inputs), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5)
 
 
 def test_small_values_are_ten_times_as_precise_as_the_wrapper():
@@ -211,6 +219,9 @@ def test_the_range_says_how_far_outputs_are_below():
     (out, *_), range_nats = run(inputs)
     below = np.maximum(inputs[2].max(axis=1), 0) - out.min(axis=1)
     np.testing.assert_allclose(range_nats, below.max(), rtol=1e-6)
+    inputs[2] -= 10
+    (out, *_), range_nats = run(inputs)
+    np.testing.assert_allclose(range_nats, -out.min(), rtol=1e-6)
     inputs[2][:, LATER] = 120.0
     assert run(inputs)[1] > chunked.RANGE_LIMIT_NATS
 
@@ -251,14 +262,18 @@ def calls(region, usual):
                 yield from calls(inner, usual)
 
 
+@pytest.mark.parametrize("policy", [None, "dots"])
 @pytest.mark.parametrize("kind", ["standard", "laser"])
-def test_lowers_to_one_call_each_way(kind, monkeypatch):
+def test_lowers_to_one_call_each_way(kind, policy, monkeypatch):
+    """Under remat too, where its policy keeps what attention made."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     x = jax.ShapeDtypeStruct((B, 256, H, 128), jnp.bfloat16)
 
     def loss(*inputs):
         return attention(*inputs, kind=kind, implementation="cudnn").astype(jnp.float32).sum()
 
+    if policy is not None:
+        loss = jax.checkpoint(loss, policy=REMAT_POLICIES[policy])
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x)
     module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     usual = [name for name in calls(module.operation.regions[0], True) if "cudnn" in name]
