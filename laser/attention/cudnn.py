@@ -9,9 +9,10 @@ fail are computed again without the anchor, through the library too, and those f
 no room by `chunked`. All of this is in the branch of a conditional that is not taken as long as no
 element of the batch fails, and the elements that did not fail keep their bits there.
 
-No later token changes a bit of an output, with two exceptions that concern rounding alone: within
-the first `ANCHOR_LENGTH` positions the anchor is shared, and elements which `chunked` computes are
-bound to its chunks. The kernels of cuDNN have not run here: tests put XLA's in their place.
+No later token changes a bit of an output, with two exceptions that concern rounding alone: the
+first `ANCHOR_LENGTH` positions choose the anchor together, and what `chunked` computes is bound to
+its chunks. That rests on cuDNN giving later keys a weight of 0. It has not run on a GPU yet; tests
+put XLA's attention in its place.
 
 Shapes: B batch, T length, H heads, D size.
 """

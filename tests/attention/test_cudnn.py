@@ -274,12 +274,14 @@ def test_lowers_to_one_call_each_way(kind, policy, monkeypatch):
 
     if policy is not None:
         loss = jax.checkpoint(loss, policy=REMAT_POLICIES[policy])
-    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x)
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(x, x, x)
     module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     usual = [name for name in calls(module.operation.regions[0], True) if "cudnn" in name]
     assert usual == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
-    repaired = [name for name in calls(module.operation.regions[0], False) if "cudnn" in name]
-    assert len(repaired) - len(usual) == (3 if kind == "laser" else 0)
+    # Without the anchor once more, forward, and in the branch of the backward pass both ways; that
+    # branch has a call for what is certified too.
+    every = [name for name in calls(module.operation.regions[0], False) if "cudnn" in name]
+    assert len(every) - len(usual) == (4 if kind == "laser" else 0)
 
 
 @pytest.mark.parametrize(
