@@ -166,7 +166,8 @@ def _laser_readout(logits: Array, v: Array, exp_v: Array, reference: Array):
 def _laser_readout_fwd(logits, v, exp_v, reference):
     probs = jax.nn.softmax(logits, axis=-1)
     y = jnp.einsum("bhcs,bhsd->bhcd", probs, exp_v)
-    certified = y >= 2.0**SMALLEST_CERTIFIED_EXPONENT
+    # The bits of an infinite sum are not those of a power of two and a mantissa.
+    certified = (y >= 2.0**SMALLEST_CERTIFIED_EXPONENT) & (y < jnp.inf)
     fast = _log_scaled(jnp.where(certified, y, 1.0), reference)
     all_certified = certified.all()
     exact = jax.lax.cond(

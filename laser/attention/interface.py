@@ -1,8 +1,9 @@
 """The one function to call, and the choice of implementation behind it.
 
-`auto` takes `pallas`, the fused kernels, on TPUs where they can serve, `cudnn` for standard
-attention on GPUs where that can, and `chunked` (XLA, exact on every backend) elsewhere. The kernels
-compile for TPUs and are held to the oracle in interpret mode; they have not run on a TPU yet.
+`auto` takes `pallas`, the fused kernels, on TPUs where they can serve, `cudnn` on GPUs where that
+can, and `chunked` (XLA, exact on every backend) elsewhere. The kernels compile for TPUs and are
+held to the oracle in interpret mode, and so is LASER by cuDNN with XLA's attention in the place of
+cuDNN's; neither has run on its device yet.
 `reference` (the formulas) and `paper` (the paper's log-weighted-sum-exp wrapper to the letter, with
 its global maximum, for fidelity studies) are there by name.
 """
@@ -15,12 +16,11 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from laser.attention import chunked, reference
+from laser.attention import chunked, cudnn, reference
 from laser.attention.kernels import fused
 
 Array = jax.Array
 Implementation = Literal["auto", "pallas", "cudnn", "chunked", "reference", "paper"]
-CUDNN_LARGEST_SIZE = 128  # 256 from Hopper on, which cannot be told while a program is traced
 
 
 def attention(
@@ -56,15 +56,16 @@ def attention(
       implementation: see the module's docstring.
       return_range: also return how far, in nats, an output lies below the reference that its values
         were exponentiated with (float32 scalar, the largest): LASER's fast path is certified up to
-        `chunked.RANGE_LIMIT_NATS`, beyond it the slower exact path is taken. 0 where there is no
-        reference (standard attention, the oracle).
+        `chunked.RANGE_LIMIT_NATS` (by `cudnn` half as far, and for values as far above 0), beyond
+        it the slower exact path is taken. 0 where there is no reference (standard attention, the
+        oracle).
 
     Returns:
       (B, T, H, D_v) in the dtype of `value`; with `return_range`, a pair of it and the range.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown or impossible `kind` or `implementation`;
-        where `pallas` cannot serve, the message names the limit.
+        where `pallas` or `cudnn` cannot serve, the message names the limit.
     """
     _check(query, key, value, kind, segment_ids, implementation)
     options: dict[str, Any] = {
@@ -82,12 +83,11 @@ def attention(
         _check_shared_segment(implementation)
         options["shared_segment"] = shared_segment
     if implementation == "cudnn":
-        _check_cudnn(query, value, kind, segment_ids, logits_soft_cap)
-        out = jax.nn.dot_product_attention(
-            query, key, value, scale=options["logits_scale"], is_causal=causal,
-            implementation="cudnn",
-        )  # fmt: skip
-        range_nats = jnp.float32(0)
+        cudnn.check(query, value, kind, segment_ids, logits_soft_cap)
+        scale = options["logits_scale"]
+        out, range_nats = cudnn.attention(
+            query, key, value, kind=kind, logits_scale=scale, causal=causal
+        )
     elif implementation in ("pallas", "chunked"):
         module = fused if implementation == "pallas" else chunked
         out, range_nats = module.attention(query, key, value, kind=kind, **options)
@@ -136,7 +136,7 @@ def _choose(
             fused.check(query, value)
             return "pallas", ""
         if platform == "gpu":
-            _check_cudnn(query, value, kind, segment_ids, logits_soft_cap)
+            cudnn.check(query, value, kind, segment_ids, logits_soft_cap)
             return "cudnn", ""
     except ValueError as limit:
         return "chunked", f" ({limit})"
@@ -146,23 +146,6 @@ def _choose(
 def _check_shared_segment(implementation: str) -> None:
     if implementation in ("pallas", "cudnn"):
         raise ValueError(f"implementation={implementation!r} has no shared_segment; use 'chunked'")
-
-
-def _check_cudnn(query, value, kind, segment_ids, logits_soft_cap) -> None:
-    """Raises ValueError, naming the limit, where cuDNN cannot serve."""
-    sizes = (query.shape[-1], value.shape[-1])
-    limits = {
-        f"kind='standard'; got {kind!r}": kind != "standard",
-        f"bfloat16 or float16; got {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
-        f"one head size, at most {CUDNN_LARGEST_SIZE}, a multiple of 8; got {sizes}": (
-            sizes[0] != sizes[1] or sizes[0] > CUDNN_LARGEST_SIZE or sizes[0] % 8
-        ),
-        "no segment_ids": segment_ids is not None,
-        "no logits_soft_cap": bool(logits_soft_cap),
-    }
-    for limit, exceeded in limits.items():
-        if exceeded:
-            raise ValueError(f"implementation='cudnn' serves {limit}; use 'chunked'")
 
 
 @functools.cache

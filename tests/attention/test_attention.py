@@ -119,6 +119,16 @@ def test_outliers_are_exact(spoil, segments):
     assert_close(run(inputs, jnp.float32, **options), oracle(inputs, **options), 1e-5)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_stay_so(bad):
+    query, key, value, _ = (np.float32(x) for x in make_inputs())
+    value[:, 150, 0, 0] = bad
+    out = np.array(attention(query, key, value, kind="laser"))
+    assert not np.isfinite(out[:, 150:, 0, 0]).any()
+    out[:, 128:, 0, 0] = 0  # the chunks with it, of this feature
+    assert np.isfinite(out).all()
+
+
 def test_the_papers_wrapper_fails_where_the_default_does_not():
     """What `implementation="paper"` is: the paper's formula, its failure included."""
     inputs = make_inputs()
