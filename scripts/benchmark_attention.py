@@ -2,20 +2,24 @@
 
     python scripts/benchmark_attention.py static [--json=PATH]
     python scripts/benchmark_attention.py search CHIP SIZE LENGTH
-    python scripts/benchmark_attention.py compile CHIP HEADS SIZE LENGTH KIND [--sizes=1024x256]
+    python scripts/benchmark_attention.py compile CHIP HEADS SIZE LENGTH KIND
         [--value_size=512] [--dtype=float32] [--packed] [--soft_cap=50] [--full]
-    python scripts/benchmark_attention.py times [--json=PATH]
+    python scripts/benchmark_attention.py times [--batch=1] [--length=1024] [--heads=4] [--size=64]
+        [--json=PATH]
 
 `static` needs libtpu, not a TPU: instruction bundles (about cycles, if no transfer is waited for),
-HBM bytes and VMEM of our kernels and of jax's splash attention, forward and backward, at the
-paper's shapes. `search` counts bundles for a set of block sizes. `compile` does one program and
-prints JSON. `times` measures on the backend at hand, in turns: ours, jax.nn and PyTorch's SDPA.
+HBM bytes and VMEM of our kernels and of jax's splash attention, alone and in the paper's LASER
+wrapper, forward and backward, at the paper's shapes. `search` counts the bundles that LASER's
+kernels execute with each size of blocks and tiles: laser/attention/kernels/blocks.py is made from
+it. `compile` does one program and prints JSON. `times` measures on the backend at hand, in turns:
+ours, jax.nn and PyTorch's SDPA.
 
 Splash runs several grid steps where ours has one: its bundles are those of one step's whole code
 times the steps that a causal mask leaves, which is an upper estimate.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -33,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 SHAPES = ((8, 128), (8, 256), (8, 512), (16, 720))  # heads and head size of the paper's models
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
-KINDS = ("standard", "laser", "splash")
+KINDS = ("standard", "laser", "splash", "splash_laser")
 BATCH, LENGTH = 4, 1024
 SPLASH_BLOCK = 512
 SPLASH_VMEM_KIB = "49152"  # its blocks of 512 do not fit the default at size 720
@@ -53,25 +57,20 @@ def _prepare_libtpu(dump: str) -> None:
 
 
 def _attention(
-    kind: str,
-    size: int,
-    sizes: str | None = None,
-    soft_cap: float | None = None,
-    causal: bool = True,
+    kind: str, size: int, soft_cap: float | None = None, causal: bool = True
 ) -> Callable:
     """A function of q, k, v (B, H, N, D) and, of ours, of segment ids (B, N)."""
     if kind == "splash":
         return _splash()
+    if kind == "splash_laser":
+        return _wrapped(_splash())
     from laser.attention.kernels import fused
-    from laser.attention.kernels.blocks import BlockSizes
-
-    chosen = BlockSizes(*map(int, sizes.split("x"))) if sizes else None
 
     def ours(q, k, v, segment_ids=None):
         rows = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # undone within: no copies
         out, _ = fused.attention(
             *rows, kind=kind, logits_scale=size**-0.5, causal=causal, segment_ids=segment_ids,
-            logits_soft_cap=soft_cap, sizes=chosen,
+            logits_soft_cap=soft_cap,
         )  # fmt: skip
         return out.transpose(0, 2, 1, 3)
 
@@ -94,8 +93,29 @@ def _splash() -> Callable:
     return call
 
 
+def _wrapped(attention: Callable) -> Callable:
+    """LASER as the paper's log-weighted-sum-exp around another attention."""
+    import jax
+    import jax.numpy as jnp
+
+    def call(q, k, v):
+        m = jax.lax.stop_gradient(v.max(axis=2, keepdims=True))
+        return jnp.log(attention(q, k, jnp.exp(v - m))) + m
+
+    return call
+
+
+def _one_device(chip: str):
+    """Sharding on one device of a chip that is only described."""
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    return NamedSharding(Mesh([topology.devices[0]], ("device",)), PartitionSpec())
+
+
 def compile_program(
-    chip: str, heads: int, size: int, length: int, kind: str, *, sizes: str | None = None,
+    chip: str, heads: int, size: int, length: int, kind: str, *,
     value_size: int | None = None, dtype: str = "bfloat16", packed: bool = False,
     soft_cap: float | None = None, full: bool = False,
 ) -> dict:  # fmt: skip
@@ -104,18 +124,13 @@ def compile_program(
         _prepare_libtpu(dump)
         import jax
         import jax.numpy as jnp
-        from jax.experimental import topologies
-        from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-        mesh = Mesh([topology.devices[0]], ("device",))
-        one_device = NamedSharding(mesh, PartitionSpec())
+        struct = functools.partial(jax.ShapeDtypeStruct, sharding=_one_device(chip))
         q, v = (
-            jax.ShapeDtypeStruct((BATCH, heads, length, d), jnp.dtype(dtype), sharding=one_device)
-            for d in (size, value_size or size)
+            struct((BATCH, heads, length, d), jnp.dtype(dtype)) for d in (size, value_size or size)
         )
-        segments = [jax.ShapeDtypeStruct((BATCH, length), jnp.int32, sharding=one_device)] * packed
-        run = _attention(kind, size, sizes, soft_cap, causal=not full)
+        segments = [struct((BATCH, length), jnp.int32)] * packed
+        run = _attention(kind, size, soft_cap, causal=not full)
 
         def forward_and_backward(q, k, v, d_out, *segments):
             out, vjp = jax.vjp(lambda *x: run(*x, *segments), q, k, v)
@@ -123,7 +138,7 @@ def compile_program(
 
         # Everything in HBM, so that bytes are those of a full model and not of this small program.
         options: dict[str, str | bool] = {"xla_msa_enable": "false"}
-        if kind == "splash":
+        if kind.startswith("splash"):
             options["xla_tpu_scoped_vmem_limit_kib"] = SPLASH_VMEM_KIB
         lowered = jax.jit(forward_and_backward).lower(q, q, v, v, *segments)
         compiled = lowered.compile(compiler_options=options)
@@ -219,7 +234,7 @@ def total_bundles(kind: str, found: dict) -> int:
     bundles = found["bundles"].items()
     usual = sum(count for name, count in bundles if not name.endswith(("_raw", "_wide")))
     blocks = LENGTH // SPLASH_BLOCK
-    return usual * (blocks * (blocks + 1) // 2 if kind == "splash" else 1)
+    return usual * (blocks * (blocks + 1) // 2 if kind.startswith("splash") else 1)
 
 
 def static(chips=tuple(CHIPS), shapes=SHAPES) -> list[dict]:
@@ -247,15 +262,79 @@ def static(chips=tuple(CHIPS), shapes=SHAPES) -> list[dict]:
 
 
 def search(chip: str, size: int, length: int) -> None:
-    """Bundles for a set of blocks and tiles, for both kinds."""
-    heads = next(heads for heads, known in SHAPES if known == size)
-    for sizes in ("1024x128", "1024x256", "1024x512", "512x128", "512x256"):
-        for kind in ("standard", "laser"):
-            found = _compile_apart(chip, heads, size, length, kind, f"--sizes={sizes}")
-            print(chip, size, length, sizes, kind, found and found["bundles"], flush=True)
+    """Bundles a head that LASER's kernels execute, for each size of blocks and of tiles.
+
+    Of several blocks, those on the diagonal are one piece of code and the others another, which is
+    about the whole code of a kernel without a causal mask.
+    """
+    with tempfile.TemporaryDirectory() as dump:
+        _prepare_libtpu(dump)
+        from laser.attention.kernels.blocks import (
+            SMALLEST_VMEM_BYTES,
+            BlockSizes,
+            block_sizes,
+            vmem_estimate,
+        )  # fmt: skip
+
+        print(f"{chip}, head size {size}, length {length}: {block_sizes(length, size, size, 2)}")
+        print("block  tile  forward  backward  VMEM MiB")
+        for block in (1024, 512, 256):
+            for tile in (128, 256, 512):
+                sizes = BlockSizes(block, tile, tile)
+                needed = vmem_estimate(length, size, size, sizes, itemsize=2)
+                if block > length or tile > block or needed > SMALLEST_VMEM_BYTES:
+                    continue
+                blocks = length // block
+                bundles = _kernel_bundles(dump, chip, size, length, sizes, causal=True)
+                if blocks > 1:
+                    others = _kernel_bundles(dump, chip, size, length, sizes, causal=False)
+                    bundles = [
+                        blocks * (whole - other) + blocks * (blocks - 1) // 2 * other
+                        for whole, other in zip(bundles, others, strict=True)
+                    ]
+                forward, backward = bundles
+                print(
+                    f"{block:5} {tile:5} {forward:8} {backward:9} {needed / 2**20:9.1f}", flush=True
+                )
 
 
-def times(batch=1, length=1024, heads=4, size=64, rounds=7) -> dict[str, float]:
+def _kernel_bundles(dump: str, chip: str, size: int, length: int, sizes, causal: bool) -> list[int]:
+    """Scheduled bundles of LASER's forward and of its backward kernel, alone."""
+    import jax
+    import jax.numpy as jnp
+
+    from laser.attention.kernels import backward, blocks, common, forward
+
+    options = common.Options(
+        laser=True, causal=causal, scale=size**-0.5, soft_cap=0.0, block=sizes.block,
+        tile=sizes.tile, backward_tile=sizes.backward_tile,
+        vmem_bytes=blocks.vmem_estimate(length, size, size, sizes, itemsize=2),
+    )  # fmt: skip
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=_one_device(chip))
+    x = struct((1, 2, length, size), jnp.bfloat16)
+    log_sum = struct((1, 2, 1, length), jnp.float32)
+    reference = struct((1, 2, 2, size), jnp.float32)
+    programs: list[tuple[Callable, list]] = [
+        (lambda q, k, v: forward.forward(q, k, v, None, options), [x] * 3),
+        (
+            lambda q, k, v, out, d_out, log_sum, reference: backward.backward(
+                q, k, v, out, d_out, log_sum, None, reference, options
+            ),
+            [x] * 5 + [log_sum, reference],
+        ),
+    ]
+    found = []
+    for program, arguments in programs:
+        for path in Path(dump).iterdir():
+            path.unlink()
+        jax.jit(program).lower(*arguments).compile()
+        found.append(sum(_bundles(dump).values()))
+    return found
+
+
+def times(
+    batch: int = 1, length: int = 1024, heads: int = 4, size: int = 64, rounds: int = 7
+) -> dict[str, float]:
     """Median milliseconds of forward and backward, measured in turns."""
     import jax
     import jax.numpy as jnp
@@ -334,11 +413,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("static", "times"):
         commands.add_parser(name).add_argument("--json", type=Path)
+    for name, default in (("batch", 1), ("length", 1024), ("heads", 4), ("size", 64)):
+        commands.choices["times"].add_argument(f"--{name}", type=int, default=default)
     one = commands.add_parser("compile")
     for name, type_ in (("chip", str), ("heads", int), ("size", int), ("length", int)):
         one.add_argument(name, type=type_)
     one.add_argument("kind", choices=KINDS)
-    one.add_argument("--sizes", help="rows of a block and of a tile, such as 1024x256")
     one.add_argument("--value_size", type=int, help="head size of values, where it is another")
     one.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     one.add_argument("--packed", action="store_true", help="with segment ids")
