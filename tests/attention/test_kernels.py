@@ -413,8 +413,17 @@ def test_auto_takes_what_serves_the_devices_of_the_mesh(platform, kind, size, dt
 
 
 @pytest.mark.parametrize("length", [1, 128, 129, 1000, 1024, 1025, 1536, 8192])
-def test_blocks_hold_whole_tiles_and_little_padding(length):
-    sizes = blocks.block_sizes(length, 128, 128)
+@pytest.mark.parametrize("size", [64, 256, 720])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_blocks_fit_and_hold_whole_tiles_and_little_padding(length, size, itemsize):
+    sizes = blocks.block_sizes(length, size, size, itemsize)
     assert sizes.block % sizes.tile == sizes.block % sizes.backward_tile == 0
+    needed = blocks.vmem_estimate(length, size, size, sizes, itemsize)
+    assert needed <= blocks.SMALLEST_VMEM_BYTES
     padded = blocks.padded_length(length, sizes)
-    assert 0 <= padded - length < (sizes.tile if length <= 1024 else 512)
+    assert 0 <= padded - length < 512
+
+
+def test_a_short_sequence_is_one_block_where_it_fits():
+    assert blocks.block_sizes(600, 128, 128, 2).block == 768
+    assert blocks.block_sizes(600, 720, 720, 4).block == 512

@@ -35,7 +35,7 @@ def compile_step(*arguments):
 
 @pytest.mark.parametrize(
     ("chip", "heads", "size", "length"),
-    [("v5e", 8, 128, 1024), ("v5p", 16, 720, 1024), ("v5e", 8, 128, 8192)],
+    [("v5e", 8, 128, 1024), ("v5p", 16, 720, 1024), ("v5e", 8, 128, 8192), ("v5p", 8, 720, 4096)],
 )
 def test_compiles_for_a_tpu(chip, heads, size, length):
     """Forward and backward kernel, and what runs where these do not do."""
@@ -53,6 +53,7 @@ def test_compiles_for_a_tpu(chip, heads, size, length):
         (8, 128, 1024, "standard", "--packed", "--soft_cap=50"),
         (8, 128, 2048, "laser", "--packed", "--full"),
         (8, 128, 1024, "laser", "--dtype=float32"),
+        (8, 720, 256, "laser", "--dtype=float32"),
         (8, 64, 1024, "laser", "--value_size=128"),
         (8, 128, 1024, "laser", "--value_size=256"),
         (8, 256, 1024, "laser", "--value_size=512"),
