@@ -245,6 +245,28 @@ def test_values_far_below_zero_in_bfloat16(sizes, until):
 
 
 @SIZES
+def test_anchors_that_fall_within_a_block_in_bfloat16(sizes):
+    """The first tile of keys is anchored, those after it are not."""
+    inputs = make_inputs(value_std=0.2)
+    inputs[2][:, sizes.tile :] -= 5
+    inputs = rounded(inputs)
+    actual = run(inputs, jnp.bfloat16, kind="laser", sizes=sizes)[0]
+    assert errors(actual, oracle(inputs, kind="laser"))["out"] < 4e-3
+
+
+@SIZES
+def test_an_anchor_beside_a_large_value_in_bfloat16(sizes):
+    """What was anchored counts for nothing where a key of little weight has a very large value."""
+    query, key, value, d_out = make_inputs(value_std=0.2)
+    query[:], key[:] = 0, 0
+    query[..., 0], key[:, 60, :, 0], value[:, 60] = 1, -46, 70
+    inputs = rounded((query, key, value, d_out))
+    options = {"kind": "laser", "logits_scale": 1.0}
+    actual = run(inputs, jnp.bfloat16, sizes=sizes, **options)[0]
+    assert_close(actual, oracle(inputs, **options), 8e-3)
+
+
+@SIZES
 def test_small_values_are_ten_times_as_precise_as_the_wrapper(sizes):
     inputs = rounded(make_inputs(value_std=0.05))
     expected = oracle(inputs, kind="laser")

@@ -60,7 +60,7 @@ def _laser_queries(blocks: _Blocks, rows: slice, raw: bool) -> tuple[Array, Arra
         g = d_out / jnp.where(certified, y, 1.0)
     else:
         g = d_out * jnp.exp2(blocks.out[rows, :].astype(jnp.float32) * -LOG2_E)
-    delta = jnp.where(mu > 0, d_out - g, d_out).sum(axis=1, keepdims=True)
+    delta = (d_out - jnp.where(mu > 0, g, 0.0)).sum(axis=1, keepdims=True)
     return g.astype(dtype), common.to_row(delta)
 
 

@@ -1,27 +1,34 @@
 """Block sizes of the fused kernels, and the estimate of on-chip memory that they rest on.
 
-One rule serves every chip and head size that was tried. Instruction bundles (about cycles) of
-forward and backward of a head at N = 1024, in one block of 1024 and tiles of 256:
+One table serves every chip that was tried. Instruction bundles (about cycles) that forward and
+backward of a head execute at N = 1024, in one block, and at 8192, where blocks below the diagonal
+dominate (estimated from the code of both kinds of steps), for LASER:
 
-| head size | v5e standard | v5e LASER | v5p standard | v5p LASER |
-|---|---|---|---|---|
-| 128 | 10,099 | 10,247 | 10,054 | 10,245 |
-| 256 | 17,475 | 17,649 | 17,250 | 18,043 |
-| 512 | 31,359 | 32,664 | 31,480 | 33,059 |
-| 720 | 47,127 | 49,565 | 46,385 | 48,467 |
+@@TABLE@@
 
 What the compiler makes of equal work differs by 1 to 2 %, up or down, with details that do not
-matter otherwise. To renew: `python scripts/benchmark_attention.py static`, and `search` for other
-sizes.
+matter otherwise. To renew: `python scripts/benchmark_attention.py search CHIP SIZE LENGTH`.
 """
 
 import dataclasses
+import math
 
 MEBI = 2**20
 VMEM_BYTES = {"v5e": 128 * MEBI, "v5p": 64 * MEBI, "v6e": 128 * MEBI}
 SMALLEST_VMEM_BYTES = min(VMEM_BYTES.values())
 LANES = 128  # sizes are padded to it on the chip
 LARGEST_SIZE = 768
+
+# Sequence length and head size up to which a row holds, and the tiles of the forward and of the
+# backward kernel. Small tiles skip more of the causal square, most of which lies in the blocks on
+# the diagonal; large tiles are loaded less often.
+TILES = (
+    (128, LARGEST_SIZE, 128, 128),
+    (1024, 256, 256, 256),
+    (1024, LARGEST_SIZE, 256, 128),
+    (2048, LARGEST_SIZE, 256, 256),
+    (math.inf, LARGEST_SIZE, 512, 256),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +52,27 @@ def padded_length(length: int, sizes: BlockSizes) -> int:
 
 
 def block_sizes(length: int, d_qk: int, d_v: int, itemsize: int) -> BlockSizes:
-    """The sizes for a sequence: of the blocks that fit, the largest that pads the length least."""
-    tile = 256 if length > 128 else 128
-    # Small tiles skip more of the causal square; large ones are read less often.
-    backward_tile = 128 if max(d_qk, d_v) > 256 else tile
-    whole = -(-length // tile) * tile
-    candidates = [block for block in (1024, 768, 512) if block <= whole] or [whole]
+    """The tiles of the table, in the block that pads the sequence least, the largest of them.
 
-    def fits(block: int) -> bool:
-        sizes = BlockSizes(block, tile, backward_tile)
-        return vmem_estimate(length, d_qk, d_v, sizes, itemsize) <= SMALLEST_VMEM_BYTES
-
-    fitting = [block for block in candidates if fits(block)] or [tile]
-    block = min(fitting, key=lambda block: (-(-length // block) * block, -block))
-    return BlockSizes(block, tile, backward_tile)
+    Blocks below 512 are for short sequences, and for when no other fits the on-chip memory.
+    """
+    size = max(d_qk, d_v)
+    tiles = next(row[2:] for row in TILES if length <= row[0] and size <= row[1])
+    whole = -(-length // min(tiles[0], 256)) * min(tiles[0], 256)
+    candidates = [
+        BlockSizes(block, *(min(tile, block) for tile in tiles))
+        for block in (1024, 768, 512, 256, 128)
+        if block <= whole and block % min(tiles[0], block) == 0
+    ]
+    fitting = [
+        sizes
+        for sizes in candidates
+        if vmem_estimate(length, d_qk, d_v, sizes, itemsize) <= SMALLEST_VMEM_BYTES
+    ]
+    large = [sizes for sizes in fitting if sizes.block >= 512]
+    if not large:
+        return (fitting or candidates[-1:])[0]
+    return min(large, key=lambda sizes: (padded_length(length, sizes), -sizes.block))
 
 
 def _lanes(size: int) -> int:

@@ -8,7 +8,8 @@ marked with -inf for the exact path (exact.py). Neither form, nor which one it i
 token change the outputs of an earlier tile: multiplying by a power of two rounds nothing.
 
 In bfloat16, exp(V) near 1 would lose what distinguishes one key from another. There exp(V) - 1 is
-what is rounded and weighted (`common.anchor`), and the 1 is added to the weighted mean.
+what is rounded and weighted (`common.anchor`), once for each tile of keys, and the weight of those
+keys is added to the sum.
 """
 
 import functools
@@ -185,7 +186,7 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
     finished: list[Finished] = []
     for query in range(options.tiles):
         keys = options.pairs(query, diagonal)
-        while len(tiles) < len(keys):
+        while len(tiles) < len(keys):  # made when first met, kept for the queries after that
             tiles.append(_key_tile(blocks, options, len(tiles), (tiles or [before])[-1], raw))
         tile, rows = tiles[-1], options.rows(query)
         at_least = []
