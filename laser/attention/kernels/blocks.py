@@ -1,13 +1,28 @@
 """Block sizes of the fused kernels, and the estimate of on-chip memory that they rest on.
 
-One table serves every chip that was tried. Instruction bundles (about cycles) that forward and
-backward of a head execute at N = 1024, in one block, and at 8192, where blocks below the diagonal
-dominate (estimated from the code of both kinds of steps), for LASER:
+One table, `TILES`, serves every chip that was tried. Instruction bundles (about cycles) of forward
+and backward of a head at N = 1024, where a sequence is one block, and the estimate of on-chip
+memory:
 
-@@TABLE@@
+| head size | tiles | MiB | v5e standard | v5e LASER | v5p standard | v5p LASER |
+|---|---|---|---|---|---|---|
+| 128 | 256, 256 | 13 | 9,922 | 10,188 | 10,270 | 10,373 |
+| 256 | 256, 256 | 20 | 17,381 | 17,592 | 17,609 | 17,757 |
+| 512 | 256, 128 | 36 | 31,097 | 32,431 | 31,347 | 32,631 |
+| 720 | 256, 128 | 51 | 45,583 | 47,753 | 45,947 | 48,202 |
+
+LASER at N = 8192 on v5e, in thousands, forward / backward, by rows of a tile:
+
+| head size | block | MiB | 128 | 256 | 512 |
+|---|---|---|---|---|---|
+| 128 | 1024 | 22 | 287 / 492 | 269 / 387 | 235 / 392 |
+| 256 | 1024 | 33 | 429 / 827 | 384 / 711 | 369 / 736 |
+| 512 | 1024 | 56 | 701 / 1440 | 652 / 1332 | 623 / 1415 |
+| 720 | 512 | 54 | 1265 / 2879 | 1116 / 2819 | 1068 / 2903 |
 
 What the compiler makes of equal work differs by 1 to 2 %, up or down, with details that do not
-matter otherwise. To renew: `python scripts/benchmark_attention.py search CHIP SIZE LENGTH`.
+matter otherwise. To renew: `python scripts/benchmark_attention.py static` for the first table, and
+`search CHIP SIZE LENGTH`, which tries all sizes, for the second.
 """
 
 import dataclasses
