@@ -20,7 +20,7 @@ class AttentionConfig:
     qk_norm: bool = False
     diff: Literal["none", "official", "scalar"] = "none"
     soft_cap: float = 0.0
-    implementation: Literal["auto", "pallas", "chunked", "reference", "paper"] = "auto"
+    implementation: Literal["auto", "pallas", "cudnn", "chunked", "reference", "paper"] = "auto"
 
     def __post_init__(self):
         require(
