@@ -20,6 +20,7 @@ times the steps that a causal mask leaves, which is an upper estimate.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -262,53 +263,47 @@ def static(chips=tuple(CHIPS), shapes=SHAPES) -> list[dict]:
 
 
 def search(chip: str, size: int, length: int) -> None:
-    """Bundles a head that LASER's kernels execute, for each size of blocks and of tiles.
-
-    Of several blocks, those on the diagonal are one piece of code and the others another, which is
-    about the whole code of a kernel without a causal mask.
-    """
+    """Bundles a head that LASER's kernels execute, for each size of blocks and of tiles."""
     with tempfile.TemporaryDirectory() as dump:
         _prepare_libtpu(dump)
-        from laser.attention.kernels.blocks import (
-            SMALLEST_VMEM_BYTES,
-            BlockSizes,
-            block_sizes,
-            vmem_estimate,
-        )  # fmt: skip
+        from laser.attention.kernels import blocks as table
 
-        print(f"{chip}, head size {size}, length {length}: {block_sizes(length, size, size, 2)}")
+        print(f"{chip}, size {size}, length {length}: {table.block_sizes(length, size, size, 2)}")
         print("block  tile  forward  backward  VMEM MiB")
-        for block in (1024, 512, 256):
-            for tile in (128, 256, 512):
-                sizes = BlockSizes(block, tile, tile)
-                needed = vmem_estimate(length, size, size, sizes, itemsize=2)
-                if block > length or tile > block or needed > SMALLEST_VMEM_BYTES:
-                    continue
-                blocks = length // block
-                bundles = _kernel_bundles(dump, chip, size, length, sizes, causal=True)
-                if blocks > 1:
-                    others = _kernel_bundles(dump, chip, size, length, sizes, causal=False)
-                    bundles = [
-                        blocks * (whole - other) + blocks * (blocks - 1) // 2 * other
-                        for whole, other in zip(bundles, others, strict=True)
-                    ]
-                forward, backward = bundles
-                print(
-                    f"{block:5} {tile:5} {forward:8} {backward:9} {needed / 2**20:9.1f}", flush=True
-                )
+        for block, tile in itertools.product((1024, 512, 256), (128, 256, 512)):
+            sizes = table.BlockSizes(block, tile, tile)
+            needed = table.vmem_estimate(length, size, size, sizes, itemsize=2)
+            if block > length or tile > block or needed > table.SMALLEST_VMEM_BYTES:
+                continue
+            compiled = functools.partial(_kernel_bundles, dump, chip, size, length, sizes, needed)
+            blocks = length // block
+            whole, others = compiled(causal=True), compiled(causal=False) if blocks > 1 else (0, 0)
+            forward, backward = map(functools.partial(executed_bundles, blocks), whole, others)
+            print(f"{block:5} {tile:5} {forward:8} {backward:9} {needed / 2**20:9.1f}", flush=True)
 
 
-def _kernel_bundles(dump: str, chip: str, size: int, length: int, sizes, causal: bool) -> list[int]:
+def executed_bundles(blocks: int, whole: int, other: int) -> int:
+    """Bundles that a causal kernel executes over a row of so many blocks.
+
+    Args:
+      whole: of all its code, which is one piece for blocks on the diagonal and one for the others.
+      other: of the latter, about the whole code of a kernel without a causal mask.
+    """
+    return blocks * (whole - other) + blocks * (blocks - 1) // 2 * other
+
+
+def _kernel_bundles(
+    dump: str, chip: str, size: int, length: int, sizes, vmem_bytes: int, *, causal: bool
+) -> list[int]:
     """Scheduled bundles of LASER's forward and of its backward kernel, alone."""
     import jax
     import jax.numpy as jnp
 
-    from laser.attention.kernels import backward, blocks, common, forward
+    from laser.attention.kernels import backward, common, forward
 
     options = common.Options(
         laser=True, causal=causal, scale=size**-0.5, soft_cap=0.0, block=sizes.block,
-        tile=sizes.tile, backward_tile=sizes.backward_tile,
-        vmem_bytes=blocks.vmem_estimate(length, size, size, sizes, itemsize=2),
+        tile=sizes.tile, backward_tile=sizes.backward_tile, vmem_bytes=vmem_bytes,
     )  # fmt: skip
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=_one_device(chip))
     x = struct((1, 2, length, size), jnp.bfloat16)

@@ -92,19 +92,26 @@ def attention(
     kind: str,
     logits_scale: float,
     causal: bool,
+    segment_ids: Array | None,
+    logits_soft_cap: float | None,
     library: Library = "cudnn",
 ) -> tuple[Array, Array]:
-    """The interface's contract, within the limits of `check`; see `laser.attention.attention`.
+    """The interface's contract; see `laser.attention.attention`.
 
     Args:
       library: what weighs the values, an `implementation` of jax.nn.dot_product_attention; "xla" is
-        for tests without a GPU.
+        for tests without a GPU, at any head size and dtype.
 
     Returns:
       (B, T, H, D) in the dtype of `value`, and the float32 scalar range: the largest distance in
       nats of an output below the largest value of its feature, or below 0 if that is larger (0 for
       standard attention).
+
+    Raises:
+      ValueError: see `check`.
     """
+    if library == "cudnn":
+        check(query, value, kind, segment_ids, logits_soft_cap)
     options = Options(float(logits_scale), causal, library)
     if kind == "standard":
         return _weighted_mean(query, key, value, options), jnp.float32(0)
@@ -132,7 +139,8 @@ def _weighted_mean_fwd(query, key, operand, options: Options):
     found = jax.vjp(functools.partial(_call, options=options), query, key, operand)
     given = {id(x) for x in (query, key, operand)}
     made = {id(x): x for x in jax.tree.leaves(found) if id(x) not in given}
-    named = {key: checkpoint_name(x, OUTPUT_NAME) for key, x in made.items()}
+    # Named once each, as the output is also one of the things kept.
+    named = {number: checkpoint_name(x, OUTPUT_NAME) for number, x in made.items()}
     return jax.tree.map(lambda x: named.get(id(x), x), found)
 
 

@@ -21,6 +21,7 @@ from laser.attention.kernels import fused
 
 Array = jax.Array
 Implementation = Literal["auto", "pallas", "cudnn", "chunked", "reference", "paper"]
+MODULES: dict[str, Any] = {"pallas": fused, "cudnn": cudnn, "chunked": chunked}
 
 
 def attention(
@@ -82,14 +83,7 @@ def attention(
     if shared_segment is not None:
         _check_shared_segment(implementation)
         options["shared_segment"] = shared_segment
-    if implementation == "cudnn":
-        cudnn.check(query, value, kind, segment_ids, logits_soft_cap)
-        scale = options["logits_scale"]
-        out, range_nats = cudnn.attention(
-            query, key, value, kind=kind, logits_scale=scale, causal=causal
-        )
-    elif implementation in ("pallas", "chunked"):
-        module = fused if implementation == "pallas" else chunked
+    if module := MODULES.get(implementation):
         out, range_nats = module.attention(query, key, value, kind=kind, **options)
     else:
         paper = implementation == "paper"

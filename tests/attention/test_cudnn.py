@@ -33,8 +33,10 @@ def make_inputs(value_std=1.0, dtype=jnp.float32):
 
 def laser(query, key, value, causal=True):
     """Output and range."""
-    options = {"kind": "laser", "logits_scale": D**-0.5, "causal": causal}
-    return cudnn.attention(query, key, value, library="xla", **options)
+    options = {"logits_scale": D**-0.5, "causal": causal, "segment_ids": None}
+    return cudnn.attention(
+        query, key, value, kind="laser", logits_soft_cap=None, library="xla", **options
+    )
 
 
 def value_and_gradients(causal, query, key, value, d_out):

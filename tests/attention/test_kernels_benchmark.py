@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from laser.attention import attention
 from scripts import benchmark_attention as benchmark
 
 PROGRAM = """
@@ -43,6 +46,24 @@ def test_bundles_leave_the_exact_path_out_and_count_the_steps_of_splash():
     assert benchmark.total_bundles("laser", ours) == 8
     splash = {"bundles": {"splash_mha_fwd": 3, "splash_mha_dq": 5}}
     assert benchmark.total_bundles("splash", splash) == 3 * 8  # 3 of 2 x 2 blocks are not masked
+
+
+def test_bundles_of_several_blocks_are_those_that_are_executed():
+    diagonal, other = 4, 6
+    assert benchmark.executed_bundles(1, diagonal, 0) == diagonal
+    assert benchmark.executed_bundles(3, diagonal + other, other) == 3 * diagonal + 3 * other
+
+
+def test_splash_is_wrapped_as_the_paper_says():
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 16, 3, 8)).astype(np.float32)
+
+    def mean(*heads):  # (B, H, N, D), as splash takes them
+        rows = (x.transpose(0, 2, 1, 3) for x in heads)
+        return jax.nn.dot_product_attention(*rows, is_causal=True).transpose(0, 2, 1, 3)
+
+    found = benchmark._wrapped(mean)(*(x.transpose(0, 2, 1, 3) for x in (q, k, v)))
+    expected = attention(q, k, v, kind="laser", implementation="paper")
+    np.testing.assert_allclose(found.transpose(0, 2, 1, 3), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_times_are_ratios_of_one_run(capsys):

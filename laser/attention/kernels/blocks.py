@@ -73,7 +73,7 @@ def block_sizes(length: int, d_qk: int, d_v: int, itemsize: int) -> BlockSizes:
     """
     size = max(d_qk, d_v)
     tiles = next(row[2:] for row in TILES if length <= row[0] and size <= row[1])
-    whole = -(-length // min(tiles[0], 256)) * min(tiles[0], 256)
+    whole = -(-length // tiles[0]) * tiles[0]
     candidates = [
         BlockSizes(block, *(min(tile, block) for tile in tiles))
         for block in (1024, 768, 512, 256, 128)
