@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     attention.qk_norm = False  # LayerNorm on queries and keys, per head
     attention.diff = "none"  # none | official (norm, factor, lambda vectors) | scalar (lambda only)
     attention.soft_cap = 0.0  # c * tanh(logits / c) on the attention logits; 0 = off (PAX: 50)
-    # auto | pallas | chunked | reference | paper (see laser/attention/interface.py)
+    # auto | pallas | cudnn | chunked | reference | paper (see laser/attention/interface.py)
     attention.implementation = "auto"
 
     config.data = ConfigDict()
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     optimizer.warmup_steps = 1000  # linear from 0, then cosine to 0 at training.steps
     optimizer.b1 = 0.9
     optimizer.b2 = 0.99
-    optimizer.eps = 1e-24  # the paper's; safe only with clip_update_rms
+    optimizer.eps = 1e-24  # the paper's; where squares underflow, see laser/training/optimizer.py
     optimizer.weight_decay = 0.1  # decoupled, times the learning rate; matrices only
     optimizer.clip_grad_norm = 1.0  # of all gradients together; 0 = off
     optimizer.clip_update_rms = 1.0  # of each tensor's Adam update, per layer; 0 = off

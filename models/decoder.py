@@ -116,10 +116,30 @@ class Decoder(nnx.Module):
 def embed(config: ModelConfig, embedding_VM: Array, tokens_BT: Array, positions_BT: Array) -> Array:
     """The first block's input, (B, T, M) in the config's dtype."""
     dtype = jnp.dtype(config.dtype)
-    x_BTM = embedding_VM.astype(dtype)[tokens_BT] * math.sqrt(config.model_dim)
+    x_BTM = look_up(embedding_VM, tokens_BT).astype(dtype) * math.sqrt(config.model_dim)
     if config.positions == "sinusoidal":
         x_BTM += sinusoidal(positions_BT, config.model_dim).astype(dtype)
     return x_BTM
+
+
+@jax.custom_vjp
+def look_up(table_VM: Array, tokens_BT: Array) -> Array:
+    """Rows of the table, (V, M), (B, T) int -> (B, T, M), whose gradient is summed in float32.
+
+    A frequent token's gradient is a sum of thousands; in bfloat16 a small addend is lost beside a
+    sum 256 times as large. The sum is rounded to the table's dtype once, at its end.
+    """
+    return table_VM[tokens_BT]
+
+
+def _look_up_bwd(residuals, d_rows_BTM: Array) -> tuple[Array, None]:
+    table_VM, tokens_BT = residuals
+    sums_VM = jnp.zeros(table_VM.shape, jnp.float32)
+    sums_VM = sums_VM.at[tokens_BT].add(d_rows_BTM.astype(jnp.float32))
+    return sums_VM.astype(table_VM.dtype), None
+
+
+look_up.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), _look_up_bwd)
 
 
 def output_logits(hidden: Array, embedding_VM: Array, soft_cap: float) -> Array:

@@ -41,7 +41,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     parts = []
     if config.clip_grad_norm:
         parts.append(optax.clip_by_global_norm(config.clip_grad_norm))
-    parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+    # Where (1 - b2) g² is below float32's normal numbers it is lost to the second moment, and the
+    # first would be divided by eps alone. This much under the root keeps such an update below 1,
+    # and is nothing beside any other second moment.
+    lost = float(jnp.finfo(jnp.float32).tiny) / (1 - config.b2)
+    parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, eps_root=lost))
     if config.clip_update_rms:
         parts.append(_per_tensor(_clip_rms(config.clip_update_rms)))
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=matrices))

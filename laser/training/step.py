@@ -111,11 +111,11 @@ _gradients_together.defvjp(
 )
 
 
-def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The function that train.py jits: (state, batch) -> (state, metrics).
+def make_gradient(config: RunConfig) -> Callable[[Parameters, Batch], tuple[Parameters, Sums]]:
+    """(parameters, batch) -> (gradients of the summed loss, sums) of all devices of the mesh.
 
-    The metrics are float32 scalars: loss (nats per token, without z-loss), gradient_norm,
-    parameter_norm, learning_rate, attention_range, skipped_steps, skipped_in_a_row.
+    Gradients are float32, as the parameters. Which of the sums behind them are float32 says
+    docs/precision.md.
     """
     gradient = jax.grad(make_loss(config), has_aux=True)
 
@@ -123,13 +123,23 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         grads, sums = _accumulate(gradient, params, batch, share, config.training.accumulation)
         return share.total_gradient(grads), sums.over(share)
 
+    return lambda params, batch: over_batch(
+        over_micro_batches, params, batch, lambda specs, _: (specs, PartitionSpec())
+    )
+
+
+def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """The function that train.py jits: (state, batch) -> (state, metrics).
+
+    The metrics are float32 scalars: loss (nats per token, without z-loss), gradient_norm,
+    parameter_norm, learning_rate, attention_range, skipped_steps, skipped_in_a_row.
+    """
+    gradient = make_gradient(config)
     update = optimizer.make_optimizer(config.optimizer).update
     schedule = optimizer.learning_rate(config.optimizer, config.training.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        grads, sums = over_batch(
-            over_micro_batches, state.params, batch, lambda params, _: (params, PartitionSpec())
-        )
+        grads, sums = gradient(state.params, batch)
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         grad_norm = optax.tree.norm(grads)

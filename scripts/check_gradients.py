@@ -1,0 +1,130 @@
+"""Shows how far the gradients of a bfloat16 run are from those in float32, tensor by tensor.
+
+    python scripts/check_gradients.py --config=configs/c4.py:size=2p2b,attention=laser
+    python scripts/check_gradients.py --config=... --layers=4 --tokens=65536
+
+The model is cut to --layers and has its initial parameters; the batch is made up, its tokens as
+frequent as the words of a language (Zipf's law), since sums over many tokens are what bfloat16
+loses. Both gradients are made by the code that train.py runs, on this machine's devices and the
+config's mesh; the float32 one with products of the highest precision. An error is the norm of the
+difference over the norm of the float32 gradient. Rows of the embedding are listed by frequency.
+An offset that all keys share changes nothing, so the gradient of key_norm.bias is 0: what is left
+of it is measured by the gradient of query_norm.bias.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from laser.training.config import RunConfig, check_devices
+from laser.training.console import end_on_ctrl_c
+from laser.training.flags import exit_with, parse_or_exit
+from laser.training.hardware import tune_cpu
+
+RANKS = (0, 1, 3, 10, 30, 100, 300, 1000)  # of the rows that are listed, the most frequent first
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("layers", 1, "layers of the model", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("tokens", 16384, "of the batch, at least", flag_values=values)
+
+
+def main(argv: list[str]) -> int:
+    config, values = parse_or_exit(argv, define_flags, __doc__)
+    tune_cpu()
+    import jax
+
+    try:
+        config = cut(config, values.layers, values.tokens, jax.device_count())
+        check_devices(config, jax.device_count())
+    except ValueError as error:
+        exit_with(argv[0], str(error))
+    for name, distance in errors(config, batch(config)).items():
+        print(f"{distance:9.3%}  {name}")
+    return 0
+
+
+def cut(config: RunConfig, layers: int, tokens: int, devices: int) -> RunConfig:
+    """The config with that many layers and rows for that many tokens, in one micro-batch."""
+    rows = -(-tokens // config.data.seq_len)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_layers=layers),
+        training=dataclasses.replace(
+            config.training, batch_size=-(-rows // devices) * devices, accumulation=1
+        ),
+    )
+
+
+def batch(config: RunConfig):
+    """Rows of tokens whose frequency is 1 / (rank + 1); a token is its rank. See data/loader.py."""
+    import numpy as np
+
+    frequency = 1 / np.arange(1, config.model.vocab_size + 1)
+    shape = (config.training.batch_size, config.data.seq_len + 1)
+    tokens = np.random.default_rng(0).choice(
+        config.model.vocab_size, shape, p=frequency / frequency.sum()
+    )
+    tokens = tokens.astype(np.int32)
+    weights = np.ones((shape[0], shape[1] - 1), np.float32)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+def errors(config: RunConfig, rows, devices=None) -> dict[str, float]:
+    """Relative errors of the bfloat16 gradients, by tensor and by row of the embedding.
+
+    Args:
+      config: of the run.
+      rows: a batch, of `batch`.
+      devices: of the mesh; all if None.
+    """
+    import numpy as np
+
+    exact, rounded = gradients(config, rows, ("float32", "bfloat16"), devices)
+
+    def error(name, row=...):
+        measure = name.replace("key_norm.bias", "query_norm.bias")
+        difference = np.float64(rounded[name][row]) - exact[name][row]
+        return float(np.linalg.norm(difference) / np.linalg.norm(exact[measure][row]))
+
+    result = {name: error(name) for name in exact}
+    counts = np.bincount(rows["inputs"].ravel(), minlength=config.model.vocab_size)
+    for rank in (rank for rank in RANKS if rank < len(counts) and counts[rank]):
+        result[f"embedding[{rank}], {counts[rank]} times"] = error("embedding", rank)
+    return result
+
+
+def gradients(config: RunConfig, rows, dtypes, devices=None) -> list[dict]:
+    """For each dtype of the activations, gradients in host memory by the parameters' names."""
+    import jax
+
+    from laser.training import sharding
+    from laser.training.step import make_gradient
+    from models.decoder import init_parameters
+
+    mesh = sharding.make_mesh(config, devices)
+    make = functools.partial(init_parameters, config.model, config.training.seed)
+    shardings = sharding.state_shardings(mesh, jax.eval_shape(make))
+    params = jax.jit(make, out_shardings=shardings)()
+    results = []
+    for dtype in dtypes:
+        model = dataclasses.replace(config.model, dtype=dtype)
+        function = jax.jit(
+            sharding.on_mesh(mesh, make_gradient(dataclasses.replace(config, model=model))),
+            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        )
+        with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+            tree = jax.device_get(function(params, rows)[0])
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        results.append({jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves})
+    return results
+
+
+if __name__ == "__main__":
+    end_on_ctrl_c("stopped")
+    sys.exit(main(sys.argv))

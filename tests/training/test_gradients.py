@@ -1,0 +1,57 @@
+"""Gradients of bfloat16 runs against float32, tensor by tensor, on 16,384 tokens.
+
+The shapes are those of the paper's sizes with every dim cut to a sixteenth, and one layer. A token
+is as frequent as a word of a language: the first one occurs some 2,000 times.
+"""
+
+import re
+
+import jax
+import pytest
+
+from configs import c4
+from laser.training.config import load_config
+from scripts.check_gradients import batch, cut, errors
+
+ALL = "+per_dim_temp+qk_norm+diff"
+# Relative errors, each about twice what was measured; the first pattern that fits counts.
+BOUNDS = {
+    r"embedding$": 0.005,
+    r"embedding\[": 0.01,
+    r"key_norm.bias": 0.005,  # see scripts/check_gradients.py
+    r"attention\.(query|key)$": 0.015,
+    r"attention\.(query_norm|key_norm|log_temperature|lambda)": 0.03,  # sums that nearly cancel
+    r"": 0.008,
+}
+
+
+def bound(name: str) -> float:
+    return next(bound for pattern, bound in BOUNDS.items() if re.search(pattern, name))
+
+
+def small(size: str, attention: str):
+    config = c4.get_config(f"size={size},attention={attention}")
+    for name in ("vocab_size", "model_dim", "mlp_dim", "head_dim"):
+        config.model[name] = 2 * round(config.model[name] / 32)  # sinusoids come in pairs
+    config.data.seq_len = 256
+    config.mesh.max_unsharded = 1.0
+    return cut(load_config(config), layers=1, tokens=16384, devices=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "attention", "devices"),
+    [
+        ("301m", "laser", 1),
+        ("435m", "laser", 8),
+        ("1p1b", "laser" + ALL, 1),
+        ("2p2b", "standard" + ALL, 1),
+    ],
+)
+def test_every_gradient_in_bfloat16_is_near_that_in_float32(size, attention, devices):
+    config = small(size, attention)
+    rows = batch(config)
+    assert rows["inputs"].size == 16384
+    found = errors(config, rows, jax.devices()[:devices])
+    assert sum(name.startswith("embedding[") for name in found) >= 6
+    assert {name: error for name, error in found.items() if not error < bound(name)} == {}
