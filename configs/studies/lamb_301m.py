@@ -1,7 +1,7 @@
 """Section 4.1, ablation with optimizers: 301M trained by LAMB, which scales updates to the weights.
 
-LASER has larger gradients; with LAMB their size no longer matters. The paper does not
-say which LAMB. Here eps and the clip of the update are those of the other runs (1e-24, RMS 1 before the trust
+LASER has larger gradients; with LAMB their size no longer matters. The paper does not say which
+LAMB. Here eps and the clip of the update are those of the other runs (1e-24, RMS 1 before the trust
 ratio); You et al. (arXiv 1904.00962) have 1e-6 and no such clip:
 --config.optimizer.eps=1e-6 --config.optimizer.clip_update_rms=0.
 Argument: attention=laser|standard...
