@@ -34,8 +34,8 @@ LN_2 = math.log(2.0)
 SMALLEST_CERTIFIED_EXPONENT = -90
 RANGE_LIMIT_NATS = -SMALLEST_CERTIFIED_EXPONENT * LN_2
 # In nats. Rounding V · log2 e is a factor of exp(V), off by up to 6e-5 here; outputs that are
-# larger, of either sign, are computed in log space. What is exponentiated is bounded a little beyond
-# that, as an output may lie that far below the largest of its values.
+# larger, of either sign, are computed in log space. What is exponentiated is bounded a little
+# beyond that, as an output may lie that far below the largest of its values.
 LARGEST_CERTIFIED_OUTPUT = 1024.0
 LARGEST_EXPONENTIATED = LARGEST_CERTIFIED_OUTPUT + 128
 
