@@ -59,8 +59,8 @@ def cached_attention(
     """What `attention` returns for the newest T tokens, from cached keys and values.
 
     Exact for every finite V (standard attention: up to half of the largest), whatever the slots
-    hold that no query sees. A visible +inf or NaN gives an output that is not finite, as do other
-    queries of the same call that do not see it in standard attention. No derivative is defined.
+    hold that no query sees. A visible +inf or NaN gives an output that is not finite; in standard
+    attention the other queries of the call may have such outputs too. No derivative is defined.
 
     Args:
       query: (B, T, H, D_qk), float32 or bfloat16.

@@ -79,18 +79,22 @@ def _centred(options: Options, dtype) -> bool:
     return dtype == jnp.bfloat16 and not options.soft_cap
 
 
-def _mean(some) -> Array:
-    """(1, D) float32, of the rows of a sample."""
-    rows = some[...].astype(jnp.float32)
-    return rows.mean(axis=0).mean(axis=0, keepdims=True)
+def _shared_offset(some) -> Array:
+    """(1, D) float32, of all rows: of the range of the means of some of them what is nearest to 0.
+
+    One that stands out, which a query may not even see, does not move it.
+    """
+    means = some[...].astype(jnp.float32).mean(axis=1)
+    lowest, highest = means.min(axis=0, keepdims=True), means.max(axis=0, keepdims=True)
+    return jnp.maximum(lowest, jnp.minimum(highest, 0.0))
 
 
 def _anchor(blocks: _Blocks, raw: bool) -> Array:
-    """μ (1, D): exp(V) of a mean value, or 0 where some value lies far below it."""
-    smallest, mean = blocks.reference[1:2, :], _mean(blocks.some_values)
-    log2 = common.log2_exponential(mean, exact=raw)
+    """μ (1, D): exp(V) of an offset that values share, or 0 where one lies far below it."""
+    smallest, offset = blocks.reference[1:2, :], _shared_offset(blocks.some_values)
+    log2 = common.log2_exponential(offset, exact=raw)
     mu = jnp.exp2(log2 - blocks.reference[0:1, :] if raw else log2)
-    return jnp.where(smallest >= mean - common.LARGEST_ANCHORED_FALL, mu, 0.0)
+    return jnp.where(smallest >= offset - common.LARGEST_ANCHORED_FALL, mu, 0.0)
 
 
 def _exponentials(blocks: _Blocks, rows: slice, raw: bool) -> Array:
@@ -142,7 +146,7 @@ def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many:
         mu = _anchor(blocks, raw)
         prepare = functools.partial(_laser_queries, mu=mu, raw=raw)
     if blocks.some_keys is not None:
-        center = _mean(blocks.some_keys)
+        center = _shared_offset(blocks.some_keys)
     queries: dict[int, tuple[Array, Array]] = {}
     for key in range(options.tiles):
         rows = options.rows(key)

@@ -36,7 +36,7 @@ POWER_STEP = 64.0
 SMALLEST_CERTIFIED = SMALLEST_SHARE * 2.0 ** (POWER_STEP / 2)
 LOWEST_VALUE = -3.4e38  # where a running maximum starts
 LOWEST_ANCHORED = -2.0  # value down to which exp(V) - 1 is rounded in place of exp(V)
-LARGEST_ANCHORED_FALL = 2.0  # of a value below the mean, in nats, in the backward pass
+LARGEST_ANCHORED_FALL = 2.0  # of a value below what they share, in nats, in the backward pass
 
 STATISTICS = ("smallest_y", "smallest_out", "smallest_value", "largest_value")
 STATISTICS_ROWS = 8  # the smallest tile of rows that a TPU stores; rows beyond the names are zero
