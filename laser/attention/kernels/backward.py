@@ -29,11 +29,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from laser.attention.chunked import LOG2_E
 from laser.attention.kernels import common
+from laser.attention.kernels.blocks import SAMPLED_ROWS, sampled_step
 from laser.attention.kernels.common import Options
 
 Array = jax.Array
-
-SAMPLED_ROWS = 16  # in a row: the smallest tile of bfloat16
 
 
 class _Blocks:
@@ -305,9 +304,9 @@ def backward(
 
 
 def _some(x: Array, block: int) -> tuple[pl.BlockSpec, Array]:
-    """A sample of the rows of each head: some from every block, or from every 128."""
+    """A sample of the rows of each head: some from each of many steps."""
     batch, heads, length, size = x.shape
-    step = 128 if length == block and length % 128 == 0 else block
+    step = sampled_step(length, block)
     shape = (length // step, min(SAMPLED_ROWS, step), size)
     spec = pl.BlockSpec((None, None, *shape), lambda b, h, j, i: (b, h, 0, 0, 0))
     return spec, x.reshape(batch, heads, length // step, step, size)
