@@ -19,7 +19,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_laser import LaserConfig
 
-MASKED = -1e30
 SMALLEST_CERTIFIED = 2.0**-90  # of a sum of probabilities times exp(V - max V)
 
 
@@ -101,7 +100,7 @@ class Attention(nn.Module):
         logits = (query @ key.transpose(-1, -2)).float() * scale
         if self.variant["soft_cap"]:
             logits = self.variant["soft_cap"] * torch.tanh(logits / self.variant["soft_cap"])
-        log_probs = torch.log_softmax(logits.masked_fill(~seen_B1TS, MASKED), dim=-1)
+        log_probs = torch.log_softmax(logits.masked_fill(~seen_B1TS, -math.inf), dim=-1)
         v = value.float()
         if self.variant["kind"] == "standard":
             return (log_probs.exp() @ v).to(value.dtype)
@@ -121,14 +120,16 @@ class Attention(nn.Module):
 def laser(log_probs, v):
     """log(P exp(V)), exact for every V: where a sum comes close to underflow, as a logsumexp.
 
-    (B, H, T, S), (B, H, S, D) -> (B, H, T, D), float32.
+    (B, H, T, S), -inf where a key is not visible, and (B, H, S, D) -> (B, H, T, D), float32.
     """
     top = v.amax(dim=-2, keepdim=True)
     total = log_probs.exp() @ torch.exp(v - top)
     certified = total >= SMALLEST_CERTIFIED
     out = torch.log(torch.where(certified, total, 1.0)) + top
     for t in torch.nonzero(~certified.all(dim=-1).all(dim=1).all(dim=0)).flatten().tolist():
-        exact = torch.logsumexp(log_probs[:, :, t, :, None] + v, dim=-2)
+        terms = log_probs[:, :, t, :, None]
+        terms = torch.where(terms > -math.inf, terms + v, -math.inf)
+        exact = torch.logsumexp(terms, dim=-2)
         out[:, :, t] = torch.where(certified[:, :, t], out[:, :, t], exact)
     return out
 

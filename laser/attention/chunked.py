@@ -9,8 +9,11 @@ a power of two: the largest floor(V · log2 e) among the keys that some query of
 Moving a power of two in or out of a product rounds nothing, so the result does not depend on which
 c was taken, as long as it is in range. Where an output lies far below the reference (a later token
 of the chunk, or another document in it, has an outlier) the sum underflows; the size of the sum
-itself is the certificate. Elements without it are computed again in log space, without any
-reference.
+itself is the certificate. Elements without it are computed again in log space, each relative to the
+largest value that its own query sees.
+
+A key that a query may not see is left out: its logit is -inf, and so is its term in log space,
+whatever its value. A value is never added to a mask.
 
 Shapes: B batch, H heads, C queries of a chunk, T queries, S keys up to the chunk's end, D size.
 """
@@ -25,12 +28,16 @@ Array = jax.Array
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
-MASKED = -1e30  # below every logit; finite, so that no inf - inf can arise
 
 # A sum y = Σ P·E of at least 2^-90 is right: what underflowed in it is below 2^-126, hence below
 # 2^-36 of it, and 1/y and its products stay finite in the backward pass.
 SMALLEST_CERTIFIED_EXPONENT = -90
 RANGE_LIMIT_NATS = -SMALLEST_CERTIFIED_EXPONENT * LN_2
+# In nats. Rounding V · log2 e is a factor of exp(V), off by up to 6e-5 here; outputs that are
+# larger, of either sign, are computed in log space. What is exponentiated is bounded a little
+# beyond that, as an output may lie that far below the largest of its values.
+LARGEST_CERTIFIED_OUTPUT = 1024.0
+LARGEST_EXPONENTIATED = LARGEST_CERTIFIED_OUTPUT + 128
 
 
 def chunk_length(length: int) -> int:
@@ -103,7 +110,7 @@ def _chunk(
     queries, keys = logits.shape[2:]
     if causal:
         later = start + jnp.arange(queries)[:, None] < jnp.arange(keys)
-        logits = jnp.where(later, MASKED, logits)
+        logits = jnp.where(later, -jnp.inf, logits)
     in_use = None
     if k_segments is not None:
         seen = q_segments[:, :, None] == k_segments[:, None, :]
@@ -114,9 +121,10 @@ def _chunk(
             shared = k_segments == shared_segment
             seen |= shared[:, None, :]
             in_use |= shared
-        logits = jnp.where(seen[:, None], logits, MASKED)
+        logits = jnp.where(seen[:, None], logits, -jnp.inf)
     if kind == "standard":
-        probs = jax.nn.softmax(logits, axis=-1)
+        # Without this the gradient of a masked probability, huge where the value is, would meet 0.
+        probs = jnp.where(logits > -jnp.inf, jax.nn.softmax(logits, axis=-1), 0)
         return jnp.einsum("bhcs,bhsd->bhcd", probs, v_BHSD), jnp.float32(0)
     mantissa, power = exponent
     exp_v, reference = _exp_relative(mantissa, power, in_use)
@@ -124,11 +132,9 @@ def _chunk(
 
 
 def _split_exponent(v: Array) -> tuple[Array, Array]:
-    """exp(v) = mantissa · 2^power with mantissa in [1, 2] float32 and power int32."""
-    log2 = v * LOG2_E
-    # Powers beyond a million would overflow int32 arithmetic; such values differ from all others by
-    # more than any float32 exponent can say, with or without the bound.
-    power = jnp.clip(jnp.floor(log2), -1e6, 1e6)
+    """exp(v), of bounded v, as mantissa · 2^power: in [1, 2] float32, and int32."""
+    log2 = jnp.clip(v, -LARGEST_EXPONENTIATED, LARGEST_EXPONENTIATED) * LOG2_E
+    power = jnp.floor(log2)
     return jnp.exp2(log2 - power), power.astype(jnp.int32)
 
 
@@ -155,9 +161,9 @@ def _laser_readout(logits: Array, v: Array, exp_v: Array, reference: Array):
     """log(softmax(logits) exp(V)) and its range, see `attention`.
 
     Args:
-      logits: (B, H, C, S) float32, masked.
+      logits: (B, H, C, S) float32, -inf where a key is not visible.
       v: (B, H, S, D) float32.
-      exp_v: (B, H, S, D) float32, exp(v) / 2^reference; its gradient goes to `v`.
+      exp_v: (B, H, S, D) float32, exp(v) / 2^reference of bounded v; its gradient goes to `v`.
       reference: (B, H, 1, D) int32.
     """
     return _laser_readout_fwd(logits, v, exp_v, reference)[0]
@@ -169,12 +175,14 @@ def _laser_readout_fwd(logits, v, exp_v, reference):
     # The bits of an infinite sum are not those of a power of two and a mantissa.
     certified = (y >= 2.0**SMALLEST_CERTIFIED_EXPONENT) & (y < jnp.inf)
     fast = _log_scaled(jnp.where(certified, y, 1.0), reference)
+    certified &= jnp.abs(fast) <= LARGEST_CERTIFIED_OUTPUT
     all_certified = certified.all()
     exact = jax.lax.cond(
         all_certified, lambda logits, v: jnp.zeros_like(y), _log_space_readout, logits, v
     )
     out = jnp.where(certified, fast, exact)
-    range_nats = (reference * LN_2 - out).max()
+    below = reference * LN_2 - out
+    range_nats = jnp.where(certified, below, jnp.abs(below)).max()
     return (out, range_nats), (logits, v, exp_v, probs, y, certified, all_certified)
 
 
@@ -182,6 +190,9 @@ def _laser_readout_bwd(residuals, cotangents):
     # With w = P · E / y: dV = Σ_c do · w and dlogits = Σ_d do · (w - P). No reference appears.
     logits, v, exp_v, probs, y, certified, all_certified = residuals
     d_out, _ = cotangents  # the range is a report; nothing is trained on it
+    # Gradients are linear in dO: divided by small sums, one of about 1 stays within float32.
+    to_one, back = normaliser(d_out, axis=(2, 3))
+    d_out *= to_one
     d_fast = jnp.where(certified, d_out, 0.0)
     d_y = d_fast / jnp.where(certified, y, 1.0)
     d_probs = jnp.einsum("bhcd,bhsd->bhcs", d_y, exp_v)
@@ -197,10 +208,18 @@ def _laser_readout_bwd(residuals, cotangents):
         log_space_gradient,
         logits, v, jnp.where(certified, 0.0, d_out),
     )  # fmt: skip
-    return d_logits + d_logits_exact, d_v + d_v_exact, None, None
+    return back * (d_logits + d_logits_exact), back * (d_v + d_v_exact), None, None
 
 
 _laser_readout.defvjp(_laser_readout_fwd, _laser_readout_bwd)
+
+
+def normaliser(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
+    """Powers of two, float32, that bring the largest |x| over the axes to about 1, and back."""
+    largest = jnp.abs(x).max(axis=axis, keepdims=True).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
+    power = jnp.clip(jnp.right_shift(bits, 23) - 127, -126, 126)
+    return _power_of_two(-power), _power_of_two(power)
 
 
 def _log_scaled(y: Array, power: Array) -> Array:
@@ -212,11 +231,33 @@ def _log_scaled(y: Array, power: Array) -> Array:
 
 
 def _log_space_readout(logits: Array, v: Array) -> Array:
-    """logsumexp_s(log softmax(logits)_cs + v_sd), one query at a time: exact at any range, slow."""
+    """log(softmax(logits) exp(v)), one query at a time: exact for every finite v, slow.
+
+    Args:
+      logits: (B, H, C, S) float32, -inf where a key is not visible.
+      v: (B, H, S, D) float32.
+    """
     log_probs = jax.nn.log_softmax(logits, axis=-1)
 
     @jax.checkpoint
     def one_query(log_probs_BHS):
-        return jax.nn.logsumexp(log_probs_BHS[..., None] + v, axis=2)
+        return log_space_mean(log_probs_BHS[..., None], v)
 
     return jax.lax.map(one_query, log_probs.transpose(2, 0, 1, 3)).transpose(1, 2, 0, 3)
+
+
+def log_space_mean(log_probs: Array, v: Array) -> Array:
+    """logsumexp_s(log_probs + v) of one query, of its visible keys alone: (..., S, D) -> (..., D).
+
+    Relative to the largest visible v, so that a probability is not lost beside a large value, and
+    no sum overflows.
+
+    Args:
+      log_probs: (..., S, 1), -inf where a key is not visible.
+      v: (..., S, D); where it is not visible it may be anything.
+    """
+    seen = log_probs > -jnp.inf
+    largest = jax.lax.stop_gradient(jnp.where(seen, v, -jnp.inf).max(axis=-2, keepdims=True))
+    below = jnp.where(seen, v - largest, 0)
+    terms = jnp.where(seen, log_probs + below, -jnp.inf)
+    return jax.nn.logsumexp(terms, axis=-2) + largest[..., 0, :]

@@ -43,6 +43,7 @@ SMALLEST_ANCHORED_SUM = math.exp(-2.5)
 # the backward pass, which divides by sums, has room in float32 for small and for large gradients.
 LARGEST_VALUE = 31.0
 SMALLEST_SUM = math.exp(-LARGEST_VALUE)
+LARGEST_STANDARD_VALUE = 2.0**60  # leaves as much room for dO
 
 
 def largest_size() -> int:
@@ -114,7 +115,7 @@ def attention(
         check(query, value, kind, segment_ids, logits_soft_cap)
     options = Options(float(logits_scale), causal, library)
     if kind == "standard":
-        return _weighted_mean(query, key, value, options), jnp.float32(0)
+        return _standard(query, key, value, options), jnp.float32(0)
     return _laser(query, key, value, options)
 
 
@@ -152,6 +153,41 @@ _weighted_mean.defvjp(_weighted_mean_fwd, _weighted_mean_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _standard(query: Array, key: Array, value: Array, options: Options) -> Array:
+    """softmax(·) V, whose gradients come from `chunked` where a product of dO and V could overflow.
+
+    An infinite product meets a weight of 0 where the value is not seen, and gives NaN.
+    """
+    return _weighted_mean(query, key, value, options)
+
+
+def _standard_fwd(query, key, value, options: Options):
+    weighted_mean = functools.partial(_weighted_mean, options=options)
+    out, pullback = jax.vjp(weighted_mean, query, key, value)
+    return out, (query, key, value, pullback)
+
+
+def _standard_bwd(options: Options, residuals, d_out):
+    query, key, value, pullback = residuals
+    usual = (jnp.abs(value) <= LARGEST_STANDARD_VALUE).all()
+
+    def by_chunks(d_out):
+        return jax.vjp(lambda *x: _chunked(*x, "standard", options), query, key, value)[1](d_out)
+
+    return lax.cond(usual, pullback, by_chunks, d_out)
+
+
+_standard.defvjp(_standard_fwd, _standard_bwd)
+
+
+def _chunked(query: Array, key: Array, value: Array, kind: str, options: Options) -> Array:
+    return chunked.attention(
+        query, key, value, kind=kind, logits_scale=options.scale, causal=options.causal,
+        segment_ids=None, logits_soft_cap=None,
+    )[0]  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _laser(query: Array, key: Array, value: Array, options: Options) -> tuple[Array, Array]:
     """log(softmax(·) exp(V)), (B, T, H, D), and its range."""
     return _laser_fwd(query, key, value, options)[0]
@@ -180,6 +216,7 @@ def _laser_fwd(query, key, value, options: Options):
 
     out, smallest_out = lax.cond(usual, direct, repaired, query, key, value, mean)
     range_nats = jnp.maximum(jnp.maximum(largest, 0) - smallest_out, 0).max()
+    range_nats = jnp.minimum(range_nats, jnp.finfo(jnp.float32).max)
     return (out, range_nats), (query, key, value, mu, mean, pullback, usual)
 
 
@@ -248,11 +285,7 @@ def _unanchored(query: Array, key: Array, value: Array, options: Options) -> Arr
     certified = _certified(y, lax.stop_gradient(_largest_seen(value, options)), 0)
 
     def exact(query, key, value):
-        out, _ = chunked.attention(
-            query, key, value, kind="laser", logits_scale=options.scale, causal=options.causal,
-            segment_ids=None, logits_soft_cap=None,
-        )  # fmt: skip
-        return out.astype(jnp.float32)
+        return _chunked(query, key, value, "laser", options).astype(jnp.float32)
 
     rest = lax.cond(
         certified.all(), lambda query, key, value: jnp.zeros_like(y), exact, query, key, value

@@ -22,9 +22,13 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from laser.attention.chunked import MASKED, SMALLEST_CERTIFIED_EXPONENT
+from laser.attention.chunked import SMALLEST_CERTIFIED_EXPONENT
 
 Array = jax.Array
+
+# Factor of probabilities: a sum of so many of them times a value is no larger than the value.
+HEADROOM = 2.0**-24
+LOWEST = float(jnp.finfo(jnp.float32).min)  # where a running maximum starts
 
 BLOCK = 64  # slots; the capacity of a cache is a multiple of it
 
@@ -54,7 +58,9 @@ def cached_attention(
 ) -> Array:
     """What `attention` returns for the newest T tokens, from cached keys and values.
 
-    Exact for every finite V. No derivative is defined.
+    Exact for every finite V (standard attention: up to half of the largest), whatever the slots
+    hold that no query sees. A visible +inf or NaN gives an output that is not finite; in standard
+    attention the other queries of the call may have such outputs too. No derivative is defined.
 
     Args:
       query: (B, T, H, D_qk), float32 or bfloat16.
@@ -81,18 +87,20 @@ def cached_attention(
         logits *= scale
         if logits_soft_cap:
             logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-        return jnp.where(seen, logits, MASKED), v_BHSD.astype(jnp.float32), seen
+        # A slot that no query sees may hold anything, which 0 times it would not hide.
+        v_BHSD = jnp.where(seen.any(axis=2)[..., None], v_BHSD, 0).astype(jnp.float32)
+        return jnp.where(seen, logits, -jnp.inf), v_BHSD, seen
 
     def run(add, q_BHTD, visible_BTS, reference_rows: int) -> _Sums:
         """The sums after all blocks in use; `add` puts a block to them."""
         size = value.shape[-1]
         batch, heads, queries, _ = q_BHTD.shape
-        empty = jnp.full((batch, heads, queries, 1), MASKED, jnp.float32)
+        empty = jnp.full((batch, heads, queries, 1), LOWEST, jnp.float32)
         start = _Sums(
             empty,
             jnp.zeros_like(empty),
             jnp.zeros((batch, heads, queries, size), jnp.float32),
-            jnp.full((batch, heads, reference_rows, size), MASKED, jnp.float32),
+            jnp.full((batch, heads, reference_rows, size), LOWEST, jnp.float32),
         )
         return jax.lax.fori_loop(
             0,
@@ -106,7 +114,7 @@ def cached_attention(
 
     if kind == "standard":
         sums = run(_add_standard, q_BHTD, visible, 0)
-        out_BHTD = sums.readout_BHTD / sums.normaliser_BHT1
+        out_BHTD = sums.readout_BHTD / sums.normaliser_BHT1 / HEADROOM
     elif query.shape[1] == 1:
         out_BHTD = exact(q_BHTD, visible)
     else:
@@ -116,17 +124,17 @@ def cached_attention(
 
 
 def _add_standard(sums: _Sums, logits: Array, v_BHSD: Array, seen: Array) -> _Sums:
-    """softmax(s) V, the sums of an online softmax (arXiv 1805.02867)."""
+    """HEADROOM · softmax(s) V, the sums of an online softmax (arXiv 1805.02867)."""
     top, normaliser, probs, shrink = _add_logits(sums, logits, seen)
-    readout = sums.readout_BHTD * shrink + jnp.einsum("bhts,bhsd->bhtd", probs, v_BHSD)
-    return _Sums(top, normaliser, readout, sums.reference)
+    added = jnp.einsum("bhts,bhsd->bhtd", HEADROOM * probs, v_BHSD)
+    return _Sums(top, normaliser, sums.readout_BHTD * shrink + added, sums.reference)
 
 
 def _add_products(sums: _Sums, logits: Array, v_BHSD: Array, seen: Array) -> _Sums:
     """Σ_s exp(s) exp(V - reference) with one reference for all queries."""
     top, normaliser, probs, shrink = _add_logits(sums, logits, seen)
     in_use = seen.any(axis=2)[..., None]
-    largest = jnp.where(in_use, v_BHSD, MASKED).max(axis=2, keepdims=True)
+    largest = jnp.where(in_use, v_BHSD, LOWEST).max(axis=2, keepdims=True)
     exp_v = jnp.where(in_use, jnp.exp(v_BHSD - largest), 0.0)
     reference = jnp.maximum(sums.reference, largest)
     readout = sums.readout_BHTD * shrink * jnp.exp(sums.reference - reference)
@@ -137,7 +145,7 @@ def _add_products(sums: _Sums, logits: Array, v_BHSD: Array, seen: Array) -> _Su
 def _add_log_space(sums: _Sums, logits: Array, v_BHSD: Array, seen: Array) -> _Sums:
     """Σ_s exp(s + V - reference) with the largest s + V as the reference, of one query."""
     top, normaliser, _, _ = _add_logits(sums, logits, seen)
-    terms_BHSD = jnp.where(seen, logits - top, MASKED)[:, :, 0, :, None] + v_BHSD
+    terms_BHSD = jnp.where(seen, logits - top, -jnp.inf)[:, :, 0, :, None] + v_BHSD
     before = sums.reference + (sums.top_BHT1 - top)
     reference = jnp.maximum(before, terms_BHSD.max(axis=2, keepdims=True))
     added = jnp.exp(terms_BHSD - reference).sum(axis=2, keepdims=True)

@@ -40,8 +40,21 @@ def attention(
 ):
     """softmax(scale · Q Kᵀ) V, or LASER's log(softmax(scale · Q Kᵀ) exp(V)) (arXiv 2411.03493).
 
-    LASER's output is finite and right for every finite V, and no later token and no other segment
-    enters it, outliers included (all implementations but `paper`).
+    For every finite V, up to the largest of its dtype (all implementations but `paper`):
+
+    - LASER's output is finite and right; standard attention's is, of values up to half the largest.
+    - A key that a query may not see, later or of another segment, has no part in its output and in
+      no gradient through it, beyond their rounding. It may decide how that rounds: which reference
+      or anchor the keys of its tile (`pallas`), chunk (`chunked`) or row (`cudnn`, by its first 128
+      positions) share, and whether the exact path runs. So earlier tiles (chunks) keep every bit of
+      their outputs, and within its own tile an output may move by the error that it has anyway:
+      that of float32 on the exact path, and of bfloat16 where an anchor falls. `pallas` chooses the
+      form by the whole row of the batch, all forms with the same bits where both are certified.
+
+    V that is not finite shows: +inf or NaN makes the output of every query that sees it not finite
+    in that feature, and so does -inf in standard attention (in LASER exp(-inf) counts as 0, or the
+    output is not finite). As 0 · inf is NaN, outputs that share a chunk or a block with it, or in
+    `cudnn` the row, and gradients, may be not finite as well; one that is finite is right.
 
     Args:
       query: (B, T, H, D_qk), float32 or bfloat16.

@@ -4,9 +4,16 @@ With w = P · exp(V - out), LASER's gradients are dV = Σ dO · w and dlogits = 
 No reference appears in them. G = dO · exp(-out) stands for dO, and E = exp(V) for V; all else is as
 in standard attention. Where these are too large or too small, `raw`, one power of two per feature
 and head serves all blocks, that of the largest value of the whole sequence: E = exp(V) / 2^c, and
-G = dO / y, where y is relative to it too. As in the forward pass, what is rounded to bfloat16 is
-E - μ:
-Σ_d G·E - Σ_d dO = Σ_d G·(E - μ) - Σ_d (dO - G·μ), with the last sum in float32.
+G = dO / y, where y is relative to it too.
+
+What bfloat16 rounds must not hide the small differences that gradients are made of:
+
+- the rows of dlogits sum to 0, so that dQ is the same of keys less a vector common to all of them;
+  what their rounding errors sum to would be multiplied by an offset that keys share. (Not with a
+  soft cap, whose slopes differ. The columns have no such sum, so that dK has no such form.)
+- exp(V) is rounded less a number μ of its feature near which it lies, where there is one. With
+  Σ_s w = y: Σ_d G·E - Σ_d G·y = Σ_d G·(E - μ) - Σ_d G·(y - μ).
+- that last sum is made, in float32, of the same rounded G as the first.
 
 A tile of logits is held transposed, keys along the rows, so that what belongs to a query is a row.
 """
@@ -22,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from laser.attention.chunked import LOG2_E
 from laser.attention.kernels import common
+from laser.attention.kernels.blocks import SAMPLED_ROWS, sampled_step
 from laser.attention.kernels.common import Options
 
 Array = jax.Array
@@ -37,6 +45,8 @@ class _Blocks:
         self.query_segments: Any = next(refs) if segments else None
         self.key_segments: Any = next(refs) if segments else None
         self.reference: Any = next(refs) if options.laser else None
+        self.some_values: Any = next(refs) if options.laser else None
+        self.some_keys: Any = next(refs) if _centred(options, self.k.dtype) else None
         self.dq, self.dk, self.dv = next(refs), next(refs), next(refs)
         self.dq_sum, self.dk_sum, self.dv_sum = next(refs), next(refs), next(refs)
 
@@ -48,20 +58,42 @@ def _standard_queries(blocks: _Blocks, rows: slice) -> tuple[Array, Array]:
     return d_out, common.to_row(product.sum(axis=1, keepdims=True))
 
 
-def _laser_queries(blocks: _Blocks, rows: slice, raw: bool) -> tuple[Array, Array]:
-    """G (R, D) and Σ_d (dO - G·μ) as a row (1, R). Elements without a certificate are left out."""
-    dtype = blocks.d_out.dtype
+def _laser_queries(blocks: _Blocks, mu: Array, rows: slice, raw: bool) -> tuple[Array, Array]:
+    """G (R, D) and Σ_d G·(y - μ) as a row (1, R). Elements without a certificate are left out."""
     d_out = blocks.d_out[rows, :].astype(jnp.float32)
-    mu = blocks.reference[1:2, :]
     if raw:
         y = blocks.out[rows, :]
         certified = y >= common.SMALLEST_CERTIFIED
-        d_out = jnp.where(certified, d_out, 0.0)
-        g = d_out / jnp.where(certified, y, 1.0)
+        g = jnp.where(certified, d_out, 0.0) / jnp.where(certified, y, 1.0)
     else:
-        g = d_out * jnp.exp2(blocks.out[rows, :].astype(jnp.float32) * -LOG2_E)
-    delta = (d_out - jnp.where(mu > 0, g, 0.0)).sum(axis=1, keepdims=True)
-    return g.astype(dtype), common.to_row(delta)
+        log2_y = blocks.out[rows, :].astype(jnp.float32) * LOG2_E
+        y, g = jnp.exp2(log2_y), d_out * jnp.exp2(-log2_y)
+    g = g.astype(blocks.d_out.dtype)
+    delta = (g.astype(jnp.float32) * (y - mu)).sum(axis=1, keepdims=True)
+    return g, common.to_row(delta)
+
+
+def _centred(options: Options, dtype) -> bool:
+    """Whether dQ is made of keys less a common vector."""
+    return dtype == jnp.bfloat16 and not options.soft_cap
+
+
+def _shared_offset(some) -> Array:
+    """(1, D) float32, of all rows: of the range of the means of some of them what is nearest to 0.
+
+    One that stands out, which a query may not even see, does not move it.
+    """
+    means = some[...].astype(jnp.float32).mean(axis=1)
+    lowest, highest = means.min(axis=0, keepdims=True), means.max(axis=0, keepdims=True)
+    return jnp.maximum(lowest, jnp.minimum(highest, 0.0))
+
+
+def _anchor(blocks: _Blocks, raw: bool) -> Array:
+    """μ (1, D): exp(V) of an offset that values share, or 0 where one lies far below it."""
+    smallest, offset = blocks.reference[1:2, :], _shared_offset(blocks.some_values)
+    log2 = common.log2_exponential(offset, exact=raw)
+    mu = jnp.exp2(log2 - blocks.reference[0:1, :] if raw else log2)
+    return jnp.where(smallest >= offset - common.LARGEST_ANCHORED_FALL, mu, 0.0)
 
 
 def _exponentials(blocks: _Blocks, rows: slice, raw: bool) -> Array:
@@ -72,12 +104,10 @@ def _exponentials(blocks: _Blocks, rows: slice, raw: bool) -> Array:
     return jnp.exp2(log2 - blocks.reference[0:1, :] if raw else log2)
 
 
-def _values(blocks: _Blocks, options: Options, rows: slice, raw: bool) -> Array:
+def _values(blocks: _Blocks, mu: Array | None, rows: slice, raw: bool) -> Array:
     """What stands for the values: V, or E - μ."""
     v = blocks.v[rows, :]
-    if not options.laser:
-        return v
-    return (_exponentials(blocks, rows, raw) - blocks.reference[1:2, :]).astype(v.dtype)
+    return v if mu is None else (_exponentials(blocks, rows, raw) - mu).astype(v.dtype)
 
 
 def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: bool):
@@ -91,8 +121,14 @@ def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: 
             common.to_column(blocks.key_segments[:, rows]),
             blocks.query_segments[:, columns],
         )
-    logits = common.masked(logits, *segments, diagonal and query == key, query_axis=1)
+    crosses = diagonal and query == key
+    logits = common.masked(logits, *segments, crosses, query_axis=1)
     return jnp.exp2(logits - blocks.log_sum[:, columns]), slope
+
+
+def _hides(blocks: _Blocks, crosses: bool) -> bool:
+    """Whether some query of a pair of tiles may not see some key."""
+    return crosses or blocks.key_segments is not None
 
 
 def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many: bool, raw: bool):
@@ -104,20 +140,30 @@ def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many:
       many: there are more blocks, and so sums to add to.
       raw: the residual is y in place of the output.
     """
-    prepare = functools.partial(_laser_queries, raw=raw) if options.laser else _standard_queries
+    prepare, mu, center = _standard_queries, None, None
+    if options.laser:
+        mu = _anchor(blocks, raw)
+        prepare = functools.partial(_laser_queries, mu=mu, raw=raw)
+    if blocks.some_keys is not None:
+        center = _shared_offset(blocks.some_keys)
     queries: dict[int, tuple[Array, Array]] = {}
     for key in range(options.tiles):
         rows = options.rows(key)
-        values, keys = _values(blocks, options, rows, raw), blocks.k[rows, :]
+        values, keys = _values(blocks, mu, rows, raw), blocks.k[rows, :]
+        if center is not None:
+            keys = (keys.astype(jnp.float32) - center).astype(keys.dtype)
         dk, dv = [], []
         # From the last query on: 3 % fewer bundles than in order, for both attentions.
         for query in reversed(options.pairs(key, diagonal, queries_of_key=True)):
             to_what_is_there = many or query in queries
             if query not in queries:
-                queries[query] = prepare(blocks, options.rows(query))
+                queries[query] = prepare(blocks, rows=options.rows(query))
             g, delta = queries[query]
             weights, slope = _weights(blocks, options, key, query, diagonal)
             d_logits = weights * (common.dot(values, g, (1, 1)) - delta)
+            if not options.laser and _hides(blocks, diagonal and query == key):
+                # The product with a huge value that is not seen is infinite, its weight 0.
+                d_logits = jnp.where(weights > 0, d_logits, 0.0)
             if slope is not None:
                 d_logits *= slope
             rounded = d_logits.astype(keys.dtype)
@@ -191,7 +237,7 @@ def backward(
       d_out: (B, H, N, D_v) cotangent, in the dtype of `v`.
       log_sum: (B, H, 1, N) float32, of the forward kernel.
       reference: (B, H, 2, D_v) float32 for LASER: log2 of the power of two, which only `raw` reads,
-        and the anchor μ; else None.
+        and the smallest value; else None.
       raw: see `out`; elements whose y is not certified then have no part in the gradients.
 
     Returns:
@@ -229,6 +275,10 @@ def backward(
     if options.laser:
         in_specs.append(pl.BlockSpec((None, None, 2, d_v), lambda b, h, j, i: (b, h, 0, 0)))
         operands.append(reference)
+    for x in [v] * options.laser + [k] * _centred(options, k.dtype):
+        spec_of_some, rows = _some(x, block)
+        in_specs.append(spec_of_some)
+        operands.append(rows)
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     return pl.pallas_call(
         functools.partial(
@@ -251,6 +301,15 @@ def backward(
         interpret=options.interpret,
         name=common.kernel_name("backward", options, raw),
     )(*operands)
+
+
+def _some(x: Array, block: int) -> tuple[pl.BlockSpec, Array]:
+    """A sample of the rows of each head: some from each of many steps."""
+    batch, heads, length, size = x.shape
+    step = sampled_step(length, block)
+    shape = (length // step, min(SAMPLED_ROWS, step), size)
+    spec = pl.BlockSpec((None, None, *shape), lambda b, h, j, i: (b, h, 0, 0, 0))
+    return spec, x.reshape(batch, heads, length // step, step, size)
 
 
 def cost(q_shape, d_v: int, options: Options, operands, results) -> pl.CostEstimate:

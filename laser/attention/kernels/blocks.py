@@ -33,6 +33,7 @@ VMEM_BYTES = {"v5e": 128 * MEBI, "v5p": 64 * MEBI, "v6e": 128 * MEBI}
 SMALLEST_VMEM_BYTES = min(VMEM_BYTES.values())
 LANES = 128  # sizes are padded to it on the chip
 LARGEST_SIZE = 768
+SAMPLED_ROWS = 16  # of each step, in the backward kernel: the smallest tile of bfloat16
 
 # Sequence length and head size up to which a row holds, and the tiles of the forward and of the
 # backward kernel. Small tiles skip more of the causal square, most of which lies in the blocks on
@@ -94,6 +95,11 @@ def _lanes(size: int) -> int:
     return -(-size // LANES) * LANES
 
 
+def sampled_step(length: int, block: int) -> int:
+    """Rows of a padded sequence of which the first are sampled: a block, or 128 of a single one."""
+    return LANES if length == block and length % LANES == 0 else block
+
+
 def vmem_estimate(length: int, d_qk: int, d_v: int, sizes: BlockSizes, itemsize: int) -> int:
     """Bytes of on-chip memory that the backward kernel, the larger of the two, needs.
 
@@ -104,7 +110,10 @@ def vmem_estimate(length: int, d_qk: int, d_v: int, sizes: BlockSizes, itemsize:
     transfers = 2 * rows * (4 * d_qk + 5 * d_v) * itemsize
     # The float32 residual of the exact path is wider than the usual one.
     transfers += 2 * rows * d_v * (4 - itemsize)
-    sums = 4 * (padded_length(length, sizes) * d_qk + rows * (d_qk + d_v))
+    padded = padded_length(length, sizes)
+    sampled = SAMPLED_ROWS * padded // sampled_step(padded, rows)
+    transfers += 2 * sampled * (d_qk + d_v) * itemsize
+    sums = 4 * (padded * d_qk + rows * (d_qk + d_v))
     prepared = rows * d_v * (itemsize + 4) + 4 * sizes.tile * (2 * d_v + d_qk)
     logits = 5 * 4 * sizes.tile * sizes.block
     needed = transfers + sums + prepared + logits

@@ -12,23 +12,31 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from laser.attention.chunked import LOG2_E, MASKED, SMALLEST_CERTIFIED_EXPONENT
+from laser.attention.chunked import (
+    LARGEST_EXPONENTIATED,
+    LOG2_E,
+    SMALLEST_CERTIFIED_EXPONENT,
+)
 
 Array = jax.Array
+
+MASKED = -1e30  # below every logit; finite, as a block may hold no key that a query sees
+HEADROOM = 15.0  # log2 of how many weighted values standard attention can add up, of any size
 
 # A sum that is at least this much of the largest exponential has lost nothing to underflow.
 SMALLEST_SHARE = 2.0**SMALLEST_CERTIFIED_EXPONENT
 # Values in nats whose exponentials the narrow form adds up; leaves float32 room for 2^40 of them.
 LARGEST_NARROW_VALUE = 60.0
-# Largest of V - out, in nats, for which exp(V - out) is a float32 in the backward pass.
-LARGEST_RISE = 80.0
+# Largest of V - out, in nats, up to which the backward pass makes dO · exp(V - out) of the output.
+LARGEST_RISE = 40.0
 # References are powers of 2^64: as long as the largest value lies within 22 nats of 0 the reference
 # is 1, as in the narrow form.
 POWER_STEP = 64.0
 # The largest exponential may be half a step above its reference.
 SMALLEST_CERTIFIED = SMALLEST_SHARE * 2.0 ** (POWER_STEP / 2)
-LOWEST_VALUE = -1e30  # where a running maximum starts
+LOWEST_VALUE = -3.4e38  # where a running maximum starts
 LOWEST_ANCHORED = -2.0  # value down to which exp(V) - 1 is rounded in place of exp(V)
+LARGEST_ANCHORED_FALL = 2.0  # of a value below what they share, in nats, in the backward pass
 
 STATISTICS = ("smallest_y", "smallest_out", "smallest_value", "largest_value")
 STATISTICS_ROWS = 8  # the smallest tile of rows that a TPU stores; rows beyond the names are zero
@@ -129,14 +137,15 @@ def masked(
 
 
 def log2_exponential(v: Array, exact: bool) -> Array:
-    """log2 exp(v), float32; with `exact` a compiler cannot join the product to what follows."""
-    log2 = v.astype(jnp.float32) * LOG2_E
-    return jnp.clip(log2, -3e38, 3e38) if exact else log2
+    """log2 exp(v), float32; with `exact` bounded, and no compiler joins the product to others."""
+    log2, limit = v.astype(jnp.float32) * LOG2_E, LARGEST_EXPONENTIATED * LOG2_E
+    return jnp.clip(log2, -limit, limit) if exact else log2
 
 
 def reference_power(largest: Array) -> Array:
     """log2 of the power of two that exp(V) is taken relative to, for the largest value; float32."""
-    return POWER_STEP * jnp.round(largest * (LOG2_E / POWER_STEP))
+    bounded = jnp.clip(largest, -LARGEST_EXPONENTIATED, LARGEST_EXPONENTIATED)
+    return POWER_STEP * jnp.round(bounded * (LOG2_E / POWER_STEP))
 
 
 def power_of_two(n: Array) -> Array:

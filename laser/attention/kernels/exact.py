@@ -2,7 +2,8 @@
 
 A while loop visits those blocks alone, and none in the usual case: it then costs one test of the
 flags, and, unlike a conditional, no copy of the arrays that it may change. The formula is
-logsumexp_s(log softmax(logits)_ts + v_sd), which exponentiates nothing that could overflow.
+logsumexp_s(log softmax(logits)_ts + v_sd) over the visible keys, which exponentiates nothing that
+could overflow.
 
 Shapes: B batch, H heads, N padded length, D size, M rows of a block.
 """
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from laser.attention.chunked import MASKED
+from laser.attention.chunked import log_space_mean
 from laser.attention.kernels.common import SMALLEST_CERTIFIED, Options
 
 Array = jax.Array
@@ -29,16 +30,16 @@ def _rows(q_MD, k_ND, v_ND, block: Array, segments_1N: Array | None, options: Op
     position = jnp.arange(k_ND.shape[0])
     query = block * options.block + jnp.arange(options.block)
     if options.causal:
-        logits = jnp.where(query[:, None] >= position, logits, MASKED)
+        logits = jnp.where(query[:, None] >= position, logits, -jnp.inf)
     if segments_1N is not None:
         ids = lax.dynamic_slice_in_dim(segments_1N[0], block * options.block, options.block)
-        logits = jnp.where(ids[:, None] == segments_1N, logits, MASKED)
+        logits = jnp.where(ids[:, None] == segments_1N, logits, -jnp.inf)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     v_ND = v_ND.astype(jnp.float32)
 
     @jax.checkpoint
     def one_query(log_probs_N):
-        return jax.nn.logsumexp(log_probs_N[:, None] + v_ND, axis=0)
+        return log_space_mean(log_probs_N[:, None], v_ND)
 
     return lax.map(one_query, log_probs)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from laser.attention.chunked import LN_2
+from laser.attention.chunked import LARGEST_CERTIFIED_OUTPUT, LN_2
 from laser.attention.kernels import common
 from laser.attention.kernels.common import Options
 
@@ -76,9 +76,10 @@ def _attend(logits: list[Array], tiles: list[KeyTile], at_least: list[Array], wi
     """
     maximum = functools.reduce(jnp.maximum, logits).max(axis=1, keepdims=True)
     maximum = functools.reduce(jnp.maximum, at_least, maximum)
+    reference = maximum + _headroom(tiles[-1])
     weight, values = [], []
     for tile_logits, tile in zip(logits, tiles, strict=True):
-        weights = jnp.exp2(tile_logits - maximum)
+        weights = jnp.exp2(tile_logits - reference)
         weight.append(weights.sum(axis=1, keepdims=True))
         operand = tile.operand
         if wide and tile is not tiles[-1]:
@@ -104,6 +105,15 @@ def _anchored(weight: list[Array], tiles: list[KeyTile], wide: bool) -> Array:
     return anchored
 
 
+def _headroom(tile: KeyTile) -> float:
+    """By how many powers of two all weights are below 1.
+
+    So that a sum over keys of values near the largest float32 does not overflow. LASER's
+    exponentials are of bounded size.
+    """
+    return common.HEADROOM if tile.power is None else 0.0
+
+
 def _joined(before: Sums, sums: Sums, rescale: Array | None) -> Sums:
     """Sums over all blocks so far, relative to this block's reference."""
     shrink = jnp.exp2(before.maximum - sums.maximum)
@@ -114,7 +124,8 @@ def _joined(before: Sums, sums: Sums, rescale: Array | None) -> Sums:
 class Finished(NamedTuple):
     """Output (R, D), y that it is made of, and log2 Σ (1, R).
 
-    In the wide form the output is -inf where y is too small to be certified.
+    In the wide form the output is -inf, and y is 0, where they are not certified: where y is too
+    small, or the output too large for the precision of its exponentials.
     """
 
     out: Array
@@ -124,12 +135,14 @@ class Finished(NamedTuple):
 
 def _finish(sums: Sums, tile: KeyTile, options: Options) -> Finished:
     y = sums.values * (1 / sums.weight)
-    log_sum = common.to_row(sums.maximum + jnp.log2(sums.weight))
+    log_sum = common.to_row(sums.maximum + _headroom(tile) + jnp.log2(sums.weight))
     if not options.laser:
         return Finished(y, y, log_sum)
     out = jnp.log(y)
     if options.wide:
-        out = jnp.where(y < common.SMALLEST_CERTIFIED, -jnp.inf, out + tile.power * LN_2)
+        out += tile.power * LN_2
+        failed = (y < common.SMALLEST_CERTIFIED) | (jnp.abs(out) > LARGEST_CERTIFIED_OUTPUT)
+        out, y = jnp.where(failed, -jnp.inf, out), jnp.where(failed, 0.0, y)
     return Finished(out, y, log_sum)
 
 
@@ -156,7 +169,7 @@ def _key_tile(blocks: _Blocks, options: Options, number: int, before, raw: bool)
     if not options.laser:
         return KeyTile(v)
     # A CPU's compiler would fold constants in the one form and not in the other.
-    return _exponential_tile(v, before, options.wide, exact=raw or options.interpret)
+    return _exponential_tile(v, before, options.wide, exact=options.wide or options.interpret)
 
 
 def _logits(blocks: _Blocks, options: Options, query: int, key: int, diagonal: bool) -> Array:
@@ -262,8 +275,7 @@ def _write_statistics(blocks: _Blocks, found: Finished, tile: KeyTile, wide: boo
     smallest = found.y.min(axis=0, keepdims=True)
     # The logarithm is monotone: what is least of y is so of the output.
     smallest_out = jnp.log(smallest) + (tile.power * LN_2 if wide else 0.0)
-    lowest = common.SMALLEST_CERTIFIED if wide else 0.0
-    smallest_out = jnp.where(smallest < lowest, -jnp.inf, smallest_out)
+    smallest_out = jnp.where(smallest <= 0.0, -jnp.inf, smallest_out)
     for number, x in enumerate((smallest, smallest_out)):
         row = slice(number, number + 1)
         ref[row, :] = x if first else jnp.minimum(ref[row, :], x)
