@@ -16,7 +16,7 @@ PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-
 ONLY_NEWS := sed -u -n -E -e 's/^Collecting /  fetching /p' -e '/^(Installing collected|Success)/p' \
 	-e '/^(ERROR|WARNING)/p'
 
-.PHONY: help quickstart tpu test lint types format clean
+.PHONY: help quickstart tpu test check lint types format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -26,8 +26,14 @@ quickstart: .venv/.runtime  ## train a small model on an embedded text and show 
 
 tpu: .venv/.tpu  ## install what training on this TPU VM needs
 
+# As many workers as cores. A worker has up to 4 GB in memory.
+PYTEST := .venv/bin/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+
 test: lint types  ## ruff, mypy and every test, the slow ones too
-	.venv/bin/python -m pytest
+	$(PYTEST)
+
+check: lint types  ## ruff, mypy and the quick tests
+	$(PYTEST) -m "not slow"
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -36,7 +36,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SHAPES = ((8, 128), (8, 256), (8, 512), (16, 720))  # heads and head size of the paper's models
+from configs import c4
+
+# Heads and head size of the paper's models.
+SHAPES = tuple(dict.fromkeys((heads, size) for *_, heads, size in c4.SIZES.values()))
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 KINDS = ("standard", "laser", "splash", "splash_laser")
 BATCH, LENGTH = 4, 1024

@@ -1,4 +1,4 @@
-"""Speed of a full training step on this machine, beside the matrix products that it is made of.
+"""Speed of a full training step on this CPU, beside the matrix products that it is made of.
 
     python scripts/benchmark_train.py [--peers] [--steps=N] [--json=PATH]
 
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.steps < 2:
         parser.error(f"--steps={arguments.steps}: medians need at least 2")
+    # Where libtpu is there for planning alone, jax would look for its chips in vain, aloud.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     shape, load = Shape(), os.getloadavg()[0]
     if arguments.setting:
         if arguments.setting == "tuned":

@@ -2,11 +2,17 @@
 
 XLA reads the number of devices when jax starts, so this file must run before anything imports jax;
 if something was faster, it says so in place of letting the sharding tests fail oddly.
+
+Most of the time goes into compiling small programs. So XLA leaves out LLVM's optimizations, and
+what is compiled is kept for as long as the session lasts, for all of its processes: pytest's
+workers and the programs that tests start. Two sessions share nothing.
 """
 
 import itertools
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,13 +24,36 @@ if "jax" in sys.modules:
     )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 ).strip()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import corpus
 from data.config import StoreConfig
 from data.prepare import prepare
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Makes the folder of compiled programs, in the process that starts the workers."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="laser-tests-compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": folder,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module():
+    """Drops them from memory at its end; a whole run would gather gigabytes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")

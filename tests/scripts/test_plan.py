@@ -29,7 +29,7 @@ sys.exit(plan.main(["plan.py", *sys.argv[1:]]))
 def plan(*arguments, program=("scripts/plan.py",)):
     return subprocess.run(
         [sys.executable, *program, *arguments], cwd=ROOT, capture_output=True, text=True,
-        check=False, env={**os.environ, "XLA_FLAGS": ""},
+        check=False, env={**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"},
     )  # fmt: skip
 
 
