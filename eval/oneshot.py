@@ -27,7 +27,6 @@ from models.decoder import Parameters
 
 FIRST_SEED = 1234
 BETWEEN_SHOTS = "\n\n"
-ALSO = {"character": "acc_norm", "token": "accuracy_token"}  # names; the harness's where it has one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +303,8 @@ def _metrics(
     main = judged(asking.normalisation)
     metrics = {name: METRICS[name](main) for name in asking.metrics}
     for normalisation in asking.also:
-        metrics[ALSO[normalisation]] = accuracy(judged(normalisation))
+        name = "acc_norm" if normalisation == "character" else f"accuracy_{normalisation}"
+        metrics[name] = accuracy(judged(normalisation))  # the harness's name, where it has one
     return metrics
 
 

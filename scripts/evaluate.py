@@ -97,8 +97,8 @@ def files_table() -> str:
         [
             "the tasks' data, demonstrations first:",
             *lines,
-            "or TASK/*SPLIT*.jsonl or .parquet, as on the Hugging Face hub, with train, val, dev or",
-            "test for SPLIT, such as boolq/validation-00000-of-00001.parquet",
+            "or TASK/*SPLIT*.jsonl or .parquet, as on the Hugging Face hub, with train, val, dev",
+            "or test for SPLIT, such as boolq/validation-00000-of-00001.parquet",
         ]
     )
 

@@ -95,7 +95,7 @@ def schema(before, pronoun, after, answers, correct):
 HEAD = '<?xml version="1.0" encoding="ISO-8859-1"?>\n<collection>\n\n'
 SCHEMAS = {
     "plain": ("The men told Sue that", "they", " lost her\n keys. ", ["The men", " Sue"], "A."),
-    "one character is left": ("The boys hit Bob,\nso he hit ", "them", ".", ["The boys", "Bob"], "A"),
+    "one character is left": ("The boys hit Al,\nso I hit ", "them", ".", ["The boys", "Al"], "A"),
     "it begins": ("", "He", " saw Ren\xe9 &amp; left.", ["The man", "Ren\xe9"], " B "),
     "a clause follows": ("Ann saw Eve. When", "her", ", too, ran", ["Ann", "Eve"], "B."),
 }  # fmt: skip
@@ -107,7 +107,7 @@ WINOGRAD = {
         ["  lost her keys.", " lost her keys."],
     ),
     "one character is left": (
-        ["The boys hit Bob, so he hit the boys", "The boys hit Bob, so he hit Bob"],
+        ["The boys hit Al, so I hit the boys", "The boys hit Al, so I hit Al"],
         ["  .", "."],
     ),
     "it begins": (
@@ -194,7 +194,7 @@ def test_race_is_read_as_the_hub_has_it(kind, layout, tmp_path):
             tmp_path / "race/high/test.parquet"
         )
         (tmp_path / "race/high/test.parquet").write_bytes(b"PAR1 and nothing else")
-        with pytest.raises(ValueError, match="test.parquet: not valid Parquet"):
+        with pytest.raises(ValueError, match=r"test.parquet: not valid Parquet"):
             load("race_high", tmp_path)
 
 
