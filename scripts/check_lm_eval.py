@@ -161,6 +161,10 @@ def _main(arguments: argparse.Namespace) -> int:
         except sources.MissingData as error:
             print(f"{name}: not compared: {error}")
             continue
+        except ModuleNotFoundError as error:
+            words = "pip install -r requirements-eval.txt"
+            print(f"{name}: not compared: no package {error.name}: {words}")
+            continue
         except ValueError as error:
             print(f"{name}: {error}: DIFFERS")
             agree.append(False)
