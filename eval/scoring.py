@@ -32,7 +32,7 @@ from models.decoder import Parameters, output_logits, structure
 
 BUCKET = 32  # lengths of rows are multiples of it
 ROW_TOKENS = 4096  # of a batch, over all devices that split it; sets how many rows it has
-COMPILE_TOKENS = 32 * ROW_TOKENS  # what compiling costs, in tokens that could be fed meanwhile
+COMPILE_TOKENS = 8 * ROW_TOKENS  # about what compiling costs, in tokens fed meanwhile
 READ_CHUNK = 256  # scored tokens whose logits exist at a time: 256 x 32,000 float32 are 33 MB
 Progress = Callable[[int, int], None]  # requests done, requests in all
 
@@ -350,11 +350,11 @@ def _any_implementation(config: ModelConfig) -> ModelConfig:
 
 
 def _grid(longest: int) -> list[int]:
-    """Lengths that rows may be padded to: BUCKET times 1, 2, 3, 4, 6, 8, 12 and so on, the last one
-    holding `longest`."""
+    """Lengths that rows may be padded to: BUCKET times 1 to 8, 10, 12, 14, 16, 20 and so on, four
+    to an octave, the last one holding `longest`."""
     top = -(-longest // BUCKET)
-    steps = {1, *(factor << k for factor in (2, 3) for k in range(top.bit_length())), top}
-    return [BUCKET * step for step in sorted(steps) if step <= top]
+    steps = {1, 2, 3} | {factor << k for factor in range(4, 8) for k in range(top.bit_length())}
+    return [BUCKET * step for step in sorted({*steps, top}) if step <= top]
 
 
 def _read_scores(hidden_BTM, embedding_VM, places_C3, soft_cap: float) -> tuple[Any, Any]:
