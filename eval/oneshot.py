@@ -7,6 +7,8 @@ does not fit, `gpt3` leaves out whole demonstrations before it cuts the context 
 """
 
 import dataclasses
+import functools
+import hashlib
 import random
 import statistics
 import time
@@ -60,6 +62,18 @@ class TaskData:
     loaded: Loaded
     pool: Sequence[Example]
     own_pool: bool
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all rows that were read, as they are asked and judged: equal wherever they lie."""
+        asking = dataclasses.asdict(self.asking)
+        del asking["prompt"]  # what it makes of the rows is in the examples
+        digest = hashlib.sha256(repr(asking).encode())
+        for examples in (self.loaded.examples, () if self.own_pool else self.pool):
+            digest.update(f"\n{len(examples)}".encode())
+            for example in examples:
+                digest.update(repr(example).encode())
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,15 +225,28 @@ def score_grouped(
 def check_lengths(
     data: TaskData, settings: Settings, tokenizer: Tokenizer, max_length: int
 ) -> None:
-    """Raises ValueError for a candidate that a model of `max_length` tokens can't score."""
-    for group in encode_prompts(prompted(data, settings, FIRST_SEED), tokenizer):
+    """Raises ValueError that names the row of a candidate that a model of `max_length` tokens
+    can't score."""
+    zero_shot = dataclasses.replace(settings, shots=0)  # what is shown before changes no candidate
+    prompts = prompted(data, zero_shot, FIRST_SEED)
+    long = [i for i, prompt in enumerate(prompts) if _longest(prompt.example) >= max_length]
+    for i, group in zip(long, encode_prompts([prompts[i] for i in long], tokenizer)):
         for request in group:
             if len(request.continuation) > max_length:
                 raise ValueError(
-                    f"{data.task.name}: the candidate "
+                    f"{data.task.name}: {data.loaded.place(i)}: the candidate "
                     f"{tokenizer.decode(request.continuation)[:60]!r} has "
                     f"{len(request.continuation)} tokens, more than the model's {max_length}"
                 )
+
+
+def _longest(example: Example) -> int:
+    """Bytes of the longest candidate, with the space that may go over from its context: as many
+    tokens at most."""
+    return max(
+        len((context[len(context.rstrip()) :] + text).encode())
+        for context, text in zip(example.contexts, example.continuations)
+    )
 
 
 def _drop_shots(
@@ -276,7 +303,8 @@ def _metrics(
     main = judged(asking.normalisation)
     metrics = {name: METRICS[name](main) for name in asking.metrics}
     for normalisation in asking.also:
-        metrics[f"accuracy_{normalisation}"] = accuracy(judged(normalisation))
+        name = "acc_norm" if normalisation == "character" else f"accuracy_{normalisation}"
+        metrics[name] = accuracy(judged(normalisation))  # the harness's name, where it has one
     return metrics
 
 

@@ -54,6 +54,10 @@ def check(example: Example) -> None:
     for i, text in enumerate(example.continuations):
         if not text.strip():
             raise ValueError(f"candidate {i} is empty: {list(example.choices)}")
+    try:
+        "".join((*example.contexts, *example.continuations, example.shot)).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a character (a surrogate) in the text: {error}") from error
     if count < 2:
         raise ValueError(f"{count} candidates: at least 2 are needed")
 
@@ -260,11 +264,12 @@ def winograd_gpt3(row: Row) -> list[Example]:
     start, pronoun = row["start"], row["pronoun"]
     options = [_in_place_of(pronoun, option) for option in row["options"]]
     contexts = [row["text"][:start] + option for option in options]
-    return _fill(contexts, row["text"][start + len(pronoun) :], options, row["gold"])
+    rest = re.sub(r"^ (?=[.,;:!?])", "", row["text"][start + len(pronoun) :])
+    return _fill(contexts, rest, options, row["gold"])
 
 
 def _in_place_of(pronoun: str, option: str) -> str:
-    if pronoun.lower() in POSSESSIVES:
+    if pronoun.lower() in POSSESSIVES and not option.endswith("'s"):
         option += "'s"
     first, space, rest = option.partition(" ")
     if pronoun[:1].islower() and first in CAPITALISED:
@@ -307,22 +312,35 @@ def wsc_gpt3(row: Row) -> list[Example]:
 
 
 def wsc_lm_eval(row: Row) -> list[Example]:
+    """Marked as in 0.4.13: its spaces around quotation marks are lost on both sides."""
     pronoun, noun = row["span2_text"], row["span1_text"]
+    before = " ".join(row["text"].split()[: row["span2_index"]])
+    after = row["text"][len(before) + len(pronoun) + 1 :]
+    text = f"{before} *{pronoun}*{after}"
+    for old, new in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
+        text = text.replace(old, new)
+    text = re.sub(r" (['.,])", r"\1", text)
     context = (
-        f"Passage: {marked(row)}\nQuestion: In the passage above, does the pronoun "
+        f"Passage: {text}\nQuestion: In the passage above, does the pronoun "
         f'"*{pronoun}*" refer to "*{noun}*"?\nAnswer:'
     )
     return ask(context, ("no", "yes"), row["gold"])
 
 
 def marked(row: Row) -> str:
-    """The passage with asterisks around the pronoun, and spaces before punctuation taken out."""
-    before = " ".join(row["text"].split()[: row["span2_index"]])
-    after = row["text"][len(before) + len(row["span2_text"]) + 1 :]
-    text = f"{before} *{row['span2_text']}*{after}"
-    for old, new in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
+    """The passage with asterisks around the pronoun, and without the spaces that its tokenisation
+    put before punctuation and inside of brackets and quotation marks."""
+    words, pronoun = row["text"].split(), row["span2_text"]
+    rest = " ".join(words[row["span2_index"] :])
+    start = max(rest.find(pronoun), 0)
+    rest = f"{rest[:start]}*{pronoun}*{rest[start + len(pronoun) :]}"
+    text = " ".join([*words[: row["span2_index"]], rest])
+    for old, new in ((" n't", "n't"), (" )", ")"), ("( ", "(")):
         text = text.replace(old, new)
-    return re.sub(r" (['.,])", r"\1", text)
+    pieces = text.split('"')  # every second one is quoted
+    if len(pieces) % 2:
+        pieces = [piece.strip() if i % 2 else piece for i, piece in enumerate(pieces)]
+    return re.sub(r" ('(?:s|m|d|re|ve|ll)\b|[.,;:!?])", r"\1", '"'.join(pieces))
 
 
 def held_out(row: Row) -> list[Example]:

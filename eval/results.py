@@ -6,8 +6,9 @@
     RUN/eval/checkpoints/SETTINGS/results.json  over those last asked for
 
 SETTINGS names all of them, such as gpt3-1shot-5seeds or, of the first 20 examples of each task,
-gpt3-1shot-5seeds-limit20: a quick look never stands in the place of a full evaluation. A task whose
-file is there is not evaluated again.
+gpt3-1shot-5seeds-limit20: a quick look never stands in the place of a full evaluation. A result
+says by fingerprints what was scored: the rows, demonstrations' included, and the checkpoint. It is
+used again for the same ones alone; with others the task is evaluated anew and its file replaced.
 """
 
 import contextlib
@@ -33,31 +34,45 @@ class ResultsFolder:
         self.path = _folder(output, str(step), settings)
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def finished(self, task: str, records: bool) -> Result | None:
-        """An earlier result, with records if they are wanted."""
+    def finished(self, task: str) -> Result | None:
+        """The result that is there, of whatever rows and checkpoint."""
         path = self.path / f"{task}.json"
-        if not path.is_file() or (records and not self._records(task).is_file()):
-            return None
-        return json.loads(path.read_text())
+        return json.loads(path.read_text()) if path.is_file() else None
 
-    def save(self, result: Result) -> None:
+    def has_records(self, task: str) -> bool:
+        return self._records(task).is_file()
+
+    def save(self, result: Result, records: bool) -> None:
+        """Writes a result; records that are there are its own, or else they are removed."""
+        if not records:
+            self._records(result["task"]).unlink(missing_ok=True)
         write_atomically(self.path / f"{result['task']}.json", _text(result))
 
-    def save_all(self, missing: Mapping[str, str]) -> Path:
-        """Writes results.json, of these tasks and of those finished before; returns its path."""
+    def save_all(self, missing: Mapping[str, str], failed: Mapping[str, str]) -> Path:
+        """Writes results.json, of these tasks and of those finished before; returns its path.
+
+        Args:
+          missing: tasks without data, and how to get them.
+          failed: tasks that could not be evaluated this time, and why.
+        """
         path = self.path / "results.json"
         finished = sorted(file for file in self.path.glob("*.json") if file != path)
-        tasks = {file.stem: json.loads(file.read_text()) for file in finished}
-        write_atomically(path, _text({"tasks": tasks, "missing": dict(missing)}))
+        tasks = {
+            file.stem: json.loads(file.read_text()) for file in finished if file.stem not in failed
+        }
+        write_atomically(path, _text({"tasks": tasks, "missing": {**missing, **failed}}))
         return path
 
     @contextlib.contextmanager
     def record_writer(self, task: str) -> Iterator[Callable[[Record], None]]:
         """A function that appends a record; the file is there once the context has ended well."""
         temporary = self._records(task).with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            yield lambda record: print(json.dumps(record, ensure_ascii=False), file=file)
-        temporary.replace(self._records(task))
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                yield lambda record: print(json.dumps(record, ensure_ascii=False), file=file)
+            temporary.replace(self._records(task))
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _records(self, task: str) -> Path:
         return self.path / f"{task}.records.jsonl"
@@ -112,10 +127,12 @@ def table(results: Sequence[Result], paper: Figures, over: str = "seeds") -> str
     """The table that is printed, in percent.
 
     Metric, its deviation `over` seeds or checkpoints, the standard error of a share of n examples,
-    chance, and the paper's figure, which is there only if it has figures for such a model.
+    chance, the paper's figure, which is there only if it has figures for such a model, and where
+    the rows came from.
     """
     header = ["task", "n", "metric", "score", f"± {over}", "± sample", "chance"]
     header += ["paper"] if paper else []
+    header += ["data"]
     rows = [header]
     for result in results:
         for name, values in result["metrics"].items():
@@ -128,9 +145,10 @@ def table(results: Sequence[Result], paper: Figures, over: str = "seeds") -> str
             task = TASKS.get(result["task"])
             figure = paper.get(task.paper) if task and first else None
             row += ["" if figure is None else f"{figure:.2f}"] if paper else []
+            row += [result["origin"] if first else ""]
             rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
-    left = (0, 2)  # columns of words
+    left = (0, 2, len(header) - 1)  # columns of words
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i in left else cell.rjust(width)
@@ -150,7 +168,7 @@ def legend(over: str) -> str:
 
 def _is_share(metric: str) -> bool:
     """Whether a metric is the share of the examples that were answered well."""
-    return metric == "em" or metric.startswith("accuracy")
+    return metric in ("em", "acc_norm") or metric.startswith("accuracy")
 
 
 def _sample_error(share: float, n: int) -> float:

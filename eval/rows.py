@@ -8,7 +8,8 @@ read raises ValueError, KeyError, IndexError or TypeError, and eval/sources.py a
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Raw = Mapping[str, Any]
@@ -51,8 +52,9 @@ def _texts_and_labels(choices: Any) -> tuple[list[str], list[Any]]:
 
 
 def boolq(raw: Raw) -> list[Row]:
-    """passage, question, gold (1: yes)."""
-    return [{"passage": raw["passage"], "question": raw["question"], "gold": _truth(_label(raw))}]
+    """passage, question, gold (1: yes). BoolQ's own archive calls the label answer."""
+    gold = _truth(_label(raw, "answer" if "answer" in raw else "label"))
+    return [{"passage": raw["passage"], "question": raw["question"], "gold": gold}]
 
 
 def cb(raw: Raw) -> list[Row]:
@@ -118,6 +120,25 @@ def multirc(raw: Raw) -> list[Row]:
 def piqa(raw: Raw) -> list[Row]:
     """goal, sol1, sol2, gold."""
     return [{**{name: raw[name] for name in ("goal", "sol1", "sol2")}, "gold": int(_label(raw))}]
+
+
+def race_articles(records: Iterable[tuple[str, Raw]]) -> Iterator[tuple[str, Raw]]:
+    """Of rows with a question each, as the hub has them, those on one article as one record."""
+
+    def article(pair: tuple[str, Raw]) -> Any:
+        place, raw = pair
+        single = "question" in raw and "article" in raw
+        return (raw.get("example_id"), raw["article"]) if single else place
+
+    for key, pairs in itertools.groupby(records, key=article):
+        (place, first), *rest = pairs
+        if isinstance(key, tuple):
+            questions = [first, *(raw for _, raw in rest)]
+            columns = {f"{name}s": name for name in ("question", "answer")} | {"options": "options"}
+            together = {new: [raw[old] for raw in questions] for new, old in columns.items()}
+            yield place, {"article": first["article"], **together}
+        else:
+            yield place, first
 
 
 def race(raw: Raw) -> list[Row]:
@@ -213,14 +234,20 @@ def _mended_span(text: str, span: str, index: int) -> str:
 
 
 def winograd(raw: Raw) -> list[Row]:
-    """text, pronoun, start (character of the pronoun), options as in the source, gold."""
+    """text, pronoun, start (character of the pronoun), options as in the source, gold.
+
+    The text is the hub's, with a space behind the pronoun that TFDS leaves out before a period.
+    """
+    text = raw["text"]
     if "pronoun_start" in raw:
+        end = raw["pronoun_end"]
+        text = f"{text[:end]} {text[end:].lstrip()}"
         row = {"pronoun": raw["pronoun_text"], "start": raw["pronoun_start"]}
         options = [raw["option1"], raw["option2"]]
     else:
         row = {"pronoun": raw["pronoun"], "start": raw["pronoun_loc"]}
         options = list(raw["options"])
-    return [{"text": raw["text"], **row, "options": options, "gold": _label(raw)}]
+    return [{"text": text, **row, "options": options, "gold": _label(raw)}]
 
 
 HIDDEN = "no label: the labels of this file are hidden; use a split that has them"
@@ -241,5 +268,6 @@ def _index(label: Any, names: Sequence[str]) -> int:
 
 def _truth(label: Any) -> int:
     """Of false and true, as booleans, numbers or words."""
-    words = {"false": 0, "true": 1}
-    return words.get(label.lower(), -1) if isinstance(label, str) else int(label)
+    if isinstance(label, str):
+        return {"false": 0, "true": 1}.get(label.lower(), -1)
+    return int(label) if label in (0, 1) else -1

@@ -6,6 +6,7 @@ token store: config, tokenizer and parameters are in the folder.
 
 import dataclasses
 import functools
+import hashlib
 import logging
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from eval.generation import Generator
 from eval.scoring import Scorer
 from eval.tasks import OFFLINE
 from laser.training import checkpoint, sharding
-from laser.training.checkpoint import restore_parameters
+from laser.training.checkpoint import CheckpointError, restore_parameters
 from laser.training.config import MeshConfig, RunConfig
 from laser.training.run_folder import load_run_config
 from models.decoder import Parameters, init_parameters
@@ -43,6 +44,24 @@ def saved_steps(workdir: Path) -> list[int]:
     CheckpointError where it has none."""
     load_run_config(str(workdir))
     return checkpoint.saved_steps(workdir)
+
+
+def fingerprint(workdir: Path, step: int) -> str:
+    """Of a checkpoint's parameters (by the checksums it was saved with), its model's config, the
+    length of its rows and its tokenizer: what scores depend on beside the prompts.
+
+    Raises:
+      CheckpointError: one of the files that say so can't be read.
+    """
+    config = load_run_config(str(workdir))
+    digest = hashlib.sha256(repr((config.model, config.data.seq_len)).encode())
+    folder = workdir / "checkpoints" / str(step)
+    for path in (workdir / "tokenizer.model", folder / "record" / "metadata"):
+        try:
+            digest.update(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def open_model(workdir: Path, step: int | None = None) -> TrainedModel:

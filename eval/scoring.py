@@ -3,13 +3,16 @@
 Context and continuation are tokenised as one string. Requests with the same context share a row:
 the context once, then each continuation as a branch that sees the context and itself. A
 continuation that is the beginning of another one rides along with it, and one of a single token
-(yes, no) needs no branch: the context's last position has its answer. Rows are sorted by length
-into buckets, so that one is padded to the next bucket and not to the longest of all; different
-contexts are never packed together. Logits are formed only where something is read.
+(yes, no) needs no branch: the context's last position has its answer. Different contexts are never
+packed together. Logits are formed only where something is read.
+
+Rows are padded to a few lengths, chosen so that padding and compiling together cost least; programs
+are compiled once in a process, for all tasks and checkpoints of one model.
 
 Shapes: B rows, T positions, M model dim, E scored tokens, V vocabulary.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +30,9 @@ from laser.training.share import over_batch
 from models.config import ModelConfig
 from models.decoder import Parameters, output_logits, structure
 
-BUCKET = 32  # lengths of rows are multiples of it: at most 31 tokens of padding in a row
+BUCKET = 32  # lengths of rows are multiples of it
 ROW_TOKENS = 4096  # of a batch, over all devices that split it; sets how many rows it has
+COMPILE_TOKENS = 8 * ROW_TOKENS  # about what compiling costs, in tokens fed meanwhile
 READ_CHUNK = 256  # scored tokens whose logits exist at a time: 256 x 32,000 float32 are 33 MB
 Progress = Callable[[int, int], None]  # requests done, requests in all
 
@@ -125,9 +129,44 @@ class _Pass:
     """A forward pass under way; `owners` has for each request in it (its index, where its tokens
     begin among the E, where they end)."""
 
-    logprobs_E: jax.Array
-    greedy_E: jax.Array
+    chunks: list[tuple[jax.Array, jax.Array]]
     owners: list[tuple[int, int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """What is compiled for a model on a mesh: tokens to hidden states, and those to scores.
+
+    `shapes` has (rows, length, with segments) of all that `hidden` was compiled for.
+    """
+
+    hidden: Callable[..., jax.Array]
+    read: Callable[..., tuple[jax.Array, jax.Array]]
+    shapes: set[tuple[int, int, bool]]
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(config: ModelConfig, mesh: jax.sharding.Mesh) -> _Programs:
+    graph, dtype = structure(config), jnp.dtype(config.dtype)
+
+    def of_share(params, batch, share):
+        tokens_BT, segment_ids_BT = batch
+        shared = None if segment_ids_BT is None else TRUNK
+        model = nnx.merge(graph, params)
+        return model(tokens_BT, segment_ids_BT, shared, share.gatherer(dtype))[0]
+
+    def hidden(params, tokens_BT, segment_ids_BT=None):
+        batch = (tokens_BT, segment_ids_BT)
+        return over_batch(of_share, params, batch, lambda _, rows: rows)
+
+    return _Programs(
+        jax.jit(sharding.on_mesh(mesh, hidden), out_shardings=sharding.batch_sharding(mesh)),
+        jax.jit(
+            functools.partial(_read_scores, soft_cap=config.logits_soft_cap),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        ),
+        set(),
+    )
 
 
 class Scorer:
@@ -153,23 +192,9 @@ class Scorer:
         self._shards = sharding.batch_shards(mesh)
         self._rows_sharding = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        graph, dtype = structure(config), jnp.dtype(config.dtype)
-
-        def of_share(params, batch, share):
-            tokens_BT, segment_ids_BT = batch
-            shared = None if segment_ids_BT is None else TRUNK
-            model = nnx.merge(graph, params)
-            return model(tokens_BT, segment_ids_BT, shared, share.gatherer(dtype))[0]
-
-        def hidden(params, tokens_BT, segment_ids_BT=None):
-            batch = (tokens_BT, segment_ids_BT)
-            return over_batch(of_share, params, batch, lambda _, rows: rows)
-
-        self._hidden = jax.jit(sharding.on_mesh(mesh, hidden), out_shardings=self._rows_sharding)
-        self._read = jax.jit(
-            functools.partial(_read_scores, soft_cap=config.logits_soft_cap),
-            out_shardings=self._replicated,
-        )
+        self._segments_always = jax.default_backend() == "cpu"  # one program serves there
+        programs = _programs(_any_implementation(config), mesh)
+        self._hidden, self._read, self._compiled = programs.hidden, programs.read, programs.shapes
 
     def score(
         self, params: Parameters, requests: Sequence[Request], progress: Progress | None = None
@@ -183,8 +208,8 @@ class Scorer:
         rows = _share_rows([self._fed(request) for request in requests], self.max_length)
         results: dict[int, Score] = {}
         pending: list[_Pass] = []
-        for batch, length in self._batches(rows):
-            pending.append(self._run(params, requests, batch, length))
+        for batch, length, segments in self._batches(rows):
+            pending.append(self._run(params, requests, batch, length, segments))
             if len(pending) > 1:  # read a pass while the next one runs
                 self._collect(pending.pop(0), requests, results)
             if progress:
@@ -196,7 +221,7 @@ class Scorer:
     def _collect(
         self, finished: "_Pass", requests: Sequence[Request], results: dict[int, Score]
     ) -> None:
-        logprobs, greedy = np.asarray(finished.logprobs_E), np.asarray(finished.greedy_E)
+        logprobs, greedy = (np.concatenate(parts) for parts in zip(*finished.chunks))
         for index, start, stop in finished.owners:
             total = float(logprobs[start:stop].sum(dtype=np.float64))
             if not np.isfinite(total):
@@ -215,33 +240,63 @@ class Scorer:
         kept = self.max_length - (scored - 1)
         return request.context[-kept:], request.continuation[:-1]
 
-    def _batches(self, rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], int]]:
-        """Rows of one bucket, the longest first, and the length they are padded to."""
-        buckets: dict[int, list[_Row]] = {}
-        for row in rows:
-            buckets.setdefault(self._padded(row.length), []).append(row)
-        for length in sorted(buckets, reverse=True):
-            size = self._batch_size(length)
-            for start in range(0, len(buckets[length]), size):
-                yield buckets[length][start : start + size], length
+    def _batches(self, rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], int, bool]]:
+        """Rows, the length they are padded to, and whether they need segments; the longest first.
 
-    def _padded(self, length: int) -> int:
-        return -(-length // BUCKET) * BUCKET
+        Fused attention has no shared segment: rows that need none do without.
+        """
+        kinds: dict[bool, list[_Row]] = {}
+        for row in rows:
+            kinds.setdefault(self._segments_always or len(row.branches) > 1, []).append(row)
+        for segments, members in kinds.items():
+            cuts = self._lengths([row.length for row in members], segments)
+            buckets: dict[int, list[_Row]] = {}
+            for row in members:
+                buckets.setdefault(cuts[bisect.bisect_left(cuts, row.length)], []).append(row)
+            for length in sorted(buckets, reverse=True):
+                size = self._batch_size(length)
+                for start in range(0, len(buckets[length]), size):
+                    yield buckets[length][start : start + size], length, segments
+
+    def _lengths(self, rows: Sequence[int], segments: bool) -> list[int]:
+        """Of the lengths on the grid those to pad rows of these lengths to, in order: the choice
+        that costs least, in tokens fed and in programs that are not compiled yet."""
+        grid = _grid(self.max_length)
+        counts = np.bincount(np.searchsorted(grid, rows), minlength=len(grid))
+        best: list[tuple[int, list[int]]] = [(0, [])]  # of rows up to each length of the grid
+        for stop, length in enumerate(grid, 1):
+            size = self._batch_size(length)
+            new = 0 if (size, length, segments) in self._compiled else COMPILE_TOKENS
+            choices = []
+            for start in range(stop):
+                batches = -(-int(counts[start:stop].sum()) // size)
+                cost, cuts = best[start]
+                used = (batches * size * length + new, [*cuts, length]) if batches else (0, cuts)
+                choices.append((cost + used[0], used[1]))
+            best.append(min(choices))
+        longest = int(np.flatnonzero(counts)[-1])
+        return min(best[longest + 1 :])[1]
 
     def _batch_size(self, length: int) -> int:
         return max(1, self._row_tokens // length // self._shards) * self._shards
 
     def _run(
-        self, params: Parameters, requests: Sequence[Request], batch: list[_Row], length: int
+        self,
+        params: Parameters,
+        requests: Sequence[Request],
+        batch: list[_Row],
+        length: int,
+        segments: bool,
     ) -> "_Pass":
         """Starts one forward pass."""
         shape = (self._batch_size(length), length)
+        self._compiled.add((*shape, segments))
         tokens_BT, segment_ids_BT = np.zeros(shape, np.int32), np.full(shape, PADDING, np.int32)
         places: list[tuple[int, int, int]] = []  # row, position, target
         owners: list[tuple[int, int, int]] = []
         for i, row in enumerate(batch):
-            tokens, segments = row.tokens_and_segments()
-            tokens_BT[i, : len(tokens)], segment_ids_BT[i, : len(tokens)] = tokens, segments
+            tokens, ids = row.tokens_and_segments()
+            tokens_BT[i, : len(tokens)], segment_ids_BT[i, : len(tokens)] = tokens, ids
             for request, branch in row.riders:
                 targets = requests[request].continuation
                 owners.append((request, len(places), len(places) + len(targets)))
@@ -249,12 +304,14 @@ class Scorer:
                 places += [(i, at, target) for at, target in zip(positions, targets)]
         places += [(0, 0, 0)] * (-len(places) % READ_CHUNK)
         arrays = [self._placed(tokens_BT, self._rows_sharding)]
-        if any(len(row.branches) > 1 for row in batch):
+        if segments:
             arrays.append(self._placed(segment_ids_BT, self._rows_sharding))
         hidden_BTM = self._hidden(params, *arrays)
-        places_E3 = self._placed(np.array(places, np.int32), self._replicated)
-        logprobs_E, greedy_E = self._read(hidden_BTM, params["embedding"], places_E3)
-        return _Pass(logprobs_E, greedy_E, owners)
+        chunks = []
+        for places_C3 in np.array(places, np.int32).reshape(-1, READ_CHUNK, 3):
+            placed_C3 = self._placed(places_C3, self._replicated)
+            chunks.append(self._read(hidden_BTM, params["embedding"], placed_C3))
+        return _Pass(chunks, owners)
 
     def _placed(self, array: np.ndarray, where: NamedSharding) -> jax.Array:
         """A global array of which every host makes its own part."""
@@ -284,18 +341,29 @@ def _share_rows(fed: Sequence[_Fed], max_tokens: int) -> list[_Row]:
     return rows
 
 
-def _read_scores(hidden_BTM, embedding_VM, places_E3, soft_cap: float) -> tuple[Any, Any]:
+def _any_implementation(config: ModelConfig) -> ModelConfig:
+    """A kernel that training asked for by name may lack the shared segment: the choice is free."""
+    if config.attention.implementation not in ("pallas", "cudnn"):
+        return config
+    attention = dataclasses.replace(config.attention, implementation="auto")
+    return dataclasses.replace(config, attention=attention)
+
+
+def _grid(longest: int) -> list[int]:
+    """Lengths that rows may be padded to: BUCKET times 1 to 8, 10, 12, 14, 16, 20 and so on, four
+    to an octave, the last one holding `longest`."""
+    top = -(-longest // BUCKET)
+    steps = {1, 2, 3} | {factor << k for factor in range(4, 8) for k in range(top.bit_length())}
+    return [BUCKET * step for step in sorted({*steps, top}) if step <= top]
+
+
+def _read_scores(hidden_BTM, embedding_VM, places_C3, soft_cap: float) -> tuple[Any, Any]:
     """log softmax(logits)[target] at each (row, position, target), and whether it is the largest.
 
-    (B, T, M), (V, M), (E, 3) int32 -> (E,) float32, (E,) bool. E is a multiple of READ_CHUNK.
+    (B, T, M), (V, M), (C, 3) int32 -> (C,) float32, (C,) bool.
     """
-
-    def chunk(places_C3):
-        rows, positions, targets = places_C3.T
-        logits_CV = output_logits(hidden_BTM[rows, positions], embedding_VM, soft_cap)
-        target_C = jnp.take_along_axis(logits_CV, targets[:, None], axis=-1)[:, 0]
-        logprobs_C = target_C - jax.nn.logsumexp(logits_CV, axis=-1)
-        return logprobs_C, jnp.argmax(logits_CV, axis=-1) == targets
-
-    logprobs, greedy = jax.lax.map(chunk, places_E3.reshape(-1, READ_CHUNK, 3))
-    return logprobs.reshape(-1), greedy.reshape(-1)
+    rows, positions, targets = places_C3.T
+    logits_CV = output_logits(hidden_BTM[rows, positions], embedding_VM, soft_cap)
+    target_C = jnp.take_along_axis(logits_CV, targets[:, None], axis=-1)[:, 0]
+    logprobs_C = target_C - jax.nn.logsumexp(logits_CV, axis=-1)
+    return logprobs_C, jnp.argmax(logits_CV, axis=-1) == targets

@@ -5,20 +5,20 @@ of a file that can't be used is an error that names file and line. In TFDS such 
 above all) are left out and counted.
 """
 
-import csv
 import dataclasses
-import json
 import os
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.files import read_file
 from eval.prompts import Example, Prompt, check
 from eval.rows import Raw, Row
 
 SPLITS = ("train", "validation", "test")
-BAD_ROW = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+BAD_ROW = (ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError)
+SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.parquet)")  # the hub's name of a part of a split
 
 
 class MissingData(ValueError):
@@ -31,19 +31,28 @@ class Source:
 
     Attributes:
       rows: one record of any layout to the rows in it (eval/rows.py).
-      files: split → patterns under the data folder, in the order of preference.
+      files: split → patterns under the data folder, in the order of preference; {a,b} is either.
       tfds: name in TFDS.
+      where: address of the original data.
+      get: what to do there, for who has no data.
+      join: (place, record) pairs of files to those with what belongs together in one record.
       tfds_splits: our names of splits to those of TFDS, where they differ.
-      how: what to download, for who has no data.
       make: in place of all that, makes the rows of the one split that there is.
     """
 
     rows: Callable[[Raw], list[Row]] = lambda raw: [dict(raw)]
     files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     tfds: str = ""
-    how: str = ""
+    where: str = ""
+    get: str = "download {} and unpack it in --data_dir"
+    join: Callable[[Iterable[tuple[str, Raw]]], Iterable[tuple[str, Raw]]] = iter
     tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     make: Callable[[], list[Row]] | None = None
+
+    @property
+    def how(self) -> str:
+        """How to get the data."""
+        return f"{self.get.format(self.where)}, or prepare {self.tfds} with tensorflow_datasets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +63,17 @@ class Loaded:
       examples: in the order of the source.
       origin: file or TFDS name, for the report.
       unusable: rows that were left out.
+      places: where each example came from, as error messages name it; empty if not known.
     """
 
     examples: list[Example]
     origin: str
     unusable: int = 0
+    places: Sequence[str] = ()
+
+    def place(self, index: int) -> str:
+        """Where an example came from."""
+        return self.places[index] if self.places else f"{self.origin}, example {index + 1}"
 
 
 def load(source: Source, split: str, prompt: Prompt, data_dir: Path | None) -> Loaded:
@@ -67,19 +82,32 @@ def load(source: Source, split: str, prompt: Prompt, data_dir: Path | None) -> L
         return from_records(source, prompt, source.make(), "the embedded corpus")
     files = find_files(source, split, data_dir)
     if files:
-        examples = []
-        for place, raw in (pair for file in files for pair in read_file(file)):
+        return _load_files(source, prompt, files)
+    folder = find_tfds(source, data_dir)
+    if folder is None:
+        names = " or ".join(source.files.get(split, ()))
+        raise MissingData(
+            f"no {split} split of {source.tfds}{f' ({names})' if names else ''}: {source.how}"
+        )
+    return _load_tfds(source, split, prompt, folder)
+
+
+def _load_files(source: Source, prompt: Prompt, files: Sequence[Path]) -> Loaded:
+    examples: list[Example] = []
+    places: list[str] = []
+    place = str(files[0])
+    try:
+        for place, raw in source.join(pair for file in files for pair in read_file(file)):
             try:
                 examples += _examples(source, prompt, raw)
             except BAD_ROW as error:
                 raise ValueError(f"{place}: {_explained(error)}") from error
-        if not examples:
-            raise ValueError(f"{files[0]}: there is no example in it")
-        return Loaded(examples, _origin(files))
-    folder = find_tfds(source, data_dir)
-    if folder is None:
-        raise MissingData(f"no {split} split of {source.tfds}: {source.how}")
-    return _load_tfds(source, split, prompt, folder)
+            places += [place] * (len(examples) - len(places))
+    except OSError as error:
+        raise ValueError(f"{error.filename or place}: {error.strerror or error}") from error
+    if not examples:
+        raise ValueError(f"{files[0]}: there is no example in it")
+    return Loaded(examples, _origin(files), places=places)
 
 
 def available_split(source: Source, wanted: str, data_dir: Path | None) -> str:
@@ -89,21 +117,50 @@ def available_split(source: Source, wanted: str, data_dir: Path | None) -> str:
     for split in (wanted, "validation", "train"):
         if find_files(source, split, data_dir):
             return split
-    where = f" in {data_dir}" if data_dir else "; no --data_dir was given"
+    where = "; no --data_dir was given"
+    if data_dir:
+        names = source.files.get(wanted) or next(iter(source.files.values()))
+        where = f" in {data_dir}, which has no {' or '.join(names)}"
     raise MissingData(f"no data of {source.tfds}{where}: {source.how}")
 
 
 def find_files(source: Source, split: str, data_dir: Path | None) -> list[Path]:
-    """The files of the first pattern that has any; RACE alone has several to a split."""
-    for pattern in source.files.get(split, ()) if data_dir else ():
+    """The files of the first pattern that has any: one, or RACE's articles, or numbered parts.
+
+    Raises ValueError where it is not clear which file is the split, or a part is missing.
+    """
+    for pattern in _alternatives(source.files.get(split, ())) if data_dir else ():
         assert data_dir is not None
         found = sorted(data_dir.glob(pattern), key=lambda path: (len(path.name), path.name))
-        if len(found) > 1 and found[0].suffix != ".txt":
-            names = ", ".join(map(str, found))
-            raise ValueError(f"{names}: which one is the {split} split? Keep one of them there")
+        if found and found[0].suffix != ".txt":
+            _check_parts(found, split)
         if found:
             return found
     return []
+
+
+def _alternatives(patterns: Iterable[str]) -> list[str]:
+    """The patterns with {a,b} written out as two."""
+    written = []
+    for pattern in patterns:
+        before, _, rest = pattern.partition("{")
+        names, _, after = rest.partition("}")
+        found = [f"{before}{name}{after}" for name in names.split(",")]
+        written += _alternatives(found) if rest else [pattern]
+    return written
+
+
+def _check_parts(found: Sequence[Path], split: str) -> None:
+    """Raises ValueError unless these are all parts of one split, in order."""
+    parts = [part for path in found if (part := SHARD.fullmatch(path.name))]
+    if len(parts) == len(found) and len({(part[1], part[3]) for part in parts}) == 1:
+        if [int(part[2]) for part in parts] != list(range(int(parts[0][3]))):
+            raise ValueError(
+                f"{found[0].parent}: {len(found)} of {int(parts[0][3])} parts are there"
+            )
+    elif len(found) > 1:
+        names = ", ".join(map(str, found))
+        raise ValueError(f"{names}: which one is the {split} split? Keep one of them there")
 
 
 def find_tfds(source: Source, data_dir: Path | None) -> Path | None:
@@ -120,10 +177,20 @@ def _any_file(source: Source, data_dir: Path | None) -> bool:
 
 
 def _examples(source: Source, prompt: Prompt, raw: Raw) -> list[Example]:
-    examples = [example for row in source.rows(raw) for example in prompt(row)]
+    rows = source.rows(raw)
+    for row in rows:
+        _check_filled(row)
+    examples = [example for row in rows for example in prompt(row)]
     for example in examples:
         check(example)
     return examples
+
+
+def _check_filled(row: Row) -> None:
+    """Raises ValueError for a null, which a prompt would show as the word None."""
+    for name, value in row.items():
+        if value is None or (isinstance(value, list) and None in value):
+            raise ValueError(f"the field {name!r} is null")
 
 
 def _explained(error: Exception) -> str:
@@ -132,85 +199,8 @@ def _explained(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
-def _origin(files: list[Path]) -> str:
+def _origin(files: Sequence[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0].parent}/ ({len(files)} files)"
-
-
-def read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) for each record of a file. Raises ValueError that names the place."""
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
-            yield from ((f"{path}:{rows.line_num}", row) for row in rows)
-    elif path.suffix == ".xml":
-        yield from _schemas(path)
-    elif path.suffix == ".txt":
-        yield str(path), _parse(path.read_text(encoding="utf-8"), str(path))
-    else:
-        yield from _lines(path)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """JSON objects, one a line, with PIQA's labels from the file beside it."""
-    labels_file = path.with_name(f"{path.stem}-labels.lst")
-    labels = labels_file.read_text().split() if labels_file.is_file() else None
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            raw = _parse(line, place)
-            if labels is not None:
-                if number > len(labels):
-                    raise ValueError(
-                        f"{labels_file}: has {len(labels)} labels, and none for {place}"
-                    )
-                raw["label"] = _parse(labels[number - 1], f"{labels_file}:{number}", int)
-            yield place, raw
-
-
-def _parse(text: str | bytes, place: str, kind: type = dict) -> Any:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place}: not valid JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{place}: expected {kind.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _schemas(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The first 273 schemas of Davis's collection, in the fields of the flattened layout."""
-    try:
-        schemas = ElementTree.parse(path).getroot().iter("schema")
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path}: not valid XML: {error}") from error
-    for number, schema in zip(range(1, 274), schemas):
-        place = f"{path}, schema {number}"
-        before, pronoun, after = (
-            _text(schema, f"text/{tag}", place) for tag in ("txt1", "pron", "txt2")
-        )
-        start = len(before) + 1
-        text = f"{before} {pronoun}{'' if len(after) == 1 else ' '}{after}"
-        options = [" ".join((answer.text or "").split()) for answer in schema.iter("answer")]
-        gold = "AB".find(_text(schema, "correctAnswer", place)[:1])
-        yield (
-            place,
-            {
-                "text": text,
-                "pronoun": pronoun,
-                "pronoun_loc": start,
-                "options": options,
-                "label": gold,
-            },
-        )
-
-
-def _text(schema: ElementTree.Element, tag: str, place: str) -> str:
-    found = schema.findtext(tag)
-    if not found or not found.strip():
-        raise ValueError(f"{place}: <{tag}> is missing or empty")
-    return " ".join(found.split())
 
 
 def _load_tfds(source: Source, split: str, prompt: Prompt, folder: Path) -> Loaded:
@@ -226,15 +216,18 @@ def _load_tfds(source: Source, split: str, prompt: Prompt, folder: Path) -> Load
 
 def from_records(source: Source, prompt: Prompt, records: Iterable[Raw], origin: str) -> Loaded:
     """Examples of the records that can be used. Raises ValueError if there are none."""
-    examples, unusable, reason = [], 0, "it is empty"
-    for raw in records:
+    examples: list[Example] = []
+    places: list[str] = []
+    unusable, reason = 0, "it is empty"
+    for number, raw in enumerate(records, 1):
         try:
             examples += _examples(source, prompt, raw)
         except BAD_ROW as error:
             unusable, reason = unusable + 1, _explained(error)
+        places += [f"{origin}, row {number}"] * (len(examples) - len(places))
     if not examples:
         raise ValueError(f"{origin}: no row of it can be used ({reason})")
-    return Loaded(examples, origin, unusable)
+    return Loaded(examples, origin, unusable, places)
 
 
 def plain(value: Any) -> Any:

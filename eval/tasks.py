@@ -51,121 +51,114 @@ class Task:
     protocols: Mapping[Protocol, Asking]
 
 
-SUPER_GLUE = (
-    "download https://dl.fbaipublicfiles.com/glue/superglue/data/v2/{0}.zip and unpack it in "
-    "--data_dir, or prepare super_glue/{1} with tensorflow_datasets"
-)
+WORDS = {"train": ("train",), "validation": ("val", "dev"), "test": ("test",)}
 
 
-def _super_glue(folder: str, name: str, reader, train: str = "train") -> Source:
+def _files(*folders: str, **archive: str) -> dict[str, tuple[str, ...]]:
+    """For each split its file in the original archive, then JSON lines and Parquet as on the hub,
+    named after the split, in one of the folders."""
+    return {
+        split: (
+            *((archive[split],) if split in archive else ()),
+            *(f"{folder}/*{word}*.{{jsonl,parquet}}" for folder in folders for word in words),
+        )
+        for split, words in WORDS.items()
+    }
+
+
+def _super_glue(folder: str, name: str, reader) -> Source:
+    fixed = "wsc.fixed" if name == "wsc" else name
+    folders = dict.fromkeys((name, fixed))
     return Source(
         rows=reader,
-        files={
-            "train": (f"{folder}/{train}.jsonl", f"{name}/*train*.jsonl"),
-            "validation": (f"{folder}/val.jsonl", f"{name}/*val*.jsonl"),
-        },
-        tfds=f"super_glue/{'wsc.fixed' if name == 'wsc' else name}",
-        how=SUPER_GLUE.format(folder, "wsc.fixed" if name == "wsc" else name),
+        files=_files(*folders, train=f"{folder}/train.jsonl", validation=f"{folder}/val.jsonl"),
+        tfds=f"super_glue/{fixed}",
+        where=f"https://dl.fbaipublicfiles.com/glue/superglue/data/v2/{folder}.zip",
     )
 
 
 def _arc(folder: str, name: str) -> Source:
-    archive = f"ARC-V1-Feb2018-2/{folder}/{folder}"
     words = {"train": "Train", "validation": "Dev", "test": "Test"}
+    files = {split: f"{folder}/{folder}-{word}.jsonl" for split, word in words.items()}
+    hub = _files(name, folder)
     return Source(
         rows=rows.arc,
-        files={
-            split: (
-                f"{archive}-{word}.jsonl",
-                f"{folder}/{folder}-{word}.jsonl",
-                f"{name}/*{split}*.jsonl",
-            )
-            for split, word in words.items()
-        },
+        files={s: (f"ARC-V1-Feb2018-2/{file}", file, *hub[s]) for s, file in files.items()},
         tfds=f"ai2_arc/{folder}",
-        how="download https://ai2-public-datasets.s3-us-west-2.amazonaws.com/arc/"
-        "ARC-V1-Feb2018.zip and unpack it in --data_dir, or prepare ai2_arc/"
-        f"{folder} with tensorflow_datasets",
+        where="https://ai2-public-datasets.s3-us-west-2.amazonaws.com/arc/ARC-V1-Feb2018.zip",
     )
 
 
 def _race(level: str) -> Source:
     folders = {"train": "train", "validation": "dev", "test": "test"}
+    archive = {split: f"RACE/{folder}/{level}/*.txt" for split, folder in folders.items()}
     return Source(
         rows=rows.race,
-        files={split: (f"RACE/{folder}/{level}/*.txt",) for split, folder in folders.items()},
+        files=_files(f"race_{level}", f"{{race,RACE}}/{level}", **archive),
         tfds=f"race/{level}",
+        where="http://www.cs.cmu.edu/~glai1/data/race/RACE.tar.gz",
+        join=rows.race_articles,
         tfds_splits={"validation": "dev"},
-        how="download http://www.cs.cmu.edu/~glai1/data/race/RACE.tar.gz and unpack it in "
-        f"--data_dir, or prepare race/{level} with tensorflow_datasets",
     )
 
 
 HELLASWAG = Source(
     rows=rows.hellaswag,
-    files={
-        "train": ("hellaswag_train.jsonl", "hellaswag/*train*.jsonl"),
-        "validation": ("hellaswag_val.jsonl", "hellaswag/*val*.jsonl"),
-    },
+    files=_files(
+        "hellaswag", "hellaswag/data", train="hellaswag_train.jsonl",
+        validation="hellaswag_val.jsonl",
+    ),
     tfds="hellaswag",
-    how="download hellaswag_train.jsonl and hellaswag_val.jsonl from "
-    "https://github.com/rowanz/hellaswag/tree/master/data into --data_dir, or prepare hellaswag "
-    "with tensorflow_datasets",
-)
+    where="https://github.com/rowanz/hellaswag/tree/master/data",
+    get="download hellaswag_train.jsonl and hellaswag_val.jsonl from {} into --data_dir",
+)  # fmt: skip
+MAIN = "OpenBookQA-V1-Sep2018/Data/Main"
 OPENBOOKQA = Source(
     rows=rows.openbookqa,
-    files={
-        split: (f"OpenBookQA-V1-Sep2018/Data/Main/{word}.jsonl", f"openbookqa/*{word}*.jsonl")
-        for split, word in {"train": "train", "validation": "dev", "test": "test"}.items()
-    },
+    files=_files(
+        "openbookqa", "openbookqa/main", train=f"{MAIN}/train.jsonl",
+        validation=f"{MAIN}/dev.jsonl", test=f"{MAIN}/test.jsonl",
+    ),
     tfds="openbookqa",
-    how="download https://s3-us-west-2.amazonaws.com/ai2-website/data/OpenBookQA-V1-Sep2018.zip "
-    "and unpack it in --data_dir, or prepare openbookqa with tensorflow_datasets",
-)
+    where="https://s3-us-west-2.amazonaws.com/ai2-website/data/OpenBookQA-V1-Sep2018.zip",
+)  # fmt: skip
 PIQA = Source(
     rows=rows.piqa,
-    files={
-        "train": ("physicaliqa-train-dev/train.jsonl", "piqa/*train*.jsonl"),
-        "validation": ("physicaliqa-train-dev/dev.jsonl", "piqa/*dev*.jsonl", "piqa/*val*.jsonl"),
-    },
+    files=_files(
+        "piqa", "piqa/data", train="physicaliqa-train-dev/train.jsonl",
+        validation="physicaliqa-train-dev/dev.jsonl",
+    ),
     tfds="piqa",
-    how="download https://storage.googleapis.com/ai2-mosaic/public/physicaliqa/"
-    "physicaliqa-train-dev.zip and unpack it in --data_dir, or prepare piqa with "
-    "tensorflow_datasets",
-)
+    where="https://storage.googleapis.com/ai2-mosaic/public/physicaliqa/physicaliqa-train-dev.zip",
+)  # fmt: skip
 STORYCLOZE = Source(
     rows=rows.storycloze,
     files={
-        split: (f"cloze_test_{word}__spring2016.csv", f"storycloze/*_{word}_*.csv")
-        for split, word in {"validation": "val", "test": "test"}.items()
+        split: (f"cloze_test_{word}__spring2016*.csv", f"storycloze/*_{word}_*.csv", *hub)
+        for (split, hub), word in zip(list(_files("storycloze").items())[1:], ("val", "test"))
     },
     tfds="story_cloze/2016",
-    how="ask for it by the form at https://www.cs.rochester.edu/nlp/rocstories/, which sends a "
-    "link; save the two files of 2016 in --data_dir as cloze_test_val__spring2016.csv and "
-    "cloze_test_test__spring2016.csv",
+    where="https://www.cs.rochester.edu/nlp/rocstories/",
+    get="ask for it by the form at {}, which sends a link; save the two files of 2016 in "
+    "--data_dir as cloze_test_val__spring2016.csv and cloze_test_test__spring2016.csv",
 )
 WINOGRAD = Source(
     rows=rows.winograd,
-    files={"test": ("WSCollection.xml", "winograd/*.xml", "winograd/*.jsonl")},
+    files={"test": ("WSCollection.xml", "winograd/*.{xml,jsonl,parquet}")},
     tfds="wsc273",
-    how="download https://cs.nyu.edu/faculty/davise/papers/WinogradSchemas/WSCollection.xml into "
-    "--data_dir, or prepare wsc273 with tensorflow_datasets",
+    where="https://cs.nyu.edu/faculty/davise/papers/WinogradSchemas/WSCollection.xml",
+    get="download {} into --data_dir",
 )
 WINOGRANDE = Source(
     rows=rows.winogrande,
-    files={
-        "train": ("winogrande_1.1/train_xl.jsonl", "winogrande/*train*.jsonl"),
-        "validation": (
-            "winogrande_1.1/dev.jsonl",
-            "winogrande/*dev*.jsonl",
-            "winogrande/*val*.jsonl",
-        ),
-    },
+    files=_files(
+        "winogrande", "{winogrande/,}winogrande_xl", train="winogrande_1.1/train_xl.jsonl",
+        validation="winogrande_1.1/dev.jsonl",
+    ),
     tfds="winogrande",
+    where="https://storage.googleapis.com/ai2-mosaic/public/winogrande/winogrande_1.1.zip",
     tfds_splits={"train": "train_xl"},
-    how="download https://storage.googleapis.com/ai2-mosaic/public/winogrande/winogrande_1.1.zip "
-    "and unpack it in --data_dir, or prepare winogrande with tensorflow_datasets",
-)
+)  # fmt: skip
 
 
 def _both(gpt3: Asking, lm_eval: Asking) -> dict[Protocol, Asking]:

@@ -2,18 +2,19 @@
 
     python scripts/check_lm_eval.py --workdir=RUN --data_dir=DATA [--shots=1] [--tasks=cb,copa]
 
-The harness (0.4.13, requirements-eval.txt) makes its own prompts from the same rows, cuts them into
-tokens by its own code, and has them scored by the oracle attention and a float64 softmax. Compared
-are prompts and candidates to the byte, log-likelihoods, and metrics. Exit code 0 if all agree.
+The harness (0.4.13, requirements-eval.txt) makes its own prompts from the same files, cuts them
+into tokens by its own code, and has them scored by the oracle attention and a float64 softmax.
+Compared are prompts and candidates to the byte, log-likelihoods, and metrics, for all tasks of
+evaluate.py that the harness has and that have files in --data_dir. Exit code 0 if all agree, 1 if
+one differs, 2 for bad input, or if there was nothing to compare.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,8 +27,6 @@ os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
 
 from laser.training.hardware import tune_cpu
 
-REAL = ("arc_easy", "cb", "copa", "multirc", "record", "rte", "winogrande")
-
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -35,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
     parser.add_argument("--data_dir", type=Path, required=True, help="as for evaluate.py")
-    parser.add_argument("--tasks", default=",".join(REAL))
+    parser.add_argument("--tasks", default="all", help="as for evaluate.py")
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--limit", type=int, help="documents of each task")
     return parser
@@ -49,6 +48,7 @@ try:
     import datasets
     import lm_eval
     from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
 except ModuleNotFoundError as error:
     print(
         f"check_lm_eval.py: error: no package {error.name}: pip install -r requirements-eval.txt",
@@ -60,20 +60,20 @@ import jax
 import numpy as np
 from flax import nnx
 
-from eval import oneshot
+from eval import hub, oneshot, sources
 from eval.run import TrainedModel, open_model
-from eval.tasks import TASKS
+from eval.tasks import TASKS, choose_tasks
+from laser.training.checkpoint import CheckpointError
 from models.decoder import structure
 
-HARNESS_NAMES = {"rte": "sglue_rte"}
-# Ours → theirs, where CB's and ReCoRD's F1 have one name.
-METRICS = {
-    "accuracy": "acc",
-    "accuracy_character": "acc_norm",
-    "macro_f1": "f1",
-    "em": "em",
-    "f1": "f1",
+HARNESS_NAMES = {
+    "race_high": "race",
+    "rte": "sglue_rte",
+    "storycloze": "storycloze_2016",
+    "winograd": "wsc273",
 }
+# Ours → theirs, where CB's and ReCoRD's F1 have one name.
+METRICS = {"accuracy": "acc", "acc_norm": "acc_norm", "macro_f1": "f1", "em": "em", "f1": "f1"}
 TOLERANCE = 1e-4  # nats, of a document's log-likelihood
 ROWS, ROW_STEP = 8, 64  # rows of the oracle's batches, whose lengths are multiples of the step
 
@@ -135,23 +135,58 @@ def _score(logits_TV: np.ndarray, continuation: Sequence[int]) -> tuple[float, b
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    model = open_model(arguments.workdir)
+    try:
+        return _main(arguments)
+    except (ValueError, CheckpointError) as error:
+        print(f"check_lm_eval.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    tasks = choose_tasks(arguments.tasks)
     settings = oneshot.Settings("lm_eval", arguments.shots, limit=arguments.limit)
-    agree = [
-        compare(name, settings, arguments.data_dir, model) for name in arguments.tasks.split(",")
-    ]
+    if not arguments.data_dir.is_dir():
+        raise ValueError(f"data_dir={arguments.data_dir}: no such folder")
+    model = open_model(arguments.workdir)
+    oracle, manager = OracleLM(model), TaskManager()
+    agree = []
+    for name in (task.name for task in tasks):
+        if name not in hub.ROWS:
+            print(f"{name}: the harness has no such task")
+            continue
+        try:
+            data = oneshot.load_task(TASKS[name], settings, arguments.data_dir)
+            with offline_datasets(name, arguments.data_dir):
+                theirs = harness(name, settings, oracle, manager)
+        except sources.MissingData as error:
+            print(f"{name}: not compared: {error}")
+            continue
+        except ModuleNotFoundError as error:
+            words = "pip install -r requirements-eval.txt"
+            print(f"{name}: not compared: no package {error.name}: {words}")
+            continue
+        except ValueError as error:
+            print(f"{name}: {error}: DIFFERS")
+            agree.append(False)
+            continue
+        agree.append(compare(data, settings, model, *theirs))
     print(f"{sum(agree)} of {len(agree)} tasks agree")
-    return 0 if all(agree) else 1
+    return 2 if not agree else 0 if all(agree) else 1
 
 
-def compare(name: str, settings: oneshot.Settings, data_dir: Path, model: TrainedModel) -> bool:
-    """Prints one line on a task, and returns whether everything agrees."""
+def compare(
+    data: oneshot.TaskData,
+    settings: oneshot.Settings,
+    model: TrainedModel,
+    theirs: list[dict[str, Any]],
+    their_metrics: dict[str, float],
+) -> bool:
+    """Prints one line on a task, and returns whether everything agrees with the harness's."""
     ours: list[dict[str, Any]] = []
-    data = oneshot.load_task(TASKS[name], settings, data_dir)
+    name = data.task.name
     result = oneshot.evaluate_task(
         data, settings, model.scorer, model.params, model.tokenizer, on_record=ours.append
     )
-    theirs, their_metrics = harness(name, settings, data_dir, OracleLM(model))
     bytes_differ = sum(rendered(a) != b["pairs"] for a, b in zip(ours, theirs, strict=True))
     gaps = [
         abs(candidate["logprob"] - logprob)
@@ -162,7 +197,7 @@ def compare(name: str, settings: oneshot.Settings, data_dir: Path, model: Traine
     agree = not bytes_differ and max(gaps) <= TOLERANCE and equal
     counts = f"{len(ours):>5} documents, {len(gaps):>5} candidates"
     found = f"{bytes_differ} prompts differ, largest gap {max(gaps):.1e} nats, {shown}"
-    print(f"{name:<10} {counts}: {found}: {'ok' if agree else 'DIFFERS'}", flush=True)
+    print(f"{name:<13} {counts}: {found}: {'ok' if agree else 'DIFFERS'}", flush=True)
     return agree
 
 
@@ -185,20 +220,20 @@ def compare_metrics(name: str, ours: dict[str, Any], theirs: dict[str, float]) -
 
 
 def harness(
-    name: str, settings: oneshot.Settings, data_dir: Path, lm: TemplateLM
+    name: str, settings: oneshot.Settings, lm: TemplateLM, manager: TaskManager
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The harness's documents in order, with pairs and log-probabilities, and its metrics."""
     task = HARNESS_NAMES.get(name, name)
-    with offline_datasets(name, data_dir):
-        report = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[task],
-            num_fewshot=settings.shots,
-            limit=settings.limit,
-            fewshot_random_seed=oneshot.FIRST_SEED,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+    report = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=[task],
+        num_fewshot=settings.shots,
+        limit=settings.limit,
+        fewshot_random_seed=oneshot.FIRST_SEED,
+        bootstrap_iters=0,
+        log_samples=True,
+        task_manager=manager,
+    )
     samples = [
         {
             "pairs": [tuple(pair) for pair in _arguments(sample["arguments"])],
@@ -224,79 +259,14 @@ def offline_datasets(name: str, data_dir: Path) -> Iterator[None]:
     """Gives the harness our files, in the fields of the data sets on the hub."""
     splits = {}
     source, asking = TASKS[name].source, TASKS[name].protocols["lm_eval"]
-    for split in ("train", "validation", "test"):
-        patterns = source.files.get(split, ())
-        files = [file for pattern in patterns for file in data_dir.glob(pattern)]
-        if files:
-            lines = [json.loads(line) for line in files[0].open(encoding="utf-8")]
-            splits[split] = datasets.Dataset.from_list(HUB_ROWS[name](lines))
+    for split in sources.SPLITS:
+        if files := sources.find_files(source, split, data_dir):
+            splits[split] = datasets.Dataset.from_list(hub.read(name, files))
     # Where the split that is asked for is not there, the nearest one stands in, as for ours.
-    fallback = next(s for s in (asking.split, "validation", "train") if s in splits)
+    fallback = sources.available_split(source, asking.split, data_dir)
     splits.setdefault(asking.split, splits[fallback])
     with mock.patch("datasets.load_dataset", return_value=datasets.DatasetDict(splits)):
         yield
-
-
-def _arc(lines: list[dict]) -> list[dict]:
-    rows = []
-    for line in lines:
-        if "query" in line:
-            letters = list("ABCDE"[: len(line["choices"])])
-            line = {
-                "id": line["id"],
-                "question": line["query"][len("Question: ") : -len("\nAnswer:")],
-                "choices": {"text": line["choices"], "label": letters},
-                "answerKey": letters[line["gold"]],
-            }
-        rows.append(line)
-    return rows
-
-
-def _labelled(*names: str) -> Callable[[list[dict]], list[dict]]:
-    return lambda lines: [{**line, "label": names.index(line["label"])} for line in lines]
-
-
-def _multirc(lines: list[dict]) -> list[dict]:
-    return [
-        {
-            "paragraph": line["passage"]["text"],
-            "question": question["question"],
-            "answer": answer["text"],
-            "label": answer["label"],
-        }
-        for line in lines
-        for question in line["passage"]["questions"]
-        for answer in question["answers"]
-    ]
-
-
-def _record(lines: list[dict]) -> list[dict]:
-    return [
-        {
-            "passage": line["passage"]["text"],
-            "query": question["query"],
-            "entities": [
-                line["passage"]["text"][span["start"] : span["end"] + 1]
-                for span in line["passage"]["entities"]
-            ],
-            "answers": [answer["text"] for answer in question["answers"]],
-        }
-        for line in lines
-        for question in line["qas"]
-    ]
-
-
-HUB_ROWS: dict[str, Callable[[list[dict]], list[dict]]] = {
-    "arc_easy": _arc,
-    "cb": _labelled("entailment", "contradiction", "neutral"),
-    "copa": list,
-    "multirc": _multirc,
-    "record": _record,
-    "rte": _labelled("entailment", "not_entailment"),
-    "winogrande": lambda lines: [
-        {key: line[key] for key in ("sentence", "option1", "option2", "answer")} for line in lines
-    ],
-}
 
 
 if __name__ == "__main__":

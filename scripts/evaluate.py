@@ -5,13 +5,14 @@
 
 Prints a table and writes JSON into RUN/eval (see eval/results.py). Data are read from --data_dir,
 unpacked as they were downloaded, or from TensorFlow Datasets that are prepared already; a task
-without data is reported with how to get them. Started again, it leaves out what is finished.
+without data is reported with how to get them. Started again, it scores only what is new: other
+tasks, settings, rows or checkpoints.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,17 +27,22 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from data.tokenizer import Tokenizer
 from eval import oneshot, paper, results
 from eval.oneshot import Settings, TaskData
 from eval.results import ResultsFolder
-from eval.run import TrainedModel, open_model, saved_steps
+from eval.run import TrainedModel, fingerprint, open_model, saved_steps
 from eval.sources import MissingData
 from eval.tasks import KNOWN, PROTOCOLS, Task, choose_tasks
 from laser.training.checkpoint import CheckpointError
+from laser.training.run_folder import load_run_config
+
+SEEDS = {"gpt3": 5, "lm_eval": 1}  # the harness draws demonstrations once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input, or no task had data."""
+    """Exit code: 0 done, 1 a task could not be scored, and the others were; 2 bad input: flags, a
+    task's rows, or no task had data."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.WARNING)
@@ -49,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=files_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
     parser.add_argument(
@@ -59,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default="all", help=f"all, or some of {', '.join(KNOWN)}")
     parser.add_argument("--protocol", default="gpt3", choices=PROTOCOLS)
     parser.add_argument("--shots", type=int, default=1, help="demonstrations in each prompt")
-    parser.add_argument("--seeds", type=int, default=5, help="draws of the demonstrations")
+    parser.add_argument(
+        "--seeds", type=int, help="draws of the demonstrations; default: 5, for lm_eval 1, as there"
+    )
     parser.add_argument("--limit", type=int, help="examples of each task, the first ones")
     parser.add_argument("--data_dir", type=Path, help="where the tasks' data are")
     parser.add_argument("--records", action="store_true", help="also write every example's scores")
@@ -69,25 +79,49 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def files_table() -> str:
+    """Of each task the files that are looked for in --data_dir, and where to get them."""
+    rows = [("task", "files in --data_dir", "from")]
+    for task in KNOWN.values():
+        splits = dict.fromkeys(
+            split for asking in task.protocols.values() for split in (asking.shots, asking.split)
+        )
+        names = [task.source.files[split][0] for split in splits if split in task.source.files]
+        name, where = task.name, task.source.where or "the embedded corpus"
+        for file in names or [""]:
+            rows.append((name, file, where))
+            name = where = ""
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    return "\n".join(
+        [
+            "the tasks' data, demonstrations first:",
+            *lines,
+            "or TASK/*SPLIT*.jsonl or .parquet, as on the Hugging Face hub, with train, val, dev",
+            "or test for SPLIT, such as boolq/validation-00000-of-00001.parquet",
+        ]
+    )
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     tasks = choose_tasks(arguments.tasks)
-    settings = Settings(arguments.protocol, arguments.shots, arguments.seeds, arguments.limit)
+    seeds = SEEDS[arguments.protocol] if arguments.seeds is None else arguments.seeds
+    settings = Settings(arguments.protocol, arguments.shots, seeds, arguments.limit)
     if arguments.data_dir and not arguments.data_dir.is_dir():
         raise ValueError(f"data_dir={arguments.data_dir}: no such folder")
     steps = choose_steps(arguments.step, arguments.last, saved_steps(arguments.workdir))
     data, missing, broken = _load(tasks, settings, arguments.data_dir)
-    if not data:
-        pass  # why is said below
-    elif arguments.show:
+    failed: dict[str, str] = {}
+    if arguments.show:
         for task_data in data:
             print("\n".join(shown(task_data, settings, arguments.show)))
-    else:
-        _score(arguments, steps, settings, data, missing)
+    elif data:
+        failed = _score(arguments, steps, settings, data, missing, broken)
     for name, reason in missing.items():
         print(f"{name}: {reason}")
-    for name, reason in broken.items():
+    for name, reason in {**broken, **failed}.items():
         print(f"evaluate.py: error: {name}: {reason}", file=sys.stderr)
-    return 2 if broken or not data else 0
+    return 2 if broken or not data else 1 if failed else 0
 
 
 def choose_steps(wanted: str, newest: int | None, saved: Sequence[int]) -> list[int]:
@@ -145,30 +179,44 @@ def _score(
     steps: Sequence[int],
     settings: Settings,
     data: Sequence[TaskData],
-    missing: dict[str, str],
-) -> None:
-    by_step = {}
+    missing: Mapping[str, str],
+    broken: Mapping[str, str],
+) -> dict[str, str]:
+    """Scores the tasks at all steps and prints their tables. Returns why some could not be."""
+    failed = _too_long(arguments.workdir, settings, data)
+    figures = paper.figures(load_run_config(str(arguments.workdir)).model)
+    by_step: list[dict[str, results.Result]] = []
     for step in steps:
         folder = ResultsFolder(arguments.workdir / "eval", step, settings)
-        by_step[step] = _score_step(arguments, step, settings, data, folder)
-        path = folder.save_all(missing)
-        figures = paper.figures(_model_config(arguments.workdir))
-        print(f"\nstep {step}, {results.describe(settings)}, in percent")
-        print(results.table(by_step[step], figures))
-        lines = [results.legend("seeds"), *results.remarks(by_step[step]), f"written: {path}"]
-        print("\n".join(lines))
-    if len(steps) > 1:
-        merged = [results.over_checkpoints(group) for group in zip(*by_step.values())]
+        scored = _score_step(arguments, step, settings, data, folder, failed)
+        by_step.append(scored)
+        path = folder.save_all(missing, {**broken, **failed})
+        if scored:
+            found = list(scored.values())
+            print(f"\nstep {step}, {results.describe(settings)}, in percent")
+            print(results.table(found, figures))
+            print("\n".join([results.legend("seeds"), *results.remarks(found), f"written: {path}"]))
+    everywhere = [name for name in by_step[0] if all(name in scored for scored in by_step)]
+    if len(steps) > 1 and everywhere:
+        merged = [results.over_checkpoints([s[name] for s in by_step]) for name in everywhere]
         path = results.save_over_checkpoints(arguments.workdir / "eval", settings, steps, merged)
         print(f"\nover the checkpoints {', '.join(map(str, steps))}: mean and deviation")
         print(results.table(merged, figures, "checkpoints"))
         print(f"{results.legend('checkpoints')}\nwritten: {path}")
+    return failed
 
 
-def _model_config(workdir: Path):
-    from laser.training.run_folder import load_run_config
-
-    return load_run_config(str(workdir)).model
+def _too_long(workdir: Path, settings: Settings, data: Sequence[TaskData]) -> dict[str, str]:
+    """Tasks with a candidate that the model can't score, and which."""
+    tokenizer = Tokenizer(workdir / "tokenizer.model")
+    max_length = load_run_config(str(workdir)).data.seq_len
+    reasons = {}
+    for task_data in data:
+        try:
+            oneshot.check_lengths(task_data, settings, tokenizer, max_length)
+        except ValueError as error:
+            reasons[task_data.task.name] = str(error).removeprefix(f"{task_data.task.name}: ")
+    return reasons
 
 
 def _score_step(
@@ -177,23 +225,44 @@ def _score_step(
     settings: Settings,
     data: Sequence[TaskData],
     folder: ResultsFolder,
-) -> list[results.Result]:
-    """Results of all tasks at one checkpoint; the model is loaded if one is still to do."""
-    finished, model = [], None
+    failed: dict[str, str],
+) -> dict[str, results.Result]:
+    """Results of all tasks at one checkpoint but those in `failed`, which is added to; the model is
+    loaded if one is still to do."""
+    scored: dict[str, results.Result] = {}
+    model, checkpoint = None, fingerprint(arguments.workdir, step)
     for task_data in data:
         name = task_data.task.name
-        result = folder.finished(name, arguments.records)
-        if result is None:
+        if name in failed:
+            continue
+        fingerprints = {"rows": task_data.fingerprint, "checkpoint": checkpoint}
+        result, how = folder.finished(name), ", reused: the same rows and checkpoint, scored before"
+        same = result is not None and result.get("fingerprints") == fingerprints
+        if result is None or not same or (arguments.records and not folder.has_records(name)):
+            if result is not None and not same:
+                print(f"{name}: {_what_differs(result, fingerprints)}", flush=True)
             model = model or open_model(arguments.workdir, step)
             try:
                 result = _score_task(task_data, settings, model, folder, arguments.records)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            folder.save(result)
+                failed[name] = f"step {step}: {error}"
+                continue
+            result["fingerprints"], how = fingerprints, ""
+            folder.save(result, arguments.records)
         score = result["metrics"][result["metric"]]["mean"]
-        print(f"{name}: {result['metric']} {100 * score:.2f} % of {result['n']}", flush=True)
-        finished.append(result)
-    return finished
+        print(f"{name}: {result['metric']} {100 * score:.2f} % of {result['n']}{how}", flush=True)
+        scored[name] = result
+    return scored
+
+
+def _what_differs(earlier: results.Result, fingerprints: Mapping[str, str]) -> str:
+    known = earlier.get("fingerprints", {})
+    what = " and ".join(
+        f"another {k}" if k == "checkpoint" else f"other {k}"
+        for k, value in fingerprints.items()
+        if known.get(k) != value
+    )
+    return f"the result that was there is of {what} ({earlier['origin']}): scored anew"
 
 
 def _score_task(

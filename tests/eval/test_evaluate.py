@@ -8,6 +8,7 @@ import pytest
 from eval import paper, results
 from eval.oneshot import Settings
 from eval.run import offline_score, open_model, saved_steps
+from eval.tasks import TASKS
 from laser.training.checkpoint import CheckpointError
 from laser.training.config import load_config
 from scripts import evaluate
@@ -58,7 +59,7 @@ def test_tasks_are_evaluated_and_missing_ones_reported(workdir, data_dir, capsys
     mean, deviation = copa["metrics"]["accuracy"]["mean"], copa["metrics"]["accuracy"]["std"]
     error = (mean * (1 - mean) / 2) ** 0.5
     percent = [f"{100 * x:.2f}" for x in (mean, deviation, error)]
-    assert row == ["copa", "2", "accuracy", *percent, "50.00"]
+    assert row == ["copa", "2", "accuracy", *percent, "50.00", f"{data_dir}/COPA/val.jsonl"]
     assert "step 4, gpt3, 1 shot, 2 seeds, the first 2 of each task alone, in percent" in out
     lines = (workdir / FOLDER / "copa.records.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -97,6 +98,51 @@ def test_finished_tasks_are_not_repeated(workdir, data_dir, capsys, monkeypatch)
     assert evaluated == ["copa", "cb"] * 3
     monkeypatch.setattr(evaluate, "open_model", None)  # nothing left to do, so no model is loaded
     assert run(capsys, workdir, data_dir, *flags, "--limit=2")[0] == 0
+
+
+def scores(workdir, name="copa"):
+    """Mean of what is on disk, in both places."""
+    folder = workdir / "eval/4/gpt3-0shot"
+    result = json.loads((folder / f"{name}.json").read_text())
+    assert json.loads((folder / "results.json").read_text())["tasks"][name] == result
+    return result["metrics"]["accuracy"]["mean"], result["origin"]
+
+
+def test_other_rows_or_another_checkpoint_are_scored_anew(workdir, data_dir, capsys):
+    """In another folder, or corrected in place; equal rows elsewhere are not scored again."""
+    flags = ("--tasks=copa", "--shots=0", "--records")
+    assert run(capsys, workdir, data_dir, *flags)[0] == 0
+    before, origin = scores(workdir)
+    other = shutil.copytree(data_dir, data_dir.with_name("other"))
+    _, out, _ = run(capsys, workdir, other, *flags)
+    assert "of 3, reused: the same rows and checkpoint, scored before" in out
+    assert f"  {origin}" in out  # in the table
+    rows = [json.loads(line) for line in (other / "COPA/val.jsonl").open()]
+    turned = [json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in rows]
+    (other / "COPA/val.jsonl").write_text("".join(turned))
+    _, out, _ = run(capsys, workdir, other, "--tasks=copa", "--shots=0")
+    assert f"copa: the result that was there is of other rows ({origin}): scored anew" in out
+    assert f"  {other}/COPA/val.jsonl" in out
+    assert scores(workdir) == (pytest.approx(1 - before), f"{other}/COPA/val.jsonl")
+    assert not list((workdir / "eval/4/gpt3-0shot").glob("*.records.*"))  # those were of the others
+    (data_dir / "COPA/val.jsonl").write_text("".join(turned[:2]))
+    assert "scored anew" in run(capsys, workdir, data_dir, *flags)[1]
+    shutil.copytree(workdir / "checkpoints/2", workdir / "checkpoints/4", dirs_exist_ok=True)
+    assert "is of another checkpoint (" in run(capsys, workdir, data_dir, *flags)[1]
+    assert "reused" in run(capsys, workdir, data_dir, *flags)[1]
+
+
+def test_other_demonstrations_are_other_rows(data_dir):
+    def prints(**settings):
+        data = evaluate.oneshot.load_task(TASKS["copa"], Settings(**settings), data_dir)
+        return data.fingerprint
+
+    before = prints(shots=0), prints(shots=1), prints(protocol="lm_eval", shots=0)
+    assert len(set(before)) == 3
+    path = data_dir / "COPA/train.jsonl"
+    path.write_text(path.read_text().replace("train 1.", "train one."))
+    assert prints(shots=0) == before[0]
+    assert prints(shots=1) != before[1]
 
 
 def test_a_quick_look_leaves_a_fuller_result_alone(workdir, data_dir, capsys):
@@ -199,14 +245,60 @@ def test_a_run_without_a_checkpoint_is_explained(workdir, data_dir, capsys):
         saved_steps(workdir)
 
 
-def test_a_model_too_short_for_a_task_is_explained(workdir, data_dir, capsys):
-    config = json.loads((workdir / "config.json").read_text())
-    config["config"]["data"]["seq_len"] = 4
-    (workdir / "config.json").write_text(json.dumps(config))
-    code, _, err = run(capsys, workdir, data_dir, "--tasks=held_out", "--limit=1")
-    assert code == 2
-    assert "held_out: a context of" in err
-    assert "at most the model's 4" in err
+@pytest.mark.parametrize("flags", [[], ["--records", "--step=all"]])
+def test_a_candidate_that_is_too_long_stops_its_task_alone(flags, workdir, data_dir, capsys):
+    path = data_dir / "CB/val.jsonl"
+    long = {**RAW["copa"], "choice1": "a b " * 80}
+    (data_dir / "COPA/val.jsonl").open("a").write(json.dumps(long) + "\n")
+    code, out, err = run(capsys, workdir, data_dir, "--tasks=copa,cb", "--shots=0", *flags)
+    assert code == 1
+    assert f"error: copa: {data_dir}/COPA/val.jsonl:4: the candidate ' a b a b" in err
+    assert "tokens, more than the model's 128" in err
+    assert "Traceback" not in err
+    assert "cb: accuracy" in out
+    assert any(line.startswith("cb ") and str(path) in line for line in out.splitlines())
+    assert not list(workdir.glob("eval/**/*.tmp"))
+    written = json.loads((workdir / "eval/4/gpt3-0shot/results.json").read_text())
+    assert written["tasks"].keys() == {"cb"}
+    assert "COPA/val.jsonl:4" in written["missing"]["copa"]
+
+
+def test_a_score_that_cannot_be_stops_its_task_alone(workdir, data_dir, capsys, monkeypatch):
+    original = evaluate.oneshot.evaluate_task
+
+    def broken(data, *rest):
+        if data.task.name == "copa":
+            rest[-1]({"index": 0})  # a record
+            raise ValueError("a score is not finite")
+        return original(data, *rest)
+
+    monkeypatch.setattr(evaluate.oneshot, "evaluate_task", broken)
+    code, out, err = run(capsys, workdir, data_dir, "--tasks=copa,cb", "--shots=0", "--records")
+    assert code == 1
+    assert "error: copa: step 4: a score is not finite" in err
+    assert "cb: accuracy" in out
+    names = sorted(path.name for path in (workdir / "eval/4/gpt3-0shot").iterdir())
+    assert names == ["cb.json", "cb.records.jsonl", "results.json"]
+
+
+def test_the_harness_draws_once_and_names_its_metrics(workdir, data_dir, capsys):
+    (data_dir / "piqa").mkdir()
+    row = json.dumps(RAW["piqa"]) + "\n"
+    for split in ("train", "val"):
+        (data_dir / f"piqa/{split}.jsonl").write_text(row * 3)
+    code, out, _ = run(capsys, workdir, data_dir, "--tasks=piqa", "--protocol=lm_eval")
+    assert code == 0
+    assert "lm_eval, 1 shot, 1 seed, in percent" in out
+    assert [line.split()[0] for line in out.splitlines() if "acc_norm" in line] == ["acc_norm"]
+    code, out, _ = run(capsys, workdir, data_dir, "--tasks=piqa", "--protocol=lm_eval", "--seeds=2")
+    assert "lm_eval, 1 shot, 2 seeds, in percent" in out
+
+
+def test_help_says_which_files_are_read():
+    table = evaluate.files_table()
+    for task in TASKS.values():
+        assert task.source.where in table
+        assert task.source.files[task.protocols["gpt3"].split][0] in table
 
 
 def test_a_broken_file_stops_its_task_alone(workdir, data_dir, capsys):
@@ -251,7 +343,7 @@ def test_the_paper_stands_beside_models_of_its_size_and_attention_alone(trained_
 def test_the_table_has_the_papers_column_and_remarks(trained_run):
     result = {
         "task": "copa", "protocol": "gpt3", "n": 4, "metric": "accuracy", "chance": 0.5,
-        "split": "train", "unusable_rows": 2, "shots_dropped": 3, "truncated": 0,
+        "split": "train", "origin": "here", "unusable_rows": 2, "shots_dropped": 3, "truncated": 0,
         "metrics": {"accuracy": {"mean": 0.5, "std": None, "values": [0.5]}},
     }  # fmt: skip
     lines = results.table([result], {"COPA": 87.0}).splitlines()
@@ -266,8 +358,9 @@ def test_the_table_has_the_papers_column_and_remarks(trained_run):
         "sample",
         "chance",
         "paper",
+        "data",
     ]
-    assert lines[1].split() == ["copa", "4", "accuracy", "50.00", "25.00", "50.00", "87.00"]
+    assert lines[1].split() == ["copa", "4", "accuracy", "50.00", "25.00", "50.00", "87.00", "here"]
     assert "± checkpoints" in results.table([result], {}, "checkpoints")
     assert "paper" not in results.table([result], {})
     assert results.remarks([result]) == [

@@ -113,7 +113,8 @@ RAW = {
 RAW["arc_challenge"], RAW["race_middle"] = RAW["arc_easy"], RAW["race_high"]
 
 ARC = ("Question: What is hot?\nAnswer:", [" ice", " fire"], 1)
-MARKED = 'Ann said"no". *She* can\'t come, as her dog (Rex) is ill.'
+MARKED = 'Ann said "no". *She* can\'t come, as her dog (Rex) is ill.'
+MARKED_THERE = MARKED.replace('said "', 'said"')  # the harness loses a space
 RACE_GPT3 = (
     "Article: A cat sat.\n\nQ: Who sat?\n\nA: cat\n\nQ: It was  _  .\n\nA: c2\n\nQ: Why?\n\nA:",
     [" w", " x", " y", " z"],
@@ -219,7 +220,7 @@ EXPECTED = {
         0,
     ),
     ("wsc", "lm_eval"): (
-        f"Passage: {MARKED}\nQuestion: In the passage above, does the pronoun "
+        f"Passage: {MARKED_THERE}\nQuestion: In the passage above, does the pronoun "
         '"*She*" refer to "*Ann*"?\nAnswer:',
         [" no", " yes"],
         1,
@@ -276,6 +277,31 @@ def test_the_noun_takes_the_case_and_the_possessive_of_the_pronoun():
     example = examples("winograd", "gpt3", {**raw, "options": ["the boy", "Ann"]})[0]
     assert example.contexts == ("The boy's", "Ann's")
     assert example.continuations == (" dog barks.",) * 2
+
+
+def test_a_noun_that_has_its_possessive_keeps_one():
+    raw = {"text": "Her mother died.", "pronoun": "Her", "pronoun_loc": 0, "label": 0}
+    example = examples("winograd", "gpt3", {**raw, "options": ["Emma's", "Ann"]})[0]
+    assert example.contexts == ("Emma's", "Ann's")
+    harness = examples("winograd", "lm_eval", {**raw, "options": ["Emma's", "Ann"]})[0]
+    assert harness.contexts == ("Emma's's", "Ann's")
+
+
+@pytest.mark.parametrize(
+    "text, index, shown",
+    [
+        ('It was " it " , he said .', 3, 'It was "*it*", he said.'),
+        ('It was "it", he said.', 3, 'It was "it", *he* said.'),
+        ("Ann 's dog said 'no' : it ran !", 6, "Ann's dog said 'no': *it* ran!"),
+        ('"It ran" and it  fell', 3, '"It ran" and *it* fell'),
+        ('A 5" dog as it ran', 4, 'A 5" dog as *it* ran'),
+    ],
+)
+def test_the_passage_of_wsc_keeps_its_quotation_marks_apart(text, index, shown):
+    pronoun = "he" if "*he*" in shown else "it"
+    target = {"span1_text": "A", "span1_index": 0, "span2_text": pronoun, "span2_index": index}
+    example = examples("wsc", "gpt3", {"text": text, "target": target, "label": False})[0]
+    assert example.contexts[0].split("\n")[0] == shown
 
 
 def test_a_span_that_differs_from_the_text_is_mended():
