@@ -126,9 +126,9 @@ class JsonlWriter:
             self._file.close()
 
 
-def mark_of(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file as it is now, 0 bytes if there is none."""
-    content = path.read_bytes() if path.exists() else b""
+def mark_of(path: Path, length: int | None = None) -> dict[str, Any]:
+    """Size and checksum of a file, or of its first bytes; 0 bytes if there is none."""
+    content = path.read_bytes()[:length] if path.exists() else b""
     return {"bytes": len(content), SEAL: hashlib.sha256(content).hexdigest()}
 
 

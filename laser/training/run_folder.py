@@ -87,7 +87,7 @@ def open_run_folder(
     with hosts.together("open the run's folder"):
         if hosts.is_first():
             try:
-                _lock(Path(workdir))
+                claim(Path(workdir))
                 _open(Path(workdir), config, rows, init_step, allow_change, tensors)
             except OSError as error:
                 raise ValueError(
@@ -100,7 +100,7 @@ def open_run_folder(
     return json.loads(written)
 
 
-def _lock(folder: Path) -> None:
+def claim(folder: Path) -> None:
     """Keeps other processes from training here until this one has ended, however it ends.
 
     On a mounted bucket those of this machine alone. Raises ValueError if one does already.

@@ -35,7 +35,7 @@ def test_workdir_of_another_config_is_refused_with_the_difference(arguments, tmp
 
 def test_a_second_process_is_refused_while_one_trains(arguments, tmp_path):
     holder = "import os, sys; from laser.training import run_folder as r; from pathlib import Path"
-    holder += "; r._lock(Path(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"
+    holder += "; r.claim(Path(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"
     first = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)],
         cwd=runs.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -47,8 +47,8 @@ def test_a_second_process_is_refused_while_one_trains(arguments, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     first.kill()
     first.communicate()
-    run_folder._lock(tmp_path)  # killed, it holds nothing
-    run_folder._lock(tmp_path)  # a process does not shut itself out
+    run_folder.claim(tmp_path)  # killed, it holds nothing
+    run_folder.claim(tmp_path)  # a process does not shut itself out
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
@@ -56,7 +56,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOTSUP, "not supported")
 
     monkeypatch.setattr(run_folder.fcntl, "flock", flock)
-    run_folder._lock(tmp_path)
+    run_folder.claim(tmp_path)
     assert "no locks there" in caplog.text
 
 
