@@ -94,7 +94,7 @@ def _sum(array: Any) -> int:
     rows = max(1, PIECE_ELEMENTS // max(1, math.prod(shape[1:])))
     starts = range(0, shape[0], rows) if shape else (None,)
     for start in starts:
-        part = array if start is None else array[start : start + rows]
+        part = array if start is None else array[start : min(start + rows, shape[0])]
         words = np.ascontiguousarray(part.read().result()).reshape(-1).view(np.uint32)
         total += int(words.sum(dtype=np.uint64)) % (1 << 32)
     return total % (1 << 32)

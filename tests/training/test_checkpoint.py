@@ -265,17 +265,21 @@ def test_parameters_alone(tmp_path):
 
 
 NO_FOLDER = """
-import sys
+import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from laser.training.checkpoint import CheckpointError, Checkpoints
 from tests.training.test_checkpoint import CONFIG, make_state
-workdir = Path({workdir!r})
+workdir, mkdir = Path({workdir!r}), os.mkdir
+def no_space(path, *rest, **more):
+    if "10.orbax" in str(path):
+        raise OSError(28, "No space left on device")
+    mkdir(path, *rest, **more)
+os.mkdir = no_space
 try:
     with Checkpoints(workdir, CONFIG) as checkpoints:
         checkpoints.save(5, make_state(5))
         checkpoints.wait()
-        (workdir / "checkpoints/10.orbax-checkpoint-tmp").write_text("in the way")
         checkpoints.save(10, make_state(10))
         checkpoints.wait()
 except CheckpointError as error:
