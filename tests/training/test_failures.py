@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from laser.training import run_folder
+from laser.training.run_folder import saved_step_folders
 from tests.training import runs
 
 
@@ -111,6 +112,8 @@ def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
         *arguments,
         "--config.optimizer.learning_rate=1e30",
         "--config.training.max_skipped_steps=3",
+        "--config.checkpoint.every=1",
+        "--config.checkpoint.keep=2",
     ]
     stopped = runs.train(wild, tmp_path)
     assert stopped.returncode == 1
@@ -119,7 +122,10 @@ def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "skipped.jsonl").open()]
     assert len(records) == 3
     assert all(len(record["row_ids"]) == 8 for record in records)
-    assert len({record["step"] for record in records}) == 3
+    steps = {record["step"] for record in records}
+    assert len(steps) == 3
+    first = min(steps)  # what was good stays: nothing was saved from there on
+    assert sorted(saved_step_folders(tmp_path)) == [first - 2, first - 1]
 
 
 def test_truncated_checkpoint_falls_back_to_the_one_before(arguments, tmp_path):
