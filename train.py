@@ -55,7 +55,10 @@ def main(argv: list[str]) -> int:
             run, evaluations = _open(config, values)
         except ValueError as error:
             exit_with(argv[0], str(error))
-        return loop.train(run, evaluations)
+        code = loop.train(run, evaluations)
+    if code == loop.EXIT_FAILED:
+        hosts.leave(code)
+    return code
 
 
 def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evaluation]]":

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from data.tokenizer import Tokenizer
 from eval.sampling import GREEDY, Sampling, choose
 from laser.attention.decode import BLOCK
-from laser.training import sharding
+from laser.training import preemption, sharding
 from models.config import ModelConfig, require
 from models.decoder import Parameters, init_parameters
 from models.decoding import Cache, append, empty_cache, next_logits, unstack
@@ -216,6 +216,7 @@ class Generator:
         indices_B = np.array([*batch, *[0] * (size - len(batch))], np.int32)
         done_B = np.arange(size) >= len(batch)
         for at in range(0, max_new_tokens, STEPS):
+            preemption.between_batches()
             count = min(STEPS, max_new_tokens - at)
             tokens_BN, finite, state = self._continue(
                 params,

@@ -25,7 +25,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data.tokenizer import Tokenizer
-from laser.training import sharding
+from laser.training import preemption, sharding
 from laser.training.share import over_batch
 from models.config import ModelConfig
 from models.decoder import Parameters, output_logits, structure
@@ -209,6 +209,7 @@ class Scorer:
         results: dict[int, Score] = {}
         pending: list[_Pass] = []
         for batch, length, segments in self._batches(rows):
+            preemption.between_batches()
             pending.append(self._run(params, requests, batch, length, segments))
             if len(pending) > 1:  # read a pass while the next one runs
                 self._collect(pending.pop(0), requests, results)

@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer
 from export.layouts import Layout, Tensors, choose_layout, from_tensors, to_tensors
 from laser.training.checkpoint import Checkpoints
 from laser.training.config import RunConfig, load_config, to_dict
+from laser.training.run_folder import SEAL, file_sha256, seal, write_run
 from models.config import ModelConfig, require
 from models.decoder import Parameters
 
@@ -118,13 +119,19 @@ def import_run(folder: Path, workdir: Path) -> Origin:
     _, params = load_exported(folder)
     Tokenizer(folder / "tokenizer.model")
     fingerprint = f"imported without optimizer state; was {origin.fingerprint}"
-    record = {"config": to_dict(origin.config), "data": {"fingerprint": fingerprint}}
+    record = seal(
+        {
+            "config": to_dict(origin.config),
+            "data": {"fingerprint": fingerprint},
+            "tokenizer": file_sha256(folder / "tokenizer.model"),
+        }
+    )
     with tempfile.TemporaryDirectory(dir=parent, prefix=".import-") as temporary:
         made = Path(temporary) / "run"
         with Checkpoints(made, origin.config.checkpoint) as checkpoints:
-            checkpoints.save(origin.step, {"params": jax.tree.map(jnp.asarray, params)})
-        shutil.copyfile(folder / "tokenizer.model", made / "tokenizer.model")
-        _write_json(made / "config.json", record)
+            params = jax.tree.map(jnp.asarray, params)
+            checkpoints.save(origin.step, {"params": params}, note={"config": record[SEAL]})
+        write_run(made, record, folder / "tokenizer.model")
         made.rename(workdir)
     return origin
 

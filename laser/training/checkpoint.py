@@ -1,20 +1,24 @@
 """Checkpoints by Orbax that are checked when they are read, and fall back to an older one.
 
-`workdir/checkpoints/<step>` holds the TrainState and a small JSON record with a checksum of every
-tensor. A checksum is the wrapping sum of the tensor's 32-bit words: it does not depend on the mesh
-or the order of summation, so a restore onto any other mesh is verified bit for bit. Orbax writes
-asynchronously into a temporary folder and renames it, so that a killed save leaves the older ones.
+`workdir/checkpoints/<step>` holds the TrainState and a small sealed JSON record beside it, the
+sidecar, with type and checksum of every tensor. A checksum is the wrapping sum of the tensor's
+32-bit words: it does not depend on the mesh or the order of summation, so a restore onto any other
+mesh is verified bit for bit. Orbax writes asynchronously into a temporary folder and renames it, so
+that a killed save leaves the older ones.
 
-Every host writes and reads its own shards. What one of them cannot read counts as unreadable for
-all, so that they go on from the same step.
+Only a checkpoint whose checksum or format says that it is damaged is passed over, and it is moved
+aside once an older one was read. Any other error, such as no memory or another model, leaves all of
+them where they are. Every host writes and reads its own shards; what one of them cannot read is
+passed over by all, so that they go on from the same step.
 """
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +27,22 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from laser.training import hosts
+from laser.training import hosts, run_folder
 from laser.training.config import CheckpointConfig
+from laser.training.run_folder import UNREADABLE
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = "unreadable"  # ending of the folder that a damaged checkpoint is moved to
+# What tensorstore calls data that are not what was written. Others are about memory, disks, rights.
+OF_DAMAGE = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none could be read; the message says what is left."""
+
+
+class DamagedError(CheckpointError):
+    """The checksum or the format of a checkpoint says that it is not what was written."""
 
 
 class Checkpoints:
@@ -44,12 +54,18 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
-        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._workdir = Path(workdir).absolute()
+        self._folder = self._workdir / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
+        self.restored: dict[str, Any] = {}
+        self._failed = False
+        self._interim = {step for step in self._steps() if _is_interim(self._folder / str(step))}
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=_preservation(config),
+            preservation_policy=_preservation(config, self._interim),
             best_fn=functools.partial(_score, config.best) if config.best != "none" else None,
             cleanup_tmp_directories=True,
+            # Threads that write would wait 20 minutes for a folder that could not be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._best = config.best
         self._manager = ocp.CheckpointManager(self._folder, options=self._options)
@@ -58,28 +74,60 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception) -> None:
-        with self._explained():  # a save that failed in the background may be told only now
-            self._manager.close()
+        if not self._failed:  # else its threads may wait for what does not come
+            with self._explained():  # a save that failed in the background may be told only now
+                self._manager.close()
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        interim: bool = False,
+        note: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts to save `state` (a tree of jax.Arrays) as `step`; returns when it has been copied.
 
         Args:
           step: steps done.
           state: what to save.
           metrics: of the evaluations of this step; they say whether it is the best one.
+          interim: saved out of turn; the next checkpoint takes its place, and no other's.
+          note: JSON for the sidecar. Its "config" is the checksum of the config.json it belongs to.
 
         Raises:
           CheckpointError: this save or the one before it failed, on a full disk for example.
         """
-        record = {"checksums": jax.tree.map(int, jax.device_get(_checksums(state)))}
+        sums = jax.device_get(_checksums(state))
+        tensors = {
+            name: {"type": kind, "sum": int(sums[name])}
+            for name, kind in tensor_types(state).items()
+        }
+        sidecar = {"step": step, "interim": interim, **(note or {}), "tensors": tensors}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+            state=ocp.args.StandardSave(state),
+            record=ocp.args.JsonSave(run_folder.seal(sidecar)),
         )
+        (self._interim.add if interim else self._interim.discard)(step)
         name = f"eval/{self._best}"
         score = {name: metrics[name]} if metrics and name in metrics else None
         with self._explained():
             self._manager.save(step, args=args, metrics=score)
+            self._mark_saved()
+
+    def add_score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics for a checkpoint that was saved before its evaluation had ended."""
+        name, folder = f"eval/{self._best}", self._folder / str(step) / "metrics"
+        if name not in metrics:
+            return
+        with self._explained(), hosts.together(f"add metrics to checkpoint {step}"):
+            if hosts.is_first() and not folder.exists():
+                temporary = folder.with_name("metrics.new")
+                temporary.mkdir(exist_ok=True)
+                (temporary / "metrics").write_text(json.dumps({name: metrics[name]}))
+                temporary.rename(folder)
+        self._manager.reload()
 
     def best(self) -> tuple[int, float] | None:
         """Step and metric of the best checkpoint; None if none was evaluated, or none is wanted."""
@@ -91,61 +139,128 @@ class Checkpoints:
         """Waits for the save that is under way. Raises CheckpointError if it failed."""
         with self._explained():
             self._manager.wait_until_finished()
+            self._mark_saved()
+
+    def _mark_saved(self) -> None:
+        if hosts.is_first() and self._steps():
+            (self._workdir / ".saved").touch()
+
+    def _steps(self) -> list[int]:
+        return list(run_folder.saved_step_folders(self._workdir))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of many types: TensorStore reports a full disk as ValueError
+            self._failed = True
             raise CheckpointError(
                 f"could not save a checkpoint in {self._folder}: {_first_line(error)}. Those "
-                f"before it are intact: steps {_complete_steps(self._folder)}"
+                f"before it are intact: steps {self._steps()}"
             ) from error
 
     def restore_latest(self, abstract_state: Any) -> Any | None:
-        """The newest state that can be read and verified, or None where there is no checkpoint.
+        """The newest state that can be read and verified, or None where there never was one.
 
-        One that can't be read is moved aside and reported, and the one before it is taken.
+        Damaged ones are passed over, and moved aside once an older one was read. The sidecar of the
+        one that was taken is in `restored`.
 
         Args:
           abstract_state: the tree of ShapeDtypeStructs with the shardings wanted.
 
         Raises:
-          CheckpointError: there are checkpoints and none of them can be read.
+          CheckpointError: none of the checkpoints can be read, or they are gone, or reading failed
+            for a reason that is not theirs. All of them are where they were.
         """
-        found = hosts.exchange("list checkpoints", json.dumps(list(self._manager.all_steps())))
-        steps = sorted(json.loads(found[0]), reverse=True)
-        for step in steps:
+        found = hosts.exchange("list checkpoints", json.dumps([self._steps(), self._lost()]))
+        steps, lost = json.loads(found[0])
+        damaged: dict[int, str] = {}
+        for step in reversed(steps):
+            folder = self._folder / str(step)
             try:
-                return _read(self._folder / str(step), abstract_state)
+                state, self.restored = _read(folder, abstract_state)
+            except DamagedError as error:
+                log.error("checkpoint %s cannot be read (%s)", folder, error)
+                damaged[step] = str(error)
             except CheckpointError as error:
-                self._set_aside(step, str(error))
-        if steps:
+                raise CheckpointError(
+                    f"checkpoint {folder} could not be read: {error}. Nothing says that it is "
+                    "damaged, so it was left where it is"
+                ) from error
+            else:
+                self._set_aside(damaged)
+                return state
+        look = f"python scripts/verify_run.py {self._workdir}"
+        if damaged:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(
-                f"none of the checkpoints {sorted(steps)} in {self._folder} can be read; they were "
-                f"kept with the ending .{UNREADABLE}. Start in another workdir, or restore a backup"
+                f"none of the checkpoints {sorted(damaged)} in {self._folder} can be read "
+                f"({reasons}); they were left where they are. Restore a backup, or start in "
+                f"another workdir; `{look}` says what is intact"
+            )
+        if lost:
+            raise CheckpointError(
+                f"{self._folder}: this run has lost its checkpoints ({lost}) and is not started "
+                f"anew. `{look}` takes back what was set aside and is intact; or restore a backup, "
+                "or start in another workdir"
             )
         return None
 
-    def _set_aside(self, step: int, reason: str) -> None:
-        folder = self._folder / str(step)
-        log.error(
-            "checkpoint %s cannot be read (%s): moved to %s.%s, trying the one before",
-            folder, reason, folder.name, UNREADABLE,
-        )  # fmt: skip
-        with hosts.together(f"move checkpoint {step} aside"):
-            if hosts.is_first():
-                target = self._folder.parent / f"{folder.name}.{UNREADABLE}"
-                shutil.rmtree(target, ignore_errors=True)
-                folder.rename(target)
+    def _lost(self) -> str:
+        """What says that there were checkpoints once."""
+        aside = [path.name for path in run_folder.set_aside(self._workdir)]
+        if aside:
+            return f"{', '.join(aside)} was set aside"
+        return "there is a file .saved" if (self._workdir / ".saved").exists() else ""
+
+    def _set_aside(self, steps: Sequence[int] | Mapping[int, str]) -> None:
+        if not steps:
+            return
+        with hosts.together("move damaged checkpoints aside"):
+            for step in steps if hosts.is_first() else ():
+                target = _free_place(self._workdir, step)
+                (self._folder / str(step)).rename(target)
+                log.error("checkpoint %d moved to %s", step, target.name)
+        self._interim.difference_update(steps)
         self._manager.reload()
 
 
-def _preservation(config: CheckpointConfig) -> checkpoint_managers.PreservationPolicy:
+def _free_place(workdir: Path, step: int) -> Path:
+    """Where to move a damaged checkpoint, so that none that was moved before is lost."""
+    path = workdir / f"{step}.{UNREADABLE}"
+    for number in itertools.count(1):
+        if not path.exists():
+            break
+        path = workdir / f"{step}.{number}.{UNREADABLE}"
+    return path
+
+
+def _is_interim(folder: Path) -> bool:
+    try:
+        return run_folder.read_sidecar(folder).get("interim", False)
+    except ValueError:  # told when it is read, and no reason to delete it
+        return False
+
+
+class _NewestInTurn(checkpoint_managers.PreservationPolicy):
+    """Keeps the newest of those that were saved in turn, and the newest of all."""
+
+    def __init__(self, count: int, interim: set[int]):
+        self._count, self._interim = count, interim
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        in_turn = [step for step in steps if step not in self._interim]
+        kept = {*in_turn[-self._count :], *steps[-1:]}
+        return [step in kept for step in steps]
+
+
+def _preservation(
+    config: CheckpointConfig, interim: set[int]
+) -> checkpoint_managers.PreservationPolicy:
     """The newest ones, the multiples of a period, the best one. Of equally good ones the newest."""
-    policies: list[checkpoint_managers.PreservationPolicy] = [
-        checkpoint_managers.LatestN(config.keep)
-    ]
+    policies: list[checkpoint_managers.PreservationPolicy] = [_NewestInTurn(config.keep, interim)]
     if config.keep_period:
         policies.append(checkpoint_managers.EveryNSteps(config.keep_period))
     if config.best != "none":
@@ -166,8 +281,7 @@ def _score(best: str, metrics: Mapping[str, float]) -> float:
 
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of a run's checkpoints, in order. Raises CheckpointError where it has none."""
-    folder = workdir.absolute() / "checkpoints"
-    steps = _complete_steps(folder) if folder.is_dir() else []
+    steps = list(run_folder.saved_step_folders(workdir.absolute()))
     if not steps:
         raise CheckpointError(f"{workdir}: the run has no checkpoint yet")
     return steps
@@ -185,24 +299,67 @@ def restore_parameters(workdir: Path, abstract_params: Any, step: int | None = N
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
     folder = workdir.absolute() / "checkpoints"
-    steps = _complete_steps(folder) if folder.is_dir() else []
+    steps = list(run_folder.saved_step_folders(workdir.absolute()))
     if not steps or (step is not None and step not in steps):
         raise CheckpointError(
             f"no checkpoint{f' {step}' if step else ''} in {folder}; there are {steps}"
         )
     path = folder / str(step if step is not None else steps[-1])
     try:
-        return _read(path, {"params": abstract_params}, partial=True)["params"]
-    except CheckpointError as error:
+        state, sidecar = _read(path, {"params": abstract_params}, partial=True)
+        run_folder.check_origin(workdir, int(path.name), sidecar)
+    except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    return state["params"]
 
 
-def _read(path: Path, abstract: Any, partial: bool = False) -> Any:
-    """A checkpoint, or the part that `abstract` describes, verified; CheckpointError on all hosts.
+def _read(path: Path, abstract: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint, or the part that `abstract` describes, verified, and its sidecar.
 
     Each host reads for itself, without the barriers that Orbax would put around it: there the
-    others would wait for one that has failed.
+    others would wait for one that has failed. Raises DamagedError or CheckpointError on all hosts.
     """
+    problem, is_damage = "", False
+    try:
+        sidecar = _sidecar_for(path, abstract, partial)
+        state = _read_tensors(path / "state", abstract, partial)
+    except Exception as error:  # of many types for a damaged file
+        problem, is_damage = _first_line(error), _shows_damage(error)
+    found = hosts.exchange(f"read checkpoint {path.name}", json.dumps([problem, is_damage]))
+    problems = {i: said for i, said in enumerate(map(json.loads, found)) if said[0]}
+    if problems:
+        kind = DamagedError if all(damage for _, damage in problems.values()) else CheckpointError
+        said = dict.fromkeys(
+            f"{hosts.name(i)}: {text}" if hosts.several() else text
+            for i, (text, _) in problems.items()
+        )
+        raise kind("; ".join(said))
+    sums = jax.device_get(_checksums(state))
+    damaged = [name for name, x in sums.items() if sidecar["tensors"][name]["sum"] != int(x)]
+    if damaged:
+        raise DamagedError(f"checksum of {', '.join(damaged)} differs")
+    return state, sidecar
+
+
+def _sidecar_for(path: Path, abstract: Any, partial: bool) -> dict[str, Any]:
+    """The sidecar of a checkpoint. Raises DamagedError, or CheckpointError if the tensors that it
+    names are not those of `abstract`."""
+    try:
+        sidecar = run_folder.read_sidecar(path)
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+    if sidecar["step"] != int(path.name):
+        raise DamagedError(f"it was saved as {sidecar['step']}")
+    wanted = tensor_types(abstract)
+    tensors = sidecar["tensors"]
+    if partial:
+        tensors = {name: entry for name, entry in tensors.items() if name.startswith("params/")}
+    if other := run_folder.different_tensors(sidecar | {"tensors": tensors}, wanted):
+        raise CheckpointError(f"it is of another model or optimizer: {other}")
+    return sidecar
+
+
+def _read_tensors(path: Path, abstract: Any, partial: bool) -> Any:
     args = ocp.args.PyTreeRestore(
         item=abstract,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -210,36 +367,35 @@ def _read(path: Path, abstract: Any, partial: bool = False) -> Any:
     )
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
-    try:
-        with hosts.together(f"read checkpoint {path.name}"):
-            try:
-                with ocp.Checkpointer(
-                    ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-                    multiprocessing_options=alone,
-                ) as checkpointer:
-                    restored = checkpointer.restore(path / "state", args=args)
-                record = json.loads((path / "record" / "metadata").read_text())
-            except Exception as error:  # of many types for a damaged file
-                raise ValueError(_first_line(error)) from error
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    _verify(restored, record["checksums"])
-    return restored
+    with ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
+    ) as checkpointer:
+        return checkpointer.restore(path, args=args)
 
 
-def _verify(state: Any, expected: dict[str, int]) -> None:
-    actual = jax.tree.map(int, jax.device_get(_checksums(state)))
-    damaged = [name for name, value in actual.items() if expected.get(name) != value]
-    if damaged:
-        raise CheckpointError(f"checksum of {', '.join(damaged)} differs")
+def _shows_damage(error: Exception) -> bool:
+    """Whether an error is the checkpoint's own: of its format, and not of memory or the machine."""
+    if isinstance(error, DamagedError | FileNotFoundError):
+        return True
+    if isinstance(error, MemoryError | OSError | RuntimeError):
+        return False
+    code = re.match(r"([A-Z]+(?:_[A-Z]+)*): ", str(error))
+    return code is None or code[1] in OF_DAMAGE
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    line = (str(error).splitlines() or [""])[0][:200]
+    return line if isinstance(error, CheckpointError) else f"{type(error).__name__}: {line}"
 
 
-def _complete_steps(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+def tensor_types(state: Any) -> dict[str, str]:
+    """Path of each tensor of a tree → its type, such as "float32[8,300]"."""
+    return {name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in _named(state).items()}
+
+
+def _named(state: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 @jax.jit
@@ -251,5 +407,4 @@ def _checksums(state: Any) -> dict[str, jax.Array]:
             raise ValueError(f"checkpoints hold 32-bit tensors, got {x.dtype}")
         return jax.lax.bitcast_convert_type(x, jnp.uint32).sum(dtype=jnp.uint32)
 
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): words(x) for path, x in leaves}
+    return {name: words(x) for name, x in _named(state).items()}

@@ -5,12 +5,61 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 from laser.training import hosts
 
 
+class _Lasting:
+    """A text stream that goes on into nothing where nobody reads it any more.
+
+    A terminal that was closed, a pipe whose reader has ended or a full disk under a log must not
+    end a run: its numbers are in its folder.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _open_standard_streams() -> None:
+    """Where a program is started without one of them, the next file that it opens would be it."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or os.fdopen(number, "w", encoding="utf-8", closefd=False)
+        if not isinstance(stream, _Lasting):
+            setattr(sys, name, _Lasting(stream))
+
+
 def start_logging() -> None:
-    """Plain lines to stdout. Replaces handlers that libraries have installed before."""
+    """Plain lines to stdout, which may be closed. Replaces handlers that libraries have installed
+    before."""
+    _open_standard_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("jax").setLevel(logging.ERROR)
     # Orbax logs by absl what it also raises, each error with several pages of tracebacks.

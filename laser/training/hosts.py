@@ -8,7 +8,7 @@ three variables say who is there, as for two processes on one machine:
 What hosts tell each other here goes through the key-value store of jax.distributed, which lives in
 host 0 and needs no device. Every host writes a sign of life into it and reads those of the others,
 so that a run never waits for a host that is gone: it ends with exit code 1 and says which. Where
-host 0 itself is gone the store is too, and jax ends the others with a message and SIGABRT.
+host 0 itself does not answer, nor does the store, which is the sign that it is gone.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def joined() -> Iterator[None]:
     except SystemExit as end:
         if not _here.all_were_told:
             _here.announce(f"it left with exit code {end.code}")
-            _exit(end.code)
+            leave(end.code)
         _here.leave_together()
         raise
     except BaseException as error:
@@ -170,8 +170,10 @@ class _Connection:
         self.all_were_told = False  # of a mistake that ends them all
         self._failed = False
         self._left = threading.Event()
+        self._looked = time.monotonic()  # when the store last answered
         self._watch = threading.Thread(target=self._watch_others, name="hosts", daemon=True)
         self._watch.start()
+        threading.Thread(target=self._watch_store, name="store", daemon=True).start()
         if self.index:
             logging.getLogger().setLevel(logging.WARNING)  # host 0 speaks for all
         log.info("%d hosts: %s", self.count, ", ".join(self._names))
@@ -202,7 +204,7 @@ class _Connection:
 
     def leave_together(self) -> None:
         if self._failed:
-            _exit()
+            leave()
         self.exchange("end", "")
         self._left.set()
         self._watch.join()
@@ -221,7 +223,7 @@ class _Connection:
         traceback.print_exception(error)
         with contextlib.suppress(JaxRuntimeError):  # host 0 may be gone
             self.announce(reason)
-        _exit()
+        leave()
 
     def _read(self, key: str) -> dict[int, str]:
         """Host → what it has written under this key."""
@@ -241,6 +243,7 @@ class _Connection:
                 if not self._left.is_set():
                     self._follow(0, f"cannot be reached ({str(error).splitlines()[0]})")
                 return
+            self._looked = time.monotonic()
             for i, reason in ended.items():
                 if i != self.index and not self._left.is_set():
                     self._follow(i, f"ended: {reason}")
@@ -254,17 +257,24 @@ class _Connection:
             if self._left.wait(BEAT_SECONDS):
                 return
 
+    def _watch_store(self) -> None:
+        """The other thread waits for ever where host 0 is frozen: its calls have no time limit."""
+        while not self._left.wait(BEAT_SECONDS):
+            if time.monotonic() - self._looked > SILENCE_SECONDS:
+                self._follow(0, f"gave no sign of life for {SILENCE_SECONDS:.0f} seconds")
+
     def _follow(self, index: int, what: str) -> NoReturn:
         """Leaves from the watching thread, whatever the main thread is waiting for."""
         log.error(
             "%s %s. This host ends with it; start all again to go on from the newest checkpoint",
             self.name(index), what,
         )  # fmt: skip
-        _exit()
+        leave()
 
 
-def _exit(code: Any = 1) -> NoReturn:
-    """Ends at once: jax's own leave-taking would wait for the hosts that are gone."""
+def leave(code: Any = 1) -> NoReturn:
+    """Ends at once, where threads may wait for what does not come: jax's leave-taking for hosts
+    that are gone, a failed save for its own parts."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

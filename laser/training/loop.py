@@ -2,7 +2,9 @@
 
 The order within a step matters and is this: dispatch step n, then look at the metrics of step n - 1
 (so the device never waits for the host), evaluate, save, and only then react to a signal. Before
-anything is written to disk, the metrics of every step so far have been looked at.
+anything is written to disk, the metrics of every step so far have been looked at. While steps are
+skipped nothing is saved, so that good checkpoints stay. An evaluation that a signal has ended is
+owed: the checkpoint says so, and the run that goes on from there begins with it.
 """
 
 import dataclasses
@@ -23,13 +25,25 @@ from laser.training.checkpoint import (
     Checkpoints,
     restore_parameters,
     saved_steps,
+    tensor_types,
 )
 from laser.training.config import RunConfig, check_devices
-from laser.training.metrics import MetricsWriter, make_writer
+from laser.training.metrics import (
+    METRICS_FILE,
+    SKIPPED_FILE,
+    MetricsWriter,
+    make_writer,
+    mark_of,
+)
 from laser.training.program import Program
 from laser.training.report import Report
 from laser.training.rows import Rows, resolved
-from laser.training.run_folder import check_hosts_agree, load_run_config, open_run_folder
+from laser.training.run_folder import (
+    SEAL,
+    check_hosts_agree,
+    load_run_config,
+    open_run_folder,
+)
 from laser.training.step import TrainState
 from models.config import ModelConfig
 from models.decoder import init_parameters, train_flops_per_token
@@ -67,8 +81,9 @@ def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: b
     with hosts.together("lay out the program"):
         complete = resolved(config, rows)
         program = Program(complete, sharding.make_mesh(complete))
-    init_step = open_run_folder(workdir, config, rows, init_step, allow_config_change)
-    return Run(program, workdir, rows, init_step)
+    tensors = tensor_types(program.abstract_state)
+    record = open_run_folder(workdir, config, rows, init_step, allow_config_change, tensors)
+    return Run(program, workdir, rows, record)
 
 
 def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
@@ -80,7 +95,7 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
 
     Returns:
       The exit code of the process: 0 done, 1 stopped by an error that the log explains, 75 saved
-      after SIGTERM or SIGINT.
+      after SIGTERM, SIGHUP or SIGINT.
     """
     steps = run.config.training.steps
     try:
@@ -89,7 +104,7 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
             if state is None:
                 log.info("starting a new run in %s", run.workdir)
                 state = run.init_state()
-            elif int(state.step) >= steps:
+            elif int(state.step) >= steps and not checkpoints.restored.get("owed"):
                 log.info("%s: nothing left to do after step %d", run.workdir, int(state.step))
                 return EXIT_DONE
             else:
@@ -97,9 +112,14 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
             every = Evaluation(run.config.training.eval_every, run.evaluate)
             return _train_from(run, state, checkpoints, [every, *evaluations])
     except (OSError, CheckpointError, TooManySkippedSteps) as error:
-        log.error("%s", error)
-        hosts.end_the_others(str(error))
-        return EXIT_FAILED
+        problem = str(error)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        problem = f"out of memory: {(str(error).splitlines() or [''])[0][:300]}"
+    log.error("%s", problem)
+    hosts.end_the_others(problem)
+    return EXIT_FAILED
 
 
 class Run:
@@ -110,12 +130,13 @@ class Run:
       init_step: of the checkpoint of config.init_from that the run started from.
     """
 
-    def __init__(self, program: Program, workdir: str, rows: Rows, init_step: int | None):
+    def __init__(self, program: Program, workdir: str, rows: Rows, record: dict[str, Any]):
         self.config = program.config
         self.program = program
         self.workdir = Path(workdir)
         self.rows = rows
-        self.init_step = init_step
+        self.init_step: int | None = record["init_step"]
+        self._config_sha256 = record[SEAL]
 
     def init_state(self) -> TrainState:
         """The state before the first step, with the parameters of init_from if there is one."""
@@ -127,6 +148,11 @@ class Run:
         params = restore_parameters(Path(self.config.init_from), wanted, self.init_step)
         return state._replace(params=params)
 
+    def note(self, owed: bool) -> dict[str, Any]:
+        """What a checkpoint says of the rest of the folder, and whether an evaluation is owed."""
+        mark = mark_of(self.workdir / METRICS_FILE) if hosts.is_first() else None
+        return {"config": self._config_sha256, "owed": owed, "metrics": mark}
+
     def train_batches(self, start_step: int):
         return self.rows.train_batches(self.config, start_step, self.program.batch_sharding)
 
@@ -137,6 +163,7 @@ class Run:
         """
         nll = tokens = 0.0
         for batch in self.rows.validation_batches(self.config, self.program.batch_sharding):
+            preemption.between_batches()
             sums = self.program.eval_step(state.params, batch)
             nll += float(sums.nll)
             tokens += float(sums.tokens)
@@ -153,7 +180,11 @@ def _train_from(
     """The steps that are left, with metrics and signals looked after."""
     config, step = run.config, int(state.step)
     writer = make_writer(
-        run.workdir, config.training.steps, resume_step=step, enabled=hosts.is_first()
+        run.workdir,
+        config.training.steps,
+        resume_step=step,
+        mark=checkpoints.restored.get("metrics"),
+        enabled=hosts.is_first(),
     )
     report = Report(
         writer,
@@ -191,23 +222,45 @@ def _run_steps(
 ) -> int:
     config, start = run.config, int(state.step)
     steps = config.training.steps
+
+    def evaluate(done: int, state: TrainState) -> tuple[dict[str, float], bool]:
+        """Writes the metrics due after a step, and returns them and whether they are owed."""
+        due = [evaluation for evaluation in evaluations if _due(done, evaluation.every, steps)]
+        if not due:
+            return {}, False
+        report.flush()
+        try:
+            scores = report.off_the_clock(functools.partial(_evaluate, due, state))
+        except preemption.Interrupted:
+            return {}, True
+        writer.write(done, scores)
+        return scores, False
+
+    if checkpoints.restored.get("owed"):
+        scores, owed = evaluate(start, state)
+        if owed:
+            log.warning("%s: left in the evaluation of step %d", preempted.name, start)
+            return EXIT_PREEMPTED
+        checkpoints.add_score(start, scores)
     with run.train_batches(start) as batches:
         for step, batch in batches:
             state, metrics = run.program.train_step(state, batch)
-            done, scores = step + 1, {}
+            done = step + 1
             report.push(done, metrics, batches.seconds_waited)
-            due = [evaluation for evaluation in evaluations if _due(done, evaluation.every, steps)]
-            if due:
+            scores, owed = evaluate(done, state)
+            leave = preempted.stops()
+            in_turn = _due(done, config.checkpoint.every, steps)
+            if in_turn or leave:
                 report.flush()
-                scores = report.off_the_clock(functools.partial(_evaluate, due, state))
-                writer.write(done, scores)
-            leave = preempted.stops_after(done)
-            if _due(done, config.checkpoint.every, steps) or leave:
-                report.flush()
-                report.off_the_clock(functools.partial(checkpoints.save, done, state, scores))
-            if leave and done < steps:
+            if (in_turn or leave) and (not report.skipping or done == steps):
+                save = functools.partial(
+                    checkpoints.save, done, state, scores, interim=not in_turn, note=run.note(owed)
+                )
+                report.off_the_clock(save)
+            if leave and (owed or done < steps):
                 checkpoints.wait()
-                log.warning("%s: saved step %d; start again to go on", preempted.name, done)
+                what = "steps were skipped, so not saved," if report.skipping else "saved"
+                log.warning("%s: %s step %d; start again to go on", preempted.name, what, done)
                 return EXIT_PREEMPTED
     checkpoints.wait()
     if best := checkpoints.best():
@@ -233,7 +286,7 @@ def _record_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
     if hosts.is_first():
         record: dict[str, Any] = {"step": step, "row_ids": ids.tolist()}
         record |= {name: repr(metrics[name]) for name in names}
-        with (run.workdir / "skipped.jsonl").open("a") as file:
+        with (run.workdir / SKIPPED_FILE).open("a") as file:
             file.write(json.dumps(record) + "\n")
     in_a_row, limit = int(metrics["skipped_in_a_row"]), config.training.max_skipped_steps
     if in_a_row >= limit:

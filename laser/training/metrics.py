@@ -16,22 +16,27 @@ is not JSON.
     eval/loss, eval/bits_per_byte                    eval/TASK/METRIC    a fraction
 """
 
+import hashlib
 import json
+import logging
 import math
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from laser.training.run_folder import write_atomically
+from laser.training.run_folder import SEAL, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter(Protocol):
@@ -45,7 +50,12 @@ class MetricsWriter(Protocol):
 
 
 def make_writer(
-    workdir: str | Path, steps: int, *, resume_step: int, enabled: bool
+    workdir: str | Path,
+    steps: int,
+    *,
+    resume_step: int,
+    enabled: bool,
+    mark: Mapping[str, Any] | None = None,
 ) -> MetricsWriter:
     """All writers of a run.
 
@@ -55,11 +65,13 @@ def make_writer(
       resume_step: step of the checkpoint that the run goes on from, 0 at a start. What an earlier
         process recorded after it is dropped: those steps are done again.
       enabled: False on all processes but the first, which then write nothing.
+      mark: of metrics.jsonl when that checkpoint was saved, see `mark_of`.
     """
     if not enabled:
         return MultiWriter([])
     jsonl = JsonlWriter(workdir)
-    jsonl.truncate_after(resume_step)
+    jsonl.truncate_after(resume_step, mark)
+    drop_lines_after(resume_step, Path(workdir) / SKIPPED_FILE)
     tensorboard = TensorBoardWriter(workdir, first_step=resume_step + 1)
     return MultiWriter([jsonl, tensorboard, TerminalLine(steps)])
 
@@ -87,14 +99,20 @@ class JsonlWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO | None = None
 
-    def truncate_after(self, step: int) -> None:
-        """Drops lines of later steps and a torn last line. The file is whole at any moment."""
+    def truncate_after(self, step: int, mark: Mapping[str, Any] | None = None) -> None:
+        """Drops lines of later steps and a torn last line. The file is whole at any moment.
+
+        With `mark`, see `mark_of`, the lines up to this step are compared with those that were
+        written, and a difference is told.
+        """
         if self._file is not None:
             raise RuntimeError("truncate_after comes before the first write")
-        if not self._path.exists():
-            return
-        kept = [json.dumps(line) for line in read_metrics(self._path) if line["step"] <= step]
-        write_atomically(self._path, "".join(line + "\n" for line in kept))
+        drop_lines_after(step, self._path)
+        if mark and mark_of(self._path) != mark:
+            log.warning(
+                "%s: the lines up to step %d are not those that were written: see them as damaged",
+                self._path, step,
+            )  # fmt: skip
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None:
@@ -108,20 +126,65 @@ class JsonlWriter:
             self._file.close()
 
 
+def mark_of(path: Path, length: int | None = None) -> dict[str, Any]:
+    """Size and checksum of a file, or of its first bytes; 0 bytes if there is none."""
+    content = path.read_bytes()[:length] if path.exists() else b""
+    return {"bytes": len(content), SEAL: hashlib.sha256(content).hexdigest()}
+
+
+def drop_lines_after(step: int, path: Path) -> None:
+    """Drops the lines of later steps from a file of JSON lines that each name their step.
+
+    A torn last line goes with them. Where others cannot be read, as after a loss of power, the file
+    is kept as it is with the ending .damaged, and a warning counts them.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole, _, _ = content.rpartition(b"\n")
+    kept, broken = [], 0
+    for text in whole.split(b"\n") if whole else ():
+        line = _parsed(text)
+        if line is None:
+            broken += 1
+        elif line["step"] <= step:
+            kept.append(text.decode() + "\n")
+    if broken:
+        copy = path.with_name(path.name + ".damaged")
+        copy.write_bytes(content)
+        log.warning("%s: %d lines cannot be read and are left out; see %s", path, broken, copy)
+    write_atomically(path, "".join(kept))
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """A line, or None if it is none of ours."""
+    try:
+        line = json.loads(text)
+    except ValueError:  # no UTF-8 or no JSON
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl. A last line without its end, torn by a kill, is left out."""
-    whole, _, _ = path.read_text().rpartition("\n")
+    """The lines of metrics.jsonl. A last line without its end, torn by a kill, is left out.
+
+    Raises ValueError, with its number, where another one cannot be read.
+    """
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
     lines = []
-    for number, text in enumerate(whole.splitlines(), start=1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+    for number, text in enumerate(whole.split(b"\n") if whole else (), start=1):
+        line = _parsed(text)
+        if line is None:
+            raise ValueError(f"{path}, line {number} is damaged: {text[:60]!r}")
+        lines.append(line)
     return lines
 
 
 class TensorBoardWriter:
     """`workdir/tensorboard`. What earlier processes wrote from `first_step` on is hidden there.
+
+    TensorBoard reads files in the order of their names, which begin with the time. Here they are
+    numbered, so that the order is right also when the clock was set back.
 
     Writes in the caller's thread: tensorboardX's own SummaryWriter hands events to a thread, and
     waits for it for ever once that thread has met a full disk.
@@ -130,7 +193,7 @@ class TensorBoardWriter:
     def __init__(self, workdir: str | Path, first_step: int):
         folder = Path(workdir) / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
+        self._events = EventsWriter(str(folder / f"events-{_next_number(folder):06}"))
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -144,6 +207,11 @@ class TensorBoardWriter:
         event.wall_time = time.time()
         self._events.write_event(event)
         self._events.flush()
+
+
+def _next_number(folder: Path) -> int:
+    numbers = [path.name.partition(".")[0].rpartition("-")[2] for path in folder.iterdir()]
+    return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
 class TerminalLine:

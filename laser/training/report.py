@@ -26,6 +26,9 @@ class Report:
       peak_flops: of all devices; 0 if unknown, then there is no "mfu".
       bound_seconds: that a step takes at least; 0 if unknown, then there is no "of_bound".
       on_skipped: called with the step and its metrics when a step had no update.
+
+    Attributes:
+      skipping: whether the last step that was looked at had no update.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Report:
         self._peak_flops = peak_flops
         self._bound_seconds = bound_seconds
         self._on_skipped = on_skipped
+        self.skipping = False
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._window_start = time.perf_counter()
         self._window_steps = 0
@@ -70,7 +74,8 @@ class Report:
         self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
         self._window_steps += 1
-        if metrics["skipped_in_a_row"]:
+        self.skipping = metrics["skipped_in_a_row"] > 0
+        if self.skipping:
             self._on_skipped(step, metrics)
         if step % self._log_every == 0 or step == 1:
             self._writer.write(step, metrics | self._derived(metrics, waited))

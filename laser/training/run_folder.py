@@ -1,21 +1,27 @@
 """A run's folder is self-contained: config, tokenizer and data fingerprint lie in it.
 
-config.json       {"config": every field, "data": {"fingerprint": ...}, "init_step": ...}
+config.json       {"config": every field, "data": {"fingerprint": ...}, "init_step": ...,
+                  "tokenizer": sha256 of tokenizer.model, "sha256": of all the rest}
+config.N.json     those before it, where --allow_config_change has changed it
 tokenizer.model   a copy of the data's
-checkpoints/      laser/training/checkpoint.py
+checkpoints/      laser/training/checkpoint.py; each names the sha256 of the config it belongs to
+N.unreadable/     a damaged checkpoint that was moved out of the way
 metrics.jsonl, tensorboard/     laser/training/metrics.py
 skipped.jsonl     steps without an update, with the ids of their rows
+.saved            there as soon as the run has had a checkpoint
 .lock             held by the process that trains here, and its pid
 """
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,6 +36,8 @@ log = logging.getLogger(__name__)
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of some file systems
 _locks: dict[Path, IO[str]] = {}  # of this process, open: to close one is to give it back
 SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
+UNREADABLE = "unreadable"  # ending of the folder that a damaged checkpoint is moved to
+SEAL = "sha256"
 
 
 def check_hosts_agree(config: RunConfig, rows: "Rows", init_step: int | None) -> None:
@@ -46,8 +54,13 @@ def check_hosts_agree(config: RunConfig, rows: "Rows", init_step: int | None) ->
 
 
 def open_run_folder(
-    workdir: str, config: RunConfig, rows: "Rows", init_step: int | None, allow_change: bool
-) -> int | None:
+    workdir: str,
+    config: RunConfig,
+    rows: "Rows",
+    init_step: int | None,
+    allow_change: bool,
+    tensors: Mapping[str, str],
+) -> dict[str, Any]:
     """Makes the folder, or checks that it belongs to the same config and data.
 
     One host writes; the others see what it wrote when this returns, or hear why it refused.
@@ -58,27 +71,36 @@ def open_run_folder(
       rows: its data. They may have moved, but their content is compared.
       init_step: of the checkpoint that a new run starts from, if there is an init_from.
       allow_change: keep the old record as config.N.json and go on with the new one.
+      tensors: of the state that is about to be trained, by name, as "float32[8,300]".
 
     Returns:
-      `init_step`, or that of the run which is there: its init_from may have gone on since.
+      The record in config.json. Its init_step is `init_step`, or that of the run which is there:
+      its init_from may have gone on since.
 
     Raises:
       ValueError: the folder holds a run of another config or other data, and the message shows
-      what differs; or another process trains there; or it is not one folder for all hosts.
+      what differs; its checkpoints are of another model or optimizer; its config.json is missing
+      or damaged; another process trains there; it cannot be written; or it is not one folder for
+      all hosts. Nothing in it was changed.
     """
     path = Path(workdir) / "config.json"
     with hosts.together("open the run's folder"):
         if hosts.is_first():
-            _lock(Path(workdir))
-            _open(Path(workdir), config, rows, init_step, allow_change)
+            try:
+                claim(Path(workdir))
+                _open(Path(workdir), config, rows, init_step, allow_change, tensors)
+            except OSError as error:
+                raise ValueError(
+                    f"workdir={workdir}: cannot be written ({error}); choose another --workdir"
+                ) from error
     own = path.read_text() if hosts.is_first() else ""
     written = hosts.exchange("read the run's folder", own)[0]
     with hosts.together("see the run's folder"):
         _wait_for(path, written)
-    return json.loads(written)["init_step"]
+    return json.loads(written)
 
 
-def _lock(folder: Path) -> None:
+def claim(folder: Path) -> None:
     """Keeps other processes from training here until this one has ended, however it ends.
 
     On a mounted bucket those of this machine alone. Raises ValueError if one does already.
@@ -107,33 +129,68 @@ def _lock(folder: Path) -> None:
 
 
 def _open(
-    folder: Path, config: RunConfig, rows: "Rows", init_step: int | None, allow_change: bool
+    folder: Path,
+    config: RunConfig,
+    rows: "Rows",
+    init_step: int | None,
+    allow_change: bool,
+    tensors: Mapping[str, str],
 ) -> None:
-    record = _record(config, rows, init_step)
     path = folder / "config.json"
-    if path.exists():
-        saved = json.loads(path.read_text())
-        if saved["config"].get("init_from") == config.init_from:
-            record["init_step"] = saved.get("init_step")
-        changes = _changes(saved, record)
-        if changes and not allow_change:
-            lines = "\n  ".join(changes)
+    step, sidecar = _newest_sidecar(folder)
+    try:
+        saved = _read_record(path) if path.exists() else None
+        lost = not saved and (saved_step_folders(folder) or set_aside(folder))
+        problem = "is missing beside checkpoints" if lost else ""
+    except ValueError as error:
+        saved, problem = None, f"is damaged, or not written by train.py ({error})"
+    if saved and saved["config"].get("init_from") == config.init_from:
+        init_step = saved.get("init_step")
+    record = seal(_record(config, rows, init_step))
+    if problem:
+        if record[SEAL] != sidecar.get("config"):
             raise ValueError(
-                f"{folder} holds a run of another config or other data:\n  {lines}\n"
-                "Choose another --workdir, or go on with the new one by --allow_config_change"
+                f"{path} {problem}, and no checkpoint there says that it was that of this "
+                "command: put the file back from a backup, give the command that the run was "
+                "started with, or choose another --workdir"
             )
-        if changes:
-            log.info("%s goes on with another config or other data:", folder)
-            for line in changes:
-                log.info("  %s", line)
-            path.rename(folder / f"config.{len(list(folder.glob('config.*.json')))}.json")
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
-    shutil.copyfile(rows.tokenizer_path, folder / "tokenizer.model")
+        log.warning("%s %s: written again, with the config of checkpoint %d", path, problem, step)
+    check_origin(folder, step, sidecar, record if problem else None)
+    changes = _changes(saved, record) if saved else []
+    if changes and not allow_change:
+        lines = "\n  ".join(changes)
+        raise ValueError(
+            f"{folder} holds a run of another config or other data:\n  {lines}\n"
+            "Choose another --workdir, or go on with the new one by --allow_config_change"
+        )
+    if other := different_tensors(sidecar, tensors):
+        raise ValueError(
+            f"{folder}: checkpoint {step} is of another model or optimizer: {other}. Choose "
+            "another --workdir; --config.init_from starts from a run's parameters alone"
+        )
+    if changes:
+        log.info("%s goes on with another config or other data:", folder)
+        for line in changes:
+            log.info("  %s", line)
+        number = len(list(folder.glob("config.*.json")))
+        write_atomically(folder / f"config.{number}.json", path.read_text())
+    write_run(folder, record, rows.tokenizer_path)
+
+
+def write_run(folder: Path, record: Mapping[str, Any], tokenizer_path: str | Path) -> None:
+    """Writes config.json, a record that is sealed, and then the tokenizer beside it."""
+    write_atomically(folder / "config.json", json.dumps(record, indent=2) + "\n")
+    temporary = folder / "tokenizer.model.tmp"
+    shutil.copyfile(tokenizer_path, temporary)
+    temporary.replace(folder / "tokenizer.model")
 
 
 def _record(config: RunConfig, rows: "Rows", init_step: int | None) -> dict[str, Any]:
     data = {"fingerprint": rows.fingerprint}
-    return {"config": to_dict(config), "data": data, "init_step": init_step}
+    tokenizer = file_sha256(Path(rows.tokenizer_path))
+    return {
+        "config": to_dict(config), "data": data, "init_step": init_step, "tokenizer": tokenizer,
+    }  # fmt: skip
 
 
 def _wait_for(path: Path, text: str) -> None:
@@ -153,16 +210,142 @@ def load_run_config(workdir: str) -> RunConfig:
 
 
 def load_record(workdir: str) -> dict[str, Any]:
-    """The content of config.json. Raises ValueError where there is no run."""
-    path = Path(workdir) / "config.json"
+    """The content of config.json, after a look at it and at the tokenizer.
+
+    Raises ValueError where there is no run, or one of the two is missing or damaged.
+    """
+    folder = Path(workdir)
+    path, tokenizer = folder / "config.json", folder / "tokenizer.model"
+    again = "put it back from a backup, or start train.py again as before: it writes the file anew"
     if not path.exists():
+        if saved_step_folders(folder):
+            raise ValueError(f"{path} is missing beside checkpoints: {again}")
         raise ValueError(f"{workdir}: no run here (config.json is missing)")
-    return json.loads(path.read_text())
+    try:
+        record = _read_record(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {again}") from error
+    if not tokenizer.exists():
+        raise ValueError(f"{tokenizer} is missing: {again}")
+    if file_sha256(tokenizer) != record["tokenizer"]:
+        raise ValueError(f"{tokenizer} is not the tokenizer of this run: {again}")
+    return record
 
 
 def load_fingerprint(workdir: str) -> str:
-    """That of the data that a run was started with."""
-    return json.loads((Path(workdir) / "config.json").read_text())["data"]["fingerprint"]
+    """That of the data that a run was started with. Raises ValueError as `load_record`."""
+    return load_record(workdir)["data"]["fingerprint"]
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A config.json. Raises ValueError if it is not what was once written."""
+    record = unseal(path.read_bytes())
+    for key in ("config", "data", "tokenizer"):
+        if key not in record:
+            raise ValueError(f"it has no {key!r}")
+    return record
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with a checksum of itself under "sha256"."""
+    content = {key: value for key, value in record.items() if key != SEAL}
+    text = json.dumps(content, sort_keys=True)
+    return content | {SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """A sealed record from JSON. Raises ValueError if any of it has changed since."""
+    if not content.strip(b"\0 \r\n"):
+        raise ValueError("it is empty")
+    try:
+        record = json.loads(content)
+    except ValueError as error:  # no UTF-8 or no JSON
+        raise ValueError(f"it is no JSON: {error}") from None
+    if not isinstance(record, dict) or SEAL not in record:
+        raise ValueError("it has no checksum of itself")
+    if seal(record)[SEAL] != record[SEAL]:
+        raise ValueError("its checksum differs")
+    return record
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's content, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def saved_step_folders(workdir: Path) -> dict[int, Path]:
+    """Step → folder of each checkpoint that was finished, damaged or not, in order."""
+    folder = workdir / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return dict(sorted((int(path.name), path) for path in found if path.name.isdigit()))
+
+
+def set_aside(workdir: Path) -> list[Path]:
+    """The folders of checkpoints that were moved out of the way."""
+    return sorted(workdir.glob(f"*.{UNREADABLE}"))
+
+
+def read_sidecar(step_folder: Path) -> dict[str, Any]:
+    """What was written beside a checkpoint's tensors. Raises ValueError if it is damaged."""
+    path = step_folder / "record" / "metadata"
+    try:
+        return unseal(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError("record/metadata is missing") from None
+    except ValueError as error:
+        raise ValueError(f"record/metadata is damaged: {error}") from error
+
+
+def _newest_sidecar(folder: Path) -> tuple[int, dict[str, Any]]:
+    """The newest step whose sidecar can be read, and it; (0, {}) if there is none."""
+    for step, path in reversed(saved_step_folders(folder).items()):
+        try:
+            return step, read_sidecar(path)
+        except ValueError as error:
+            log.warning("%s: %s", path, error)
+    return 0, {}
+
+
+def check_origin(
+    folder: Path, step: int, sidecar: Mapping[str, Any], record: Mapping[str, Any] | None = None
+) -> None:
+    """Raises ValueError unless a checkpoint was saved with the folder's config or one before it.
+
+    Args:
+      folder: of the run.
+      step: of the checkpoint.
+      sidecar: of the checkpoint, or {}.
+      record: in place of config.json, where that is about to be written again.
+    """
+    if "config" not in sidecar:
+        return
+    known = [record[SEAL]] if record else []
+    for path in sorted(folder.glob("config*.json")):
+        try:
+            known.append(_read_record(path)[SEAL])
+        except ValueError as error:
+            log.warning("%s is damaged (%s)", path, error)
+    if sidecar["config"] not in known:
+        raise ValueError(
+            f"{folder / 'config.json'} is not the one that checkpoint {step} was saved with: put "
+            "that back from a backup"
+        )
+
+
+def different_tensors(sidecar: Mapping[str, Any], tensors: Mapping[str, str]) -> str:
+    """How the tensors of a checkpoint differ from those that are wanted, by the first one; ""
+    if they do not."""
+    there = {name: entry["type"] for name, entry in sidecar.get("tensors", {}).items()}
+    names = sorted(there.keys() | tensors.keys()) if sidecar else []
+    other = [name for name in names if there.get(name) != tensors.get(name)]
+    if not other:
+        return ""
+    name = other[0]
+    more = f" ({len(other)} tensors differ)" if len(other) > 1 else ""
+    return f"{name} is {there.get(name, 'absent')} there and {tensors.get(name, 'absent')} here" + (
+        more
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -20,6 +20,23 @@ def push_and_signal(self, done, *rest):
 Report.push = push_and_signal
 """
 
+SIGHUP_AFTER_13 = SIGTERM_AFTER_7.replace("SIGTERM", "SIGHUP").replace("== 7", "== 13")
+
+# Of the evaluation that begins after so many steps, in its first batch.
+SIGTERM_IN_EVALUATION_AFTER = """
+from laser.training import preemption
+between_batches, push = preemption.between_batches, Report.push
+def push_and_count(self, done, *rest):
+    global newest
+    newest = done
+    push(self, done, *rest)
+def signal_between_batches():
+    if newest == {step}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    between_batches()
+Report.push, preemption.between_batches = push_and_count, signal_between_batches
+"""
+
 KILL_IN_SAVE = """
 save = Checkpoints.save
 def save_and_die(self, *rest):
@@ -67,9 +84,26 @@ import orbax.checkpoint as ocp
 restore = ocp.Checkpointer.restore
 def restore_or_fail(self, directory, *rest, **more):
     if this == 1 and Path(directory).parent.name == "12":
-        raise OSError("this disk is broken")
+        raise ValueError("DATA_LOSS: this disk is broken")
     return restore(self, directory, *rest, **more)
 ocp.Checkpointer.restore = restore_or_fail
+"""
+
+# Frozen until host 1 has ended; then it goes on, so that nothing is left behind.
+FREEZE_HOST_0_AFTER_7 = """
+import subprocess
+push = Report.push
+workdir, = [name.partition("=")[2] for name in sys.argv if name.startswith("--workdir=")]
+other = Path(workdir, "pid-of-1")
+if this == 1:
+    other.write_text(str(os.getpid()))
+def push_and_freeze(self, done, *rest):
+    push(self, done, *rest)
+    if done == 7 and this == 0:
+        wait = f"while kill -0 {other.read_text()}; do sleep 0.5; done 2>/dev/null"
+        subprocess.Popen(["sh", "-c", f"{wait}; kill -KILL {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+Report.push = push_and_freeze
 """
 
 DISK_ERROR_ON_HOST_1 = """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs import base
+from laser.training import checkpoint
 from laser.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -20,6 +22,7 @@ from laser.training.checkpoint import (
     saved_steps,
 )
 from laser.training.config import load_config
+from laser.training.run_folder import seal
 from laser.training.step import TrainState
 
 REPLICATED = PartitionSpec()
@@ -157,18 +160,99 @@ def test_damage_that_only_a_checksum_sees_falls_back(tmp_path, caplog):
     save(tmp_path, 5, 10)
     record = tmp_path / "checkpoints" / "10" / "record" / "metadata"
     content = json.loads(record.read_text())
-    content["checksums"]["params/b"] += 1
-    record.write_text(json.dumps(content))
+    content["tensors"]["params/b"]["sum"] += 1
+    record.write_text(json.dumps(seal(content)))
     assert_equal(restore(tmp_path), make_state(5))
     assert "checksum of params/b differs" in caplog.text
 
 
-def test_nothing_readable_is_an_error_and_not_a_fresh_start(tmp_path):
-    save(tmp_path, 5)
-    for path in data_files(tmp_path, 5):
-        path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[5\]"):
+def test_nothing_readable_is_an_error_every_time_and_not_a_fresh_start(tmp_path):
+    save(tmp_path, 5, 10)
+    for step in (5, 10):
+        for path in data_files(tmp_path, step):
+            path.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"none of the checkpoints \[5, 10\]"):
+            restore(tmp_path)
+    assert saved_steps(tmp_path) == [5, 10]
+    shutil.move(tmp_path / "checkpoints" / "5", tmp_path / "5.unreadable")
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"lost its checkpoints \(5.unreadable was set aside"):
         restore(tmp_path)
+    shutil.rmtree(tmp_path / "5.unreadable")
+    with pytest.raises(CheckpointError, match=r"lost its checkpoints \(there is a file .saved"):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no memory"),
+        ValueError("RESOURCE_EXHAUSTED: no memory"),
+        ValueError("PERMISSION_DENIED: /x"),
+        OSError("this disk is broken"),
+        jax.errors.JaxRuntimeError("INTERNAL: a device is lost"),
+    ],
+    ids=lambda error: f"{error}"[:12],
+)
+def test_errors_that_are_not_of_a_checkpoint_leave_it_in_place(tmp_path, monkeypatch, error):
+    save(tmp_path, 5, 10)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_read_tensors", fail)
+    with pytest.raises(CheckpointError, match=r"10 could not be read: .*left where it is"):
+        restore(tmp_path)
+    monkeypatch.undo()
+    assert saved_steps(tmp_path) == [5, 10]
+    assert_equal(restore(tmp_path), make_state(10))
+
+
+def test_a_state_of_another_model_is_refused_before_anything_is_read(tmp_path):
+    save(tmp_path, 5, 10)
+    other = abstract(make_state(0))
+    other = other._replace(params=other.params | {"c": other.params["b"]})
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        with pytest.raises(CheckpointError) as refused:
+            checkpoints.restore_latest(other)
+    assert "params/c is absent there and float32[16] here" in str(refused.value)
+    assert saved_steps(tmp_path) == [5, 10]
+
+
+def test_a_checkpoint_that_was_set_aside_before_is_kept(tmp_path):
+    save(tmp_path, 5, 10)
+    for _ in range(2):
+        largest = data_files(tmp_path, 10)[-1]
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+        assert_equal(restore(tmp_path), make_state(5))
+        save(tmp_path, 10)
+    assert sorted(p.name for p in tmp_path.glob("*.unreadable")) == [
+        "10.1.unreadable", "10.unreadable",
+    ]  # fmt: skip
+
+
+def test_saves_out_of_turn_push_no_others_out(tmp_path):
+    config = dataclasses.replace(CONFIG, keep=2)
+    kept = []
+    for step, interim in ((4, 0), (5, 1), (7, 1), (8, 0), (9, 1), (11, 1), (12, 0)):
+        with Checkpoints(tmp_path, config) as checkpoints:  # as a process that is ended each time
+            checkpoints.save(step, make_state(step), interim=bool(interim))
+        kept.append(saved_steps(tmp_path))
+    assert kept == [[4], [4, 5], [4, 7], [4, 8], [4, 8, 9], [4, 8, 11], [8, 12]]
+
+
+def test_metrics_that_come_later_count_for_the_best(tmp_path):
+    with Checkpoints(tmp_path, best_config("loss")) as checkpoints:
+        checkpoints.save(1, make_state(1))
+        checkpoints.wait()
+        checkpoints.add_score(1, {"eval/loss": 2.0})
+        assert checkpoints.best() == (1, 2.0)
+        checkpoints.save(2, make_state(2), {"eval/loss": 3.0})
+        checkpoints.wait()
+        assert checkpoints.best() == (1, 2.0)
+    assert saved_steps(tmp_path) == [1, 2]
+    assert_equal(restore(tmp_path), make_state(2))
 
 
 def test_parameters_alone(tmp_path):
@@ -178,6 +262,42 @@ def test_parameters_alone(tmp_path):
     assert_equal(restore_parameters(tmp_path, wanted, 5), make_state(5).params)
     with pytest.raises(CheckpointError, match=r"no checkpoint 7 in .*there are \[5, 10\]"):
         restore_parameters(tmp_path, wanted, 7)
+
+
+NO_FOLDER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from laser.training.checkpoint import CheckpointError, Checkpoints
+from tests.training.test_checkpoint import CONFIG, make_state
+workdir, mkdir = Path({workdir!r}), os.mkdir
+def no_space(path, *rest, **more):
+    if "10.orbax" in str(path):
+        raise OSError(28, "No space left on device")
+    mkdir(path, *rest, **more)
+os.mkdir = no_space
+try:
+    with Checkpoints(workdir, CONFIG) as checkpoints:
+        checkpoints.save(5, make_state(5))
+        checkpoints.wait()
+        checkpoints.save(10, make_state(10))
+        checkpoints.wait()
+except CheckpointError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+def test_a_process_ends_where_a_folder_for_a_save_could_not_be_made(tmp_path):
+    """Threads that wait for that folder must not keep it: they would do so for 20 minutes."""
+    root = str(Path(__file__).resolve().parents[2])
+    script = NO_FOLDER.format(root=root, workdir=str(tmp_path))
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert process.returncode == 1, process.stderr
+    assert "could not save a checkpoint" in process.stdout
+    assert "steps [5]" in process.stdout
 
 
 FULL_DISK = """

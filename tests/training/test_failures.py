@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from laser.training import run_folder
+from laser.training.run_folder import saved_step_folders
 from tests.training import runs
 
 
@@ -35,7 +36,7 @@ def test_workdir_of_another_config_is_refused_with_the_difference(arguments, tmp
 
 def test_a_second_process_is_refused_while_one_trains(arguments, tmp_path):
     holder = "import os, sys; from laser.training import run_folder as r; from pathlib import Path"
-    holder += "; r._lock(Path(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"
+    holder += "; r.claim(Path(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"
     first = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)],
         cwd=runs.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -47,8 +48,8 @@ def test_a_second_process_is_refused_while_one_trains(arguments, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     first.kill()
     first.communicate()
-    run_folder._lock(tmp_path)  # killed, it holds nothing
-    run_folder._lock(tmp_path)  # a process does not shut itself out
+    run_folder.claim(tmp_path)  # killed, it holds nothing
+    run_folder.claim(tmp_path)  # a process does not shut itself out
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
@@ -56,7 +57,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOTSUP, "not supported")
 
     monkeypatch.setattr(run_folder.fcntl, "flock", flock)
-    run_folder._lock(tmp_path)
+    run_folder.claim(tmp_path)
     assert "no locks there" in caplog.text
 
 
@@ -111,6 +112,8 @@ def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
         *arguments,
         "--config.optimizer.learning_rate=1e30",
         "--config.training.max_skipped_steps=3",
+        "--config.checkpoint.every=1",
+        "--config.checkpoint.keep=2",
     ]
     stopped = runs.train(wild, tmp_path)
     assert stopped.returncode == 1
@@ -119,7 +122,10 @@ def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "skipped.jsonl").open()]
     assert len(records) == 3
     assert all(len(record["row_ids"]) == 8 for record in records)
-    assert len({record["step"] for record in records}) == 3
+    steps = {record["step"] for record in records}
+    assert len(steps) == 3
+    first = min(steps)  # what was good stays: nothing was saved from there on
+    assert sorted(saved_step_folders(tmp_path)) == [first - 2, first - 1]
 
 
 def test_truncated_checkpoint_falls_back_to_the_one_before(arguments, tmp_path):

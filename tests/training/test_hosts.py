@@ -115,6 +115,17 @@ def test_signal_to_one_host_stops_all_after_the_same_step(over_hosts, tmp_path):
 
 
 @pytest.mark.slow
+def test_host_0_that_is_frozen_is_named(over_hosts, tmp_path):
+    """The store is in host 0: calls to it neither return nor fail."""
+    event = SHORT_SILENCE + runs.FREEZE_HOST_0_AFTER_7
+    frozen, other = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=4, event=event)
+    assert frozen.returncode == -9
+    assert other.returncode == 1, other.stderr
+    assert "host 0 (" in other.stdout
+    assert "gave no sign of life for 6 seconds" in other.stdout
+
+
+@pytest.mark.slow
 def test_checkpoint_that_one_host_cannot_read_is_left_by_all(whole, over_hosts, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole[0], workdir)
@@ -123,7 +134,8 @@ def test_checkpoint_that_one_host_cannot_read_is_left_by_all(whole, over_hosts, 
     )
     assert [process.returncode for process in finished] == [0, 0], finished[0].stderr
     assert "host 1 (" in finished[0].stdout
-    assert "OSError: this disk is broken): moved to 12.unreadable" in finished[0].stdout
+    assert "DATA_LOSS: this disk is broken" in finished[0].stdout
+    assert "checkpoint 12 moved to 12.unreadable" in finished[0].stdout
     assert "after step 8" in finished[0].stdout
     assert runs.losses(workdir) == runs.losses(whole[0])
 
@@ -173,7 +185,7 @@ def test_workdir_of_another_config_is_refused_by_all(over_hosts, tmp_path):
     refused = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=4)
     for process in refused:
         assert process.returncode == 2, process.stdout
-        assert "holds a run of another config" in process.stderr
+        assert "config.json is damaged, or not written by train.py" in process.stderr
     assert json.loads((tmp_path / "config.json").read_text())["config"] == {"a": 1}
 
 

@@ -13,6 +13,7 @@ from laser.training.metrics import (
     TerminalLine,
     format_duration,
     make_writer,
+    mark_of,
     read_metrics,
 )
 
@@ -54,6 +55,47 @@ def test_a_torn_line_is_left_out_and_a_broken_one_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize("broken", [b'{"st', bytes(40), b"\xff\xfe", b"[1]", b'{"loss": 1}', b""])
+def test_lines_that_cannot_be_read_are_left_out_kept_aside_and_told(tmp_path, caplog, broken):
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 1}\n' + broken + b'\n{"step": 3}\n{"step": 4}\n{"st'
+    path.write_bytes(content)
+    JsonlWriter(str(tmp_path)).truncate_after(3)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+    assert "1 lines cannot be read" in caplog.text
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content
+
+
+def test_a_change_of_what_was_written_is_told(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.5}\n')
+    mark = mark_of(path)
+    with path.open("a") as file:
+        file.write('{"step": 2, "loss": 1.5}\n')
+    JsonlWriter(str(tmp_path)).truncate_after(1, mark)
+    assert caplog.text == ""
+    path.write_text('{"step": 1, "loss": 1.7}\n')
+    JsonlWriter(str(tmp_path)).truncate_after(1, mark)
+    assert "up to step 1 are not those that were written" in caplog.text
+
+
+def test_skipped_steps_that_are_done_again_are_there_once(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    path.write_text('{"step": 3}\n{"step": 9}\n')
+    make_writer(tmp_path, 10, resume_step=5, enabled=True).close()
+    assert path.read_text() == '{"step": 3}\n'
+
+
+def test_tensorboard_reads_a_resumed_run_last_though_the_clock_was_set_back(tmp_path, monkeypatch):
+    for now in (2e9, 1e9, 3e9):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        writer = TensorBoardWriter(str(tmp_path), first_step=int(now // 1e8))
+        writer.close()
+    events = _read_events(tmp_path / "tensorboard")  # in the order of their names, as there
+    starts = [e.step for e in events if e.session_log.status == SessionLog.START]
+    assert starts == [20, 10, 30]
 
 
 def test_a_line_is_on_disk_when_write_returns(tmp_path):

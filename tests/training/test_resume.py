@@ -1,5 +1,7 @@
 """A run that was interrupted and killed is, bit for bit, the run that was not."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from data.loader import train_batches
 from data.store import TokenStore
 from eval.run import open_model
+from laser.training.metrics import read_metrics
+from laser.training.run_folder import saved_step_folders
 from tests.training import runs
 
 
@@ -41,6 +45,46 @@ def test_interrupted_run_is_bit_equal(arguments, tmp_path, optimizer, accumulati
     assert runs.losses(parts) == runs.losses(whole)
     assert sorted(runs.losses(whole)) == list(range(1, 21))
     jax.tree.map(np.testing.assert_array_equal, final_parameters(parts), final_parameters(whole))
+
+
+@pytest.mark.slow
+def test_signals_in_evaluations_and_closed_terminals_change_nothing(arguments, tmp_path):
+    """Ends in the evaluation of step 10, by a terminal that goes, in the last evaluation, and goes
+    on without anybody who reads its output."""
+    arguments = [
+        *arguments, "--config.training.eval_every=10", "--config.checkpoint.every=10",
+        "--config.checkpoint.best=loss",
+    ]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert runs.train(arguments, whole).returncode == 0
+    in_evaluation = runs.SIGTERM_IN_EVALUATION_AFTER
+    for event, step in (
+        (in_evaluation.format(step=10), 10),
+        (runs.SIGHUP_AFTER_13, 13),
+        (in_evaluation.format(step=20), 20),
+    ):
+        ended = runs.train(arguments, parts, event=event)
+        assert ended.returncode == 75, ended.stderr
+        assert f"saved step {step}" in ended.stdout
+        assert sorted(runs.losses(parts)) == list(range(1, step + 1))
+    assert step in saved_step_folders(parts)
+    unread = ["bash", "-c", '"$@" > >(exec >&-) 2>&1', "bash"]
+    assert runs.train(arguments, parts, command=unread).returncode == 0
+
+    assert scores(parts) == scores(whole)
+    assert [step for step, _ in scores(whole)] == [10, 20]
+    assert runs.losses(parts) == runs.losses(whole)
+    assert list(saved_step_folders(parts)) == [10, 20]
+    for step in (10, 20):
+        paths = [folder / f"checkpoints/{step}/metrics/metrics" for folder in (parts, whole)]
+        ours, theirs = (json.loads(path.read_text()) for path in paths)
+        assert ours == theirs
+    jax.tree.map(np.testing.assert_array_equal, final_parameters(parts), final_parameters(whole))
+
+
+def scores(workdir):
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
 
 
 def test_a_finished_run_stays_as_it_is(arguments, tmp_path):
