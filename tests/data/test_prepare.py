@@ -246,7 +246,7 @@ def test_a_store_of_another_format_is_refused(run, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
     with pytest.raises(ValueError) as error:
         run()
-    assert "format=1, this code writes 2; delete it" in str(error.value)
+    assert "format=1, this code reads 3" in str(error.value)
 
 
 def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
