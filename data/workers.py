@@ -12,6 +12,7 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -118,9 +119,9 @@ class _Worker:
         except (EOFError, OSError) as error:
             raise self._died() from error
 
-    def wait_for_end(self) -> None:
-        """After its pipe was closed, which ends it at its next message: it tidies up."""
-        self._process.join(STOP_SECONDS)
+    def end(self, deadline: float) -> None:
+        """Its pipe is closed, which ends it at its next message, after it has tidied up."""
+        self._process.join(max(0.0, deadline - time.monotonic()))
         self._process.kill()
 
     def _died(self) -> RuntimeError:
@@ -167,8 +168,9 @@ def _in_processes(
     finally:
         for pipe in workers:
             pipe.close()
+        deadline = time.monotonic() + STOP_SECONDS
         for worker in workers.values():
-            worker.wait_for_end()
+            worker.end(deadline)
 
 
 def _next_part(worker: _Worker, todo: Iterator[Part]) -> Part | None:

@@ -8,7 +8,8 @@ batch as text. A mark in the text says where a document begins and which one it 
 and shuffling can be seen. The order is that of training with the same seed, batch size and length.
 With --verify it reads all files and compares them with their checksums; stores of up to 16 GiB are
 compared at every start of training, too.
-Exit codes: 0 done, 2 mistake in the command line or the store, 1 anything else.
+Exit codes: 0 done, 2 mistake in the command line or the store, 130 stopped by Ctrl-C, 1 anything
+else.
 """
 
 import argparse
@@ -17,6 +18,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from laser.training.console import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c("stopped")
 
 import numpy as np
 
@@ -65,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"inspect_data.py: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a file of the store has changed meanwhile; no place for the picture
+        print(f"inspect_data.py: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
