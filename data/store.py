@@ -13,8 +13,10 @@ meanwhile is an error at the next read, and neither other rows nor the end by a 
 nor TensorFlow is imported.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 import os
 import resource
 import weakref
@@ -132,8 +134,8 @@ class Split:
         self.num_tokens = sum(shard.num_tokens for shard in shards)
         self.num_documents = sum(shard.num_documents for shard in shards)
         self.num_bytes = sum(shard.num_bytes for shard in shards)
-        self._ends = np.cumsum([shard.num_tokens for shard in shards])
-        self._document_ends = np.cumsum([shard.num_documents for shard in shards])
+        self._ends = list(itertools.accumulate(shard.num_tokens for shard in shards))
+        self._document_ends = list(itertools.accumulate(shard.num_documents for shard in shards))
 
     def num_rows(self, seq_len: int, partial: bool = False) -> int:
         """Rows of `seq_len` targets; `partial` counts a shorter one at the end, too."""
@@ -176,21 +178,23 @@ class Split:
         """
         if not 0 <= number < self.num_documents:
             raise ValueError(f"document {number}: the split has {self.num_documents}, from 0")
-        index = int(np.searchsorted(self._document_ends, number, side="right"))
+        index = bisect.bisect_right(self._document_ends, number)
         shard = self._shards[index]
-        local = number - (int(self._document_ends[index]) - shard.num_documents)
+        local = number - (self._document_ends[index] - shard.num_documents)
         begin, end = shard.bounds(local, local + 1)
-        return shard.tokens(int(begin), int(end) - 1).astype(np.int32)
+        tokens = shard.tokens(int(begin), int(end) - 1).astype(np.int32)
+        shard.check()
+        return tokens
 
     def document_at(self, position: int) -> int:
         """Number of the document that a token of the stream belongs to, its EOS included; -1 for
         the leading EOS."""
         if not 0 <= position < self.num_tokens:
             raise ValueError(f"position {position}: the split has {self.num_tokens} tokens, from 0")
-        index = int(np.searchsorted(self._ends, position, side="right"))
+        index = bisect.bisect_right(self._ends, position)
         shard = self._shards[index]
-        local = position - (int(self._ends[index]) - shard.num_tokens)
-        before = int(self._document_ends[index]) - shard.num_documents
+        local = position - (self._ends[index] - shard.num_tokens)
+        before = self._document_ends[index] - shard.num_documents
         return before + int(np.searchsorted(shard.bounds()[:-1], local, side="right")) - 1
 
     def document_lengths(self) -> Iterator[np.ndarray]:
@@ -208,24 +212,29 @@ class Split:
             )
         starts = ids * seq_len
         rows = np.full((len(ids), seq_len + 1), pad_id, np.int32)
-        for row, start in zip(rows, starts):
-            self._copy(int(start), row)
+        touched: set[int] = set()
+        for row, start in zip(rows, starts.tolist()):
+            self._copy(start, row, touched)
+        for index in touched:
+            self._shards[index].check()
         return rows, np.minimum(self.num_tokens - 1 - starts, seq_len)
 
-    def _copy(self, start: int, row: np.ndarray) -> None:
-        """Fills `row` from the stream, over the ends of shards, up to the end of the stream."""
-        index, filled = int(np.searchsorted(self._ends, start, side="right")), 0
+    def _copy(self, start: int, row: np.ndarray, touched: set[int]) -> None:
+        """Fills `row` from the stream, over the ends of shards, up to the end of the stream. Adds
+        the shards that were read to `touched`: they are still to be checked."""
+        index, filled = bisect.bisect_right(self._ends, start), 0
         while filled < len(row) and index < len(self._shards):
             shard = self._shards[index]
-            offset = start + filled - (int(self._ends[index]) - shard.num_tokens)
+            offset = start + filled - (self._ends[index] - shard.num_tokens)
             piece = shard.tokens(offset, min(offset + len(row) - filled, shard.num_tokens))
             row[filled : filled + len(piece)] = piece
+            touched.add(index)
             filled += len(piece)
             index += 1
 
 
 class Shard:
-    """One shard. Reading raises StoreChangedError if a file has changed since it was opened."""
+    """One shard: where its documents are, and its tokens."""
 
     def __init__(self, record: dict[str, Any], dtype: np.dtype, tokens: "_File", offsets: "_File"):
         self.num_tokens: int = record["tokens"]
@@ -234,9 +243,14 @@ class Shard:
         self._dtype, self._tokens, self._offsets = dtype, tokens, offsets
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), in the type of the file."""
+        """Tokens [start, stop), in the type of the file. They are right if `check` passes later:
+        once for many reads, since it takes as long as one."""
         size = self._dtype.itemsize
         return np.frombuffer(self._tokens.read(start * size, (stop - start) * size), self._dtype)
+
+    def check(self) -> None:
+        """Raises StoreChangedError if tokens that were read may be others than they were."""
+        self._tokens.check()
 
     def bounds(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Where the documents `first` to `last` begin, (last - first + 1,) int64. The last of all
@@ -244,6 +258,7 @@ class Shard:
         last = self.num_documents if last is None else last
         stop, size = min(last + 1, self.num_documents), OFFSET_DTYPE.itemsize
         starts = np.frombuffer(self._offsets.read(first * size, (stop - first) * size), "<u8")
+        self._offsets.check()
         end = [self.num_tokens] * (last + 1 - stop)
         return np.append(starts.astype(np.int64), np.array(end, np.int64))
 
@@ -265,12 +280,16 @@ class _File:
             raise ValueError(f"{path} has {self._state[0]} bytes, expected {size}; {PREPARE_AGAIN}")
 
     def read(self, start: int, size: int) -> bytes:
-        """Bytes [start, start + size), as they were when the store was opened."""
+        """Bytes [start, start + size), as they are now."""
         content = os.pread(self._handle, size, start)
-        # After the read: what it gave was written before the time that is compared.
-        if len(content) != size or _state(os.fstat(self._handle)) != self._state:
-            raise self._changed("was written to")
+        if len(content) != size:
+            raise self._changed("was cut off")
         return content
+
+    def check(self) -> None:
+        """Raises StoreChangedError unless all that was read is as when the store was opened."""
+        if _state(os.fstat(self._handle)) != self._state:
+            raise self._changed("was written to")
 
     @functools.cached_property
     def _handle(self) -> int:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,9 @@ def test_workers_that_never_get_to_work_do_not_hold_it_up(tmp_path, how):
     try:
         assert process.stdout.readline() == "starting\n"
         if how == "hang":
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while len(children.read_text().split()) < 2:  # the first is multiprocessing's own
+                time.sleep(0.001)
             process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=100)
     finally:
