@@ -230,12 +230,13 @@ class Preparation:
 
     def _write(self, part: Part, threads: int, progress: Progress) -> Record:
         """In a worker: the shards of a part, and then the record of it."""
+        duplicates = self.folder / PROGRESS / DUPLICATES
         record = write_part(
             self.source,
             part,
             self.tokenizer,
             self.folder,
-            drop=read_duplicates(self.folder / PROGRESS / DUPLICATES, part.index),
+            drop=read_duplicates(duplicates, part.index) if duplicates.exists() else (),
             max_broken=self.max_broken,
             threads=threads,
             progress=progress,
