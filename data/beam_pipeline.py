@@ -21,10 +21,11 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from data.config import StoreConfig
 from data.duplicates import document_hash, document_rank, rank_place
+from data.manifest import MANIFEST
 from data.parts import Broken, Source
 from data.prepare import make_manifest, write_tokenizer
 from data.shards import Record, check_broken, write_json, write_part
-from data.store import MANIFEST, TOKENIZER
+from data.store import TOKENIZER
 from data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.manifest import PREPARE_AGAIN
 from data.parts import Broken, Part, Source
 from data.shards import Progress, publish, temporary_path
 
@@ -20,6 +21,7 @@ RANGE_DOCUMENTS = 2**22  # in memory at a time, at about 100 bytes each
 HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("rank", "<u8")])
 # Rank, which decides who is first: validation or train, part, place in the part.
 TRAIN_BIT, PART_SHIFT = np.uint64(62), np.uint64(40)  # Beam wants a signed integer
+DIGEST_BYTES = 32  # at the end of every file: the SHA-256 of its name and the rest
 INDEX_MASK = np.uint64(2**40 - 1)
 PART_MASK = np.uint64(2**22 - 1)
 
@@ -42,7 +44,8 @@ def hash_part(source: Source, part: Part, path: Path, progress: Progress) -> Non
     progress(text_bytes, part.size - read)
     hashes = np.frombuffer(rows, HASH)
     temporary = temporary_path(path)
-    np.sort(hashes, order=("high", "low", "rank")).tofile(temporary)
+    ordered = np.sort(hashes, order=("high", "low", "rank")).tobytes()
+    temporary.write_bytes(ordered + _digest(path, ordered))
     publish(temporary, path)
 
 
@@ -62,11 +65,14 @@ def rank_place(rank: int) -> tuple[int, int]:
 
 
 def find_duplicates(hash_files: Sequence[Path], folder: Path) -> None:
-    """Writes for every part that has any the places of the documents to drop.
+    """Writes for every part the places of the documents to drop.
 
     Args:
       hash_files: of all parts, in their order.
       folder: is made anew; it appears when it is complete.
+
+    Raises:
+      ValueError: a file of hashes is damaged.
     """
     temporary = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -78,13 +84,16 @@ def find_duplicates(hash_files: Sequence[Path], folder: Path) -> None:
             if chosen.size:
                 with _drop_file(temporary, int(parts[chosen[0]])).open("ab") as file:
                     file.write((ranks[chosen] & INDEX_MASK).astype("<u8").tobytes())
+    for part in range(len(hash_files)):
+        path = _drop_file(temporary, part)
+        places = path.read_bytes() if path.exists() else b""
+        path.write_bytes(places + _digest(path, places))
     temporary.replace(folder)
 
 
 def read_duplicates(folder: Path, part: int) -> frozenset[int]:
-    """Places, in a part, of the documents to drop."""
-    path = _drop_file(folder, part)
-    return frozenset(np.fromfile(path, "<u8").tolist()) if path.exists() else frozenset()
+    """Places, in a part, of the documents to drop. Raises ValueError if the file is damaged."""
+    return frozenset(np.frombuffer(_verified(_drop_file(folder, part)), "<u8").tolist())
 
 
 def duplicate_ranks(hashes: np.ndarray) -> np.ndarray:
@@ -97,7 +106,7 @@ def duplicate_ranks(hashes: np.ndarray) -> np.ndarray:
 
 
 def _duplicate_ranks(hash_files: Sequence[Path]) -> Iterator[np.ndarray]:
-    total = sum(path.stat().st_size for path in hash_files) // HASH.itemsize
+    total = sum((path.stat().st_size - DIGEST_BYTES) // HASH.itemsize for path in hash_files)
     ranges = max(1, -(-total // RANGE_DOCUMENTS))
     edges = [2**64 * i // ranges for i in range(1, ranges)]
     cuts = [_cuts(path, edges) for path in hash_files]
@@ -109,13 +118,26 @@ def _duplicate_ranks(hash_files: Sequence[Path]) -> Iterator[np.ndarray]:
 
 def _cuts(path: Path, edges: Iterable[int]) -> list[int]:
     """Where a file's hashes pass the edges, with its beginning and end."""
-    high = np.fromfile(path, HASH)["high"]
+    high = np.frombuffer(_verified(path), HASH)["high"]
     inner = np.searchsorted(high, np.array(list(edges), np.uint64))
     return [0, *inner.tolist(), len(high)]
 
 
 def _load(path: Path, start: int, stop: int) -> np.ndarray:
     return np.fromfile(path, HASH, count=stop - start, offset=start * HASH.itemsize)
+
+
+def _digest(path: Path, content: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + content).digest()
+
+
+def _verified(path: Path) -> bytes:
+    """The content of a file without its digest."""
+    whole = path.read_bytes() if path.is_file() else b""
+    content = whole[:-DIGEST_BYTES]
+    if whole[-DIGEST_BYTES:] != _digest(path, content):
+        raise ValueError(f"{path}: missing or damaged; {PREPARE_AGAIN}")
+    return content
 
 
 def _drop_file(folder: Path, part: int) -> Path:

@@ -7,7 +7,6 @@ on with the parts that are missing, and the store comes out the same to the byte
 workers. data/beam_pipeline.py does the same on a cluster.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from data.config import StoreConfig
 from data.duplicates import find_duplicates, hash_part, read_duplicates
+from data.manifest import COUNTS, FORMAT, MANIFEST, PREPARE_AGAIN, read_manifest, read_sealed
 from data.parts import SPLITS, Part, Source
 from data.shards import (
     TEMPORARY,
@@ -31,15 +31,14 @@ from data.shards import (
     write_part,
 )
 from data.sources import sample_texts
-from data.store import FORMAT, MANIFEST, TOKENIZER
+from data.store import TOKENIZER, TokenStore
 from data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
 from data.workers import cores, run_parts
 
 log = logging.getLogger(__name__)
 
-PROGRESS, REQUEST = "progress", "request.json"
+PROGRESS, REQUEST, TOKENIZER_DONE = "progress", "request.json", "tokenizer.json"
 HASHES, DUPLICATES = "hashes", "duplicates"
-COUNTS = ("tokens", "documents", "bytes")
 
 
 def prepare(
@@ -64,43 +63,39 @@ def prepare(
     source = config.open()
     request = config.request(source)
     folder = Path(output)
-    if begin(folder, request, config.max_broken):
-        write_tokenizer(folder / TOKENIZER, source, config.vocab_size, config.tokenizer)
-        preparation = Preparation(source, folder, Tokenizer(folder / TOKENIZER), config.max_broken)
-        records = preparation.run(workers or cores(), config.drop_duplicates)
-        manifest = make_manifest(config, request, preparation.tokenizer, records)
-        write_json(folder / MANIFEST, manifest)
-    else:
+    if (folder / MANIFEST).exists():
+        _check_finished(folder, request, config.max_broken)
         log.info("%s is complete already", folder)
+    else:
+        files = source.files()
+        begin(folder, request, files)
+        tokenizer = _tokenizer(folder, source, config)
+        preparation = Preparation(source, folder, tokenizer, config.max_broken)
+        records = preparation.run(workers or cores(), config.drop_duplicates)
+        manifest = make_manifest(config, request, tokenizer, records)
+        _check_files(folder, files, source.files(), "while they were read")
+        write_json(folder / MANIFEST, manifest)
+    TokenStore(folder)  # all is there, and as it was written, whenever that was
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return read_manifest(folder)
 
 
-def begin(folder: Path, request: Record, max_broken: int) -> bool:
-    """Whether there is anything to do; refuses a folder that has shards of another request."""
-    manifest, begun = folder / MANIFEST, folder / PROGRESS / REQUEST
-    if manifest.exists():
-        saved = json.loads(manifest.read_text(encoding="utf-8"))
-        if saved["format"] != FORMAT:
-            raise ValueError(
-                f"output={folder}: format={saved['format']}, this code writes {FORMAT}; delete it, "
-                "or choose another folder"
-            )
-        _check_same(folder, saved["request"], request)
-        if (broken := sum(saved["broken"].values())) > max_broken:
-            raise ValueError(
-                f"max_broken={max_broken}: {folder} is complete and lacks {broken} broken records "
-                f"of its source; allow as many, or mend them and choose another folder"
-            )
-        return False
+def begin(folder: Path, request: Record, files: dict[str, str]) -> None:
+    """Makes the folder, or checks that it was begun with this request and these very files.
+
+    One that has no shards yet, of another request, is begun anew. The files are those of
+    `Source.files`.
+    """
+    begun = folder / PROGRESS / REQUEST
     if begun.exists():
-        saved = json.loads(begun.read_text(encoding="utf-8"))
-        if saved == request:
+        saved = read_sealed(begun, PREPARE_AGAIN)
+        if any(folder.glob("*.bin")):
+            _check_same(folder, saved["request"], request)
+            _check_files(folder, saved["files"], files, "since this preparation began")
+        if saved == {"request": request, "files": files}:
             for path in [*folder.glob(f"*{TEMPORARY}"), *begun.parent.rglob(f"*{TEMPORARY}")]:
                 path.unlink(missing_ok=True)  # a killed run's
-            return True
-        if any(folder.glob("*.bin")):
-            _check_same(folder, saved, request)
+            return
         (folder / TOKENIZER).unlink(missing_ok=True)  # nothing else is lost by starting anew
         shutil.rmtree(begun.parent)
     try:
@@ -114,8 +109,31 @@ def begin(folder: Path, request: Record, max_broken: int) -> bool:
         raise ValueError(
             f"output={folder}: holds {others[0]} and is no token store; choose an empty folder"
         )
-    write_json(begun, request)
-    return True
+    write_json(begun, {"request": request, "files": files})
+
+
+def _check_finished(folder: Path, request: Record, max_broken: int) -> None:
+    """Raises ValueError if a finished store is not what was asked for."""
+    saved = read_manifest(folder)
+    _check_same(folder, saved["request"], request)
+    if (broken := sum(saved["broken"].values())) > max_broken:
+        raise ValueError(
+            f"max_broken={max_broken}: {folder} is complete and lacks {broken} broken records "
+            f"of its source; allow as many, or mend them and choose another folder"
+        )
+
+
+def _tokenizer(folder: Path, source: Source, config: StoreConfig) -> Tokenizer:
+    """That of the store, made if it is not finished. What is finished may not have changed."""
+    path, done = folder / TOKENIZER, folder / PROGRESS / TOKENIZER_DONE
+    if not done.exists():
+        path.unlink(missing_ok=True)
+        write_tokenizer(path, source, config.vocab_size, config.tokenizer)
+        write_json(done, {"model_sha256": Tokenizer(path).sha256})
+    tokenizer = Tokenizer(path)
+    if tokenizer.sha256 != read_sealed(done, PREPARE_AGAIN)["model_sha256"]:
+        raise ValueError(f"{path}: damaged since it was made; {PREPARE_AGAIN}")
+    return tokenizer
 
 
 def write_tokenizer(
@@ -212,17 +230,18 @@ class Preparation:
 
     def _write(self, part: Part, threads: int, progress: Progress) -> Record:
         """In a worker: the shards of a part, and then the record of it."""
+        duplicates = self.folder / PROGRESS / DUPLICATES
         record = write_part(
             self.source,
             part,
             self.tokenizer,
             self.folder,
-            drop=read_duplicates(self.folder / PROGRESS / DUPLICATES, part.index),
+            drop=read_duplicates(duplicates, part.index) if duplicates.exists() else (),
             max_broken=self.max_broken,
             threads=threads,
             progress=progress,
         )
-        write_json(self._record_path(part), record)
+        write_json(self._record_path(part), {"part": part.index, **record})
         return record
 
     def _find_duplicates(self, workers: int, total: int) -> None:
@@ -242,7 +261,12 @@ class Preparation:
 
     def _finished(self, part: Part) -> Record | None:
         path = self._record_path(part)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        record = read_sealed(path, PREPARE_AGAIN)
+        if record["part"] != part.index:
+            raise ValueError(f"{path}: is that of part {record['part']}; {PREPARE_AGAIN}")
+        return record
 
     def _record_path(self, part: Part) -> Path:
         return self.folder / PROGRESS / f"part-{part.index:05d}.json"
@@ -262,6 +286,16 @@ def _check_same(folder: Path, saved: Record, request: Record) -> None:
         raise ValueError(
             f"output={folder}: made from other arguments or other files; choose another folder, "
             f"or delete this one ({'; '.join(changes)})"
+        )
+
+
+def _check_files(folder: Path, before: dict[str, str], now: dict[str, str], when: str) -> None:
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    if changed:
+        others = f" and {len(changed) - 1} others" if len(changed) > 1 else ""
+        raise ValueError(
+            f"output={folder}: files of the source have changed {when}, as {changed[0]}{others}; "
+            "put them back as they were, time of modification included, or delete the folder"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data.manifest import DTYPES, seal
 from data.parts import Broken, Document, Part, Source
 from data.store import OFFSET_DTYPE, OFFSETS
 from data.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def write_part(
             progress(text_bytes, batch[-1].read - done)
             done = batch[-1].read
         progress(0, part.size - done)
-        # A shard without a token would be an empty file, which can't be mapped.
+        # A shard without a token would be an empty file.
         records = {split: shard.close() for split, shard in shards.items() if shard.num_tokens}
     finally:
         for shard in shards.values():
@@ -139,7 +140,7 @@ def _add(
 
 def token_dtype(vocab_size: int) -> str:
     """Little-endian, 2 bytes where they are enough."""
-    return "<u2" if vocab_size <= 2**16 else "<u4"
+    return next(dtype for dtype, ids in DTYPES.items() if vocab_size <= ids)
 
 
 class Shard:
@@ -208,9 +209,9 @@ class _HashedFile:
 
 
 def write_json(path: Path, content: Record) -> None:
-    """Writes a file of JSON, all or nothing."""
+    """Writes a file of JSON with its checksum, all or nothing."""
     temporary = temporary_path(path)
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(seal(content), indent=2) + "\n", encoding="utf-8")
     publish(temporary, path)
 
 

@@ -83,6 +83,10 @@ class BibleSource:
         packages = corpus.TRANSLATIONS.values()
         return {"kind": "bible"} | {name: importlib.metadata.version(name) for name in packages}
 
+    def files(self) -> dict[str, str]:
+        """None: a version of a package has one content."""
+        return {}
+
     def read(self, part: Part) -> Iterator[Document | Broken]:
         """Chapters of both splits."""
         for read, chapter in enumerate(corpus.chapters(), start=1):
@@ -114,6 +118,10 @@ class HuggingFaceSource:
     def description(self) -> dict[str, Any]:
         """Name, and what `datasets` says that the content is."""
         return self._description
+
+    def files(self) -> dict[str, str]:
+        """None: the description has a fingerprint of the content."""
+        return {}
 
     def read(self, part: Part) -> Iterator[Document | Broken]:
         """Examples, in order."""

@@ -7,14 +7,19 @@
 
 A split is one long stream: EOS, then every document followed by EOS. Row i of length L is
 tokens[i·L : (i+1)·L + 1], so neighbours share one token, any L works without preparing again, and
-every token but the leading EOS is a target exactly once. Shards are memory-mapped when they are
-first read, from a local disk or a mounted bucket; neither jax nor TensorFlow is imported.
+every token but the leading EOS is a target exactly once. Shards are opened when they are first
+read, from a local disk or a mounted bucket, and not mapped: what is written over or cut off
+meanwhile is an error at the next read, and neither other rows nor the end by a signal. Neither jax
+nor TensorFlow is imported.
 """
 
+import bisect
 import functools
 import hashlib
-import json
+import itertools
+import os
 import resource
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,14 +27,18 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 2
-MANIFEST = "manifest.json"
+from data.manifest import PREPARE_AGAIN, fingerprint, read_manifest
+
 TOKENIZER = "tokenizer.model"
 OFFSETS, OFFSET_DTYPE = ".offsets", np.dtype("<u8")
 OTHER_FILES = 256  # that a process may have open besides two for every shard
 THREADS = 16  # a mounted bucket answers late, but many at a time
 # Larger stores would keep every host busy for minutes at every start: they are hashed by `verify`.
 VERIFIED_BYTES = 2**34
+
+
+class StoreChangedError(OSError):
+    """A file of an opened store is not what it was when the store was opened."""
 
 
 class TokenStore:
@@ -39,12 +48,14 @@ class TokenStore:
       path: the folder.
       tokenizer_path: its SentencePiece model.
       vocab_size, eos_id, pad_id: of that tokenizer.
-      fingerprint: SHA-256 over the tokenizer's and all shards' checksums, as hex digits. Equal
-        fingerprints mean equal rows, wherever the store lies.
+      fingerprint: SHA-256 over the tokenizer's and all shards' checksums and counts, as hex digits.
+        Equal fingerprints mean equal rows, wherever the store lies.
+      is_verified: whether the content of all files was compared with its checksums.
     """
 
     def __init__(self, path: str | Path):
-        """Opens the store and checks the sizes of its files, and up to 16 GiB also their content.
+        """Opens the store: checks the manifest, the tokenizer and the sizes of all files, and up to
+        16 GiB also their content.
 
         Args:
           path: folder written by scripts/prepare_data.py.
@@ -53,22 +64,30 @@ class TokenStore:
           ValueError: no store there, not a finished one, or a file differs from the manifest.
         """
         self.path = Path(path)
-        self._manifest = _read_manifest(self.path)
+        self._manifest = read_manifest(self.path)
         self.tokenizer_path = str(self.path / TOKENIZER)
         self.vocab_size: int = self._manifest["vocab_size"]
         self.eos_id: int = self._manifest["eos_id"]
         self.pad_id: int = self._manifest["pad_id"]
-        self.fingerprint = _fingerprint(self._manifest)
+        self.fingerprint = fingerprint(self._manifest)
+        self.is_verified = False
+        _check_sha256(self.path / TOKENIZER, self._manifest["tokenizer_sha256"])
         sizes = self._file_sizes()
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda name: _check_size(self.path / name, sizes[name]), sizes))
+            files = list(pool.map(lambda name: _File(self.path / name, sizes[name]), sizes))
+        self._files = dict(zip(sizes, files))
         if sum(sizes.values()) <= VERIFIED_BYTES:
             self.verify()
         _allow_open_files(len(sizes) + OTHER_FILES)
         self._splits = {
-            name: Split(self.path, record, self._manifest["dtype"])
+            name: Split([self._shard(shard) for shard in record["shards"]])
             for name, record in self._manifest["splits"].items()
         }
+
+    @property
+    def split_names(self) -> list[str]:
+        """As "train" and "validation"."""
+        return list(self._splits)
 
     def split(self, name: str) -> "Split":
         """The rows of "train" or "validation"."""
@@ -78,12 +97,13 @@ class TokenStore:
 
     def verify(self) -> None:
         """Compares every file's SHA-256. Raises ValueError for one that differs."""
-        expected = {TOKENIZER: self._manifest["tokenizer_sha256"]}
+        expected = {}
         for shard in self._shards():
             expected[shard["file"]] = shard["sha256"]
             expected[_offsets_file(shard)] = shard["offsets_sha256"]
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
             list(pool.map(lambda name: _check_sha256(self.path / name, expected[name]), expected))
+        self.is_verified = True
 
     def _shards(self) -> list[dict[str, Any]]:
         return [s for split in self._manifest["splits"].values() for s in split["shards"]]
@@ -95,6 +115,10 @@ class TokenStore:
         offset_size = OFFSET_DTYPE.itemsize
         return tokens | {_offsets_file(s): s["documents"] * offset_size for s in self._shards()}
 
+    def _shard(self, record: dict[str, Any]) -> "Shard":
+        tokens, offsets = self._files[record["file"]], self._files[_offsets_file(record)]
+        return Shard(record, np.dtype(self._manifest["dtype"]), tokens, offsets)
+
 
 class Split:
     """One split as a stream of tokens cut into rows.
@@ -105,13 +129,13 @@ class Split:
       num_bytes: of their text in UTF-8, without anything for the EOS between them.
     """
 
-    def __init__(self, folder: Path, record: dict[str, Any], dtype: str):
-        self.num_tokens: int = record["tokens"]
-        self.num_documents: int = record["documents"]
-        self.num_bytes: int = record["bytes"]
-        self._shards = [Shard(folder, shard, dtype) for shard in record["shards"]]
-        self._ends = np.cumsum([shard.num_tokens for shard in self._shards])
-        self._document_ends = np.cumsum([shard.num_documents for shard in self._shards])
+    def __init__(self, shards: Sequence["Shard"]):
+        self._shards = shards
+        self.num_tokens = sum(shard.num_tokens for shard in shards)
+        self.num_documents = sum(shard.num_documents for shard in shards)
+        self.num_bytes = sum(shard.num_bytes for shard in shards)
+        self._ends = list(itertools.accumulate(shard.num_tokens for shard in shards))
+        self._document_ends = list(itertools.accumulate(shard.num_documents for shard in shards))
 
     def num_rows(self, seq_len: int, partial: bool = False) -> int:
         """Rows of `seq_len` targets; `partial` counts a shorter one at the end, too."""
@@ -128,6 +152,7 @@ class Split:
 
         Raises:
           ValueError: an id is not in [0, num_rows(seq_len)).
+          StoreChangedError: a file has changed since the store was opened; so everywhere here.
         """
         return self._read(ids, seq_len, self.num_rows(seq_len), 0)[0]
 
@@ -153,22 +178,24 @@ class Split:
         """
         if not 0 <= number < self.num_documents:
             raise ValueError(f"document {number}: the split has {self.num_documents}, from 0")
-        index = int(np.searchsorted(self._document_ends, number, side="right"))
+        index = bisect.bisect_right(self._document_ends, number)
         shard = self._shards[index]
-        bounds = shard.bounds()
-        local = number - (int(self._document_ends[index]) - shard.num_documents)
-        return shard.tokens[bounds[local] : bounds[local + 1] - 1].astype(np.int32)
+        local = number - (self._document_ends[index] - shard.num_documents)
+        begin, end = shard.bounds(local, local + 1)
+        tokens = shard.tokens(int(begin), int(end) - 1).astype(np.int32)
+        shard.check()
+        return tokens
 
     def document_at(self, position: int) -> int:
         """Number of the document that a token of the stream belongs to, its EOS included; -1 for
         the leading EOS."""
         if not 0 <= position < self.num_tokens:
             raise ValueError(f"position {position}: the split has {self.num_tokens} tokens, from 0")
-        index = int(np.searchsorted(self._ends, position, side="right"))
+        index = bisect.bisect_right(self._ends, position)
         shard = self._shards[index]
-        local = position - (int(self._ends[index]) - shard.num_tokens)
-        before = int(self._document_ends[index]) - shard.num_documents
-        return before + int(np.searchsorted(shard.offsets, local, side="right")) - 1
+        local = position - (self._ends[index] - shard.num_tokens)
+        before = self._document_ends[index] - shard.num_documents
+        return before + int(np.searchsorted(shard.bounds()[:-1], local, side="right")) - 1
 
     def document_lengths(self) -> Iterator[np.ndarray]:
         """Tokens of each document, without EOS: an array (documents,) int64 for every shard."""
@@ -185,45 +212,107 @@ class Split:
             )
         starts = ids * seq_len
         rows = np.full((len(ids), seq_len + 1), pad_id, np.int32)
-        for row, start in zip(rows, starts):
-            self._copy(int(start), row)
+        touched: set[int] = set()
+        for row, start in zip(rows, starts.tolist()):
+            self._copy(start, row, touched)
+        for index in touched:
+            self._shards[index].check()
         return rows, np.minimum(self.num_tokens - 1 - starts, seq_len)
 
-    def _copy(self, start: int, row: np.ndarray) -> None:
-        """Fills `row` from the stream, over the ends of shards, up to the end of the stream."""
-        index, filled = int(np.searchsorted(self._ends, start, side="right")), 0
+    def _copy(self, start: int, row: np.ndarray, touched: set[int]) -> None:
+        """Fills `row` from the stream, over the ends of shards, up to the end of the stream. Adds
+        the shards that were read to `touched`: they are still to be checked."""
+        index, filled = bisect.bisect_right(self._ends, start), 0
         while filled < len(row) and index < len(self._shards):
             shard = self._shards[index]
-            offset = start + filled - (int(self._ends[index]) - shard.num_tokens)
-            piece = shard.tokens[offset : offset + len(row) - filled]
+            offset = start + filled - (self._ends[index] - shard.num_tokens)
+            piece = shard.tokens(offset, min(offset + len(row) - filled, shard.num_tokens))
             row[filled : filled + len(piece)] = piece
+            touched.add(index)
             filled += len(piece)
             index += 1
 
 
 class Shard:
-    """One shard, whose files are mapped when they are first read, and stay so."""
+    """One shard: where its documents are, and its tokens."""
 
-    def __init__(self, folder: Path, record: dict[str, Any], dtype: str):
+    def __init__(self, record: dict[str, Any], dtype: np.dtype, tokens: "_File", offsets: "_File"):
         self.num_tokens: int = record["tokens"]
         self.num_documents: int = record["documents"]
-        self._path = folder / record["file"]
-        self._offsets_path = folder / _offsets_file(record)
-        self._dtype = dtype
+        self.num_bytes: int = record["bytes"]
+        self._dtype, self._tokens, self._offsets = dtype, tokens, offsets
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), in the type of the file. They are right if `check` passes later:
+        once for many reads, since it takes as long as one."""
+        size = self._dtype.itemsize
+        return np.frombuffer(self._tokens.read(start * size, (stop - start) * size), self._dtype)
+
+    def check(self) -> None:
+        """Raises StoreChangedError if tokens that were read may be others than they were."""
+        self._tokens.check()
+
+    def bounds(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Where the documents `first` to `last` begin, (last - first + 1,) int64. The last of all
+        bounds is the end of the shard."""
+        last = self.num_documents if last is None else last
+        stop, size = min(last + 1, self.num_documents), OFFSET_DTYPE.itemsize
+        starts = np.frombuffer(self._offsets.read(first * size, (stop - first) * size), "<u8")
+        self._offsets.check()
+        end = [self.num_tokens] * (last + 1 - stop)
+        return np.append(starts.astype(np.int64), np.array(end, np.int64))
+
+
+class _File:
+    """A file that must stay as it was when the store was opened, opened at its first read.
+
+    Whoever replaces it by another file does no harm once it is open: the old one is read on.
+    """
+
+    def __init__(self, path: Path, size: int):
+        """Raises ValueError if it is missing or has another size."""
+        self._path = path
+        try:
+            self._state = _state(os.stat(path))
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
+        if self._state[0] != size:
+            raise ValueError(f"{path} has {self._state[0]} bytes, expected {size}; {PREPARE_AGAIN}")
+
+    def read(self, start: int, size: int) -> bytes:
+        """Bytes [start, start + size), as they are now."""
+        content = os.pread(self._handle, size, start)
+        if len(content) != size:
+            raise self._changed("was cut off")
+        return content
+
+    def check(self) -> None:
+        """Raises StoreChangedError unless all that was read is as when the store was opened."""
+        if _state(os.fstat(self._handle)) != self._state:
+            raise self._changed("was written to")
 
     @functools.cached_property
-    def tokens(self) -> np.ndarray:
-        return np.memmap(self._path, dtype=self._dtype, mode="r")
+    def _handle(self) -> int:
+        try:
+            handle = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise self._changed("is gone") from None
+        weakref.finalize(self, os.close, handle)
+        if _state(os.fstat(handle)) != self._state:
+            raise self._changed("was replaced")
+        return handle
 
-    @functools.cached_property
-    def offsets(self) -> np.ndarray:
-        if not self.num_documents:  # an empty file can't be mapped
-            return np.empty(0, OFFSET_DTYPE)
-        return np.memmap(self._offsets_path, dtype=OFFSET_DTYPE, mode="r")
+    def _changed(self, how: str) -> StoreChangedError:
+        return StoreChangedError(
+            f"{self._path}: {how} since the store was opened; put back the store as it was, or "
+            "prepare it in another folder"
+        )
 
-    def bounds(self) -> np.ndarray:
-        """Where documents begin, and the end: (documents + 1,) int64."""
-        return np.append(self.offsets.astype(np.int64), self.num_tokens)
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    """Size, and the time of the last write in nanoseconds. Not the inode, which mounted buckets
+    make up, and not the time of the last change, which follows from a link or new permissions."""
+    return status.st_size, status.st_mtime_ns
 
 
 def _offsets_file(shard: dict[str, Any]) -> str:
@@ -242,46 +331,13 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(
-            f"{folder}: no finished token store ({MANIFEST} is missing); "
-            "run scripts/prepare_data.py, which also goes on where it was stopped"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); prepare the store again") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: format={manifest.get('format')}, this code reads {FORMAT}; "
-            "prepare the store again"
-        )
-    return manifest
-
-
-def _fingerprint(manifest: dict[str, Any]) -> str:
-    shards = {
-        name: [shard["sha256"] for shard in split["shards"]]
-        for name, split in manifest["splits"].items()
-    }
-    content = [manifest["tokenizer_sha256"], manifest["dtype"], shards]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _check_size(path: Path, expected: int) -> None:
-    actual = path.stat().st_size if path.is_file() else None
-    if actual != expected:
-        found = "is missing" if actual is None else f"has {actual} bytes, expected {expected}"
-        raise ValueError(f"{path} {found}; delete the folder and run scripts/prepare_data.py again")
-
-
 def _check_sha256(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
     if actual != expected:
         raise ValueError(
-            f"{path} is corrupt: SHA-256 is {actual}, expected {expected}; "
-            "delete the folder and run scripts/prepare_data.py again"
+            f"{path} is corrupt: SHA-256 is {actual}, expected {expected}; {PREPARE_AGAIN}"
         )

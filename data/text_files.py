@@ -14,13 +14,14 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.file_formats import LINES_ENDINGS, lines, parquet_column
-from data.parts import SPLITS, Broken, Document, Part, number_parts
+from data.parts import SPLITS, Broken, Document, Part, look_at_files, number_parts
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,11 @@ class TextFolder:
             "validation": self._fraction if self._by_hash else "files of that name",
         }
 
+    def files(self) -> dict[str, str]:
+        """All files, by their names within the folder."""
+        names = [file.relative_to(self._folder).as_posix() for file in self._files]
+        return dict(zip(names, look_at_files(self._files)))
+
     def read(self, part: Part) -> Iterator[Document | Broken]:
         """Records of a part, in order; blank lines are no records.
 
@@ -174,8 +180,14 @@ def _find(folder: Path) -> list[Path]:
         raise ValueError(f"source={folder}: is a file; give the folder that it is in")
     if not folder.is_dir():
         raise ValueError(f"source={folder}: no such folder, and no other source of that name")
-    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    files = sorted(_walk(folder))
     found = [file for file in files if file.name.endswith(ENDINGS)]
+    for file in found:
+        if not file.is_file():
+            raise ValueError(
+                f"source={folder}: {file.relative_to(folder)} is {_kind(file)} and no regular "
+                "file; move it away"
+            )
     if not found:
         raise ValueError(f"source={folder}: no files that end in {', '.join(ENDINGS)}")
     if len(found) < len(files):
@@ -187,6 +199,21 @@ def _find(folder: Path) -> list[Path]:
             first.relative_to(folder),
         )
     return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:  # or the texts in it would be left out without a word
+        raise ValueError(f"source={folder}: {error.filename} can't be listed ({error.strerror})")
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(parent, name) for name in names)
+
+
+def _kind(file: Path) -> str:
+    if not file.exists():
+        return "a link to nothing"
+    kinds = {"a fifo": file.is_fifo(), "a socket": file.is_socket()}
+    return next((kind for kind, is_it in kinds.items() if is_it), "a device")
 
 
 def _cut(files: list[Path], part_bytes: int) -> Iterator[tuple[Slice, ...]]:

@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data.parts import SPLITS, Broken, Document, Part, number_parts
+from data.parts import SPLITS, Broken, Document, Part, look_at_files, number_parts
 
 C4 = "tfds:c4/en:3.1.0"
 TFDS = "tfds:"
@@ -58,6 +59,15 @@ class TfdsSource:
     def description(self) -> dict[str, Any]:
         """Name with version, and the numbers of examples in all files."""
         return self._description
+
+    def files(self) -> dict[str, str]:
+        """All files, by their names; on a bucket their sizes and times of the last write."""
+        paths = [tfds.core.Path(part.content) for part in self.parts]
+        names = [path.name for path in paths]
+        if not any("://" in part.content for part in self.parts):
+            return dict(zip(names, look_at_files([Path(path) for path in paths])))
+        statuses = [path.stat() for path in paths]
+        return {name: f"{s.length}, {s.mtime}" for name, s in zip(names, statuses)}
 
     def read(self, part: Part) -> Iterator[Document | Broken]:
         """Examples of one file, in order.

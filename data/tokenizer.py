@@ -10,8 +10,10 @@ import heapq
 import io
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -119,7 +121,8 @@ def train_tokenizer(
     sample = _sample(texts, sample_bytes)
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        _interruptibly(
+            sentencepiece.SentencePieceTrainer.train,
             sentence_iterator=_lines(sample),
             model_writer=model,
             model_type="unigram",
@@ -145,6 +148,13 @@ def train_tokenizer(
             "or give more text"
         ) from error
     Path(path).write_bytes(model.getvalue())
+
+
+def _interruptibly(function: Callable[..., None], **arguments: Any) -> None:
+    """Calls a long function of C++ in a thread. In the first one, which waits for it, Python takes
+    signals; there it would not hear of Ctrl-C before the function ends."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(function, **arguments).result()
 
 
 def _returns_arrays(processor: sentencepiece.SentencePieceProcessor) -> bool:

@@ -5,35 +5,30 @@ Every part is a task of its own, so nothing has to be put back into order. Worke
 it ends: a worker that lived on would write beside the run that resumes.
 """
 
-import logging
+import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Protocol
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
 from data.parts import Part
 from data.shards import Progress
 
-POLL_SECONDS = 0.5
-
-log = logging.getLogger(__name__)
+STOP_SECONDS = 5.0  # in which a worker ends by itself
 
 
 class Job(Protocol):
     """What is done with a part; can be pickled."""
 
     def __call__(self, part: Part, threads: int, progress: Progress) -> Any: ...
-
-
-class Stopped(Exception):
-    """The run ended early, because of another part."""
 
 
 def cores() -> int:
@@ -57,7 +52,7 @@ def run_parts(
       (part, result), in the order in which they are ready.
 
     Raises:
-      ValueError: as the job does; the other workers stop at their next batch.
+      ValueError: as the job does; the other workers are ended.
       RuntimeError: a worker died.
     """
     processes = min(workers, len(parts))
@@ -98,56 +93,112 @@ class _Bar:
         self._bar.update(read)
 
 
-class _Shared:
-    """What the processes share: counters, and whether to stop."""
+class _Worker:
+    """A process, and the pipe on which it is sent parts and answers with a _Message.
+
+    What is started must be small: a process that dies early would leave its starter waiting for it
+    to read. So the job, with all parts of the source in it, comes by the pipe, whose other end
+    closes with the process.
+    """
 
     def __init__(self, context: Any):
-        self.text, self.read = context.Value("q", 0), context.Value("q", 0)
-        self.stop = context.Event()
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
 
-    def add(self, text: int, read: int) -> None:
-        if self.stop.is_set():
-            raise Stopped
-        for counter, value in ((self.text, text), (self.read, read)):
-            with counter.get_lock():
-                counter.value += value
+    def send(self, content: Any) -> None:
+        try:
+            self.pipe.send(content)
+        except OSError as error:
+            raise self._died() from error
+
+    def receive(self) -> "_Message":
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+
+    def end(self, deadline: float) -> None:
+        """Its pipe is closed, which ends it at its next message, after it has tidied up."""
+        self._process.join(max(0.0, deadline - time.monotonic()))
+        self._process.kill()
+
+    def _died(self) -> RuntimeError:
+        self._process.join(STOP_SECONDS)  # its pipe may close before it has ended
+        return RuntimeError(
+            f"a worker process died (exit code {self._process.exitcode}), perhaps for want of "
+            "memory: use fewer workers"
+        )
+
+
+class _Message(NamedTuple):
+    """Of a worker: what it has done since the last one, and how a part ended if it has."""
+
+    text: int = 0
+    read: int = 0
+    is_done: bool = False
+    result: Any = None
+    error: Exception | None = None
 
 
 def _in_processes(
     job: Job, parts: Sequence[Part], processes: int, threads: int, bar: _Bar
 ) -> Iterator[tuple[Part, Any]]:
-    context = multiprocessing.get_context("spawn")
-    shared = _Shared(context)
-    with ProcessPoolExecutor(processes, context, _start_worker, (job, threads, shared)) as pool:
-        # All workers start now and inherit this; set in them alone it would come too late for a
-        # Ctrl-C while they import. The first process hears of it, and stops them.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            futures: dict[Future, Part] = {pool.submit(_work, part): part for part in parts}
-        finally:
-            signal.signal(signal.SIGINT, before)
-        text = read = 0
-        try:
-            while futures:
-                ready, _ = wait(futures, POLL_SECONDS, FIRST_COMPLETED)
-                bar.add(shared.text.value - text, shared.read.value - read)
-                text, read = shared.text.value, shared.read.value
-                for future in ready:
-                    yield futures.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process died, perhaps for want of memory: use fewer workers"
-            ) from error
-        finally:
-            shared.stop.set()
-            pool.shutdown(cancel_futures=True)
+    workers: dict[Any, _Worker] = {}
+    try:
+        with _interrupts_held():
+            for _ in range(processes):
+                worker = _Worker(multiprocessing.get_context("spawn"))
+                workers[worker.pipe] = worker
+        for worker in workers.values():
+            worker.send((job, threads))
+        todo = iter(parts)
+        at_work = {worker.pipe: _next_part(worker, todo) for worker in workers.values()}
+        while any(at_work.values()):
+            for pipe in multiprocessing.connection.wait([p for p, part in at_work.items() if part]):
+                message = workers[pipe].receive()
+                bar.add(message.text, message.read)
+                if message.error is not None:
+                    raise message.error
+                if message.is_done:
+                    part, at_work[pipe] = at_work[pipe], _next_part(workers[pipe], todo)
+                    assert part is not None
+                    yield part, message.result
+    finally:
+        for pipe in workers:
+            pipe.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in workers.values():
+            worker.end(deadline)
 
 
-_worker: tuple[Job, int, Callable[[int, int], None]]
+def _next_part(worker: _Worker, todo: Iterator[Part]) -> Part | None:
+    part = next(todo, None)
+    if part is not None:
+        worker.send(part)
+    return part
 
 
-def _start_worker(job: Job, threads: int, shared: _Shared) -> None:
-    global _worker
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes that are started here never hear of Ctrl-C: the first one does, and stops them. To
+    it a Ctrl-C comes when all are there, so that none is left half started."""
+    held: list[int] = []
+    multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit this
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _work(pipe: Any) -> None:
+    """The process: does the parts that it is sent until it is ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -156,9 +207,14 @@ def _start_worker(job: Job, threads: int, shared: _Shared) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _worker = (job, threads, shared.add)
-
-
-def _work(part: Part) -> Any:
-    job, threads, progress = _worker
-    return job(part, threads, progress)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
+        job, threads = pipe.recv()
+        while True:
+            part = pipe.recv()
+            try:
+                result = job(part, threads, lambda text, read: pipe.send(_Message(text, read)))
+                message = _Message(is_done=True, result=result)
+            except Exception as error:
+                error.add_note(f"in a worker:\n{traceback.format_exc()}")
+                message = _Message(error=error)
+            pipe.send(message)

@@ -36,7 +36,8 @@ def model_card(workdir: Path, origin: Origin, layout: Layout, parameters: int) -
             f"{parameters:,} parameters in float32. {ARCHITECTURE[layout]}\n",
             LOADING.format(trust=", trust_remote_code=True" if layout == "laser" else ""),
             "\nA text begins with EOS, which the tokenizer puts there. The tokenizer is "
-            "SentencePiece and needs `sentencepiece` and `trust_remote_code=True`.\n",
+            "SentencePiece and needs `sentencepiece` and `trust_remote_code=True`. "
+            "`sha256sum -c SHA256SUMS` tells whether all files are as they were exported.\n",
             "## Training\n",
             *_table("", "", list(_training(workdir, origin))),
             "\n## Model\n",

@@ -4,7 +4,8 @@ config.json          transformers' configuration; its entry `laser` has the run'
 model.safetensors    float32; the file's metadata has a SHA-256 over all tensors
 tokenizer.model      SentencePiece, with tokenization_laser.py that wraps it
 *_laser.py           the model in PyTorch, where transformers has none that computes the same
-README.md            the model card
+SHA256SUMS           of all files but the last one, for `sha256sum -c SHA256SUMS` and the way back
+README.md            the model card, to be edited
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from models.config import ModelConfig, require
 from models.decoder import Parameters
 
 REMOTE = Path(__file__).parent / "remote"
+SUMS = "SHA256SUMS"
 CHECKSUM = "sha256"  # in the file's metadata; whoever writes the file anew leaves it out
 
 
@@ -82,6 +84,8 @@ def write_export(
             names += ["configuration_laser.py", "modeling_laser.py"]
         for name in names:
             shutil.copyfile(REMOTE / name, folder / name)
+        sums = [f"{_file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+        (folder / SUMS).write_text("".join(sums), encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(output)
 
@@ -93,6 +97,7 @@ def load_exported(folder: Path) -> tuple[ModelConfig, Parameters]:
       ValueError: there is no export, a file is damaged, or tensors and config do not fit together;
         the message names the file and the tensor.
     """
+    _verify(folder)
     origin, layout = _read_origin(folder / "config.json")
     path = folder / "model.safetensors"
     try:
@@ -134,6 +139,29 @@ def import_run(folder: Path, workdir: Path) -> Origin:
         write_run(made, record, folder / "tokenizer.model")
         made.rename(workdir)
     return origin
+
+
+def _verify(folder: Path) -> None:
+    """Raises ValueError if a file is not as it was exported. Other programs that save a model write
+    no SHA256SUMS: of theirs nothing is known."""
+    path = folder / SUMS
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    require(bool(lines), f"{path}: damaged: it names no file; export the model again")
+    for line in lines:
+        sha256, _, name = line.partition("  ")
+        file = folder / name
+        require(
+            bool(name) and "\0" not in name and file.is_file() and _file_sha256(file) == sha256,
+            f"{file}: not as it was exported, by its line in {SUMS}: {line[:80]!r}; export the "
+            f"model again, or, if another program has rewritten the file, delete {SUMS}",
+        )
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_origin(path: Path) -> tuple[Origin, Layout]:

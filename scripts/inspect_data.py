@@ -1,25 +1,33 @@
 """Shows what a token store holds, and what the model reads at a step.
 
     python scripts/inspect_data.py stores/c4 --step=1000 --rows=2
+    python scripts/inspect_data.py stores/c4 --verify
 
 Prints counts of each split, a histogram of document lengths as a PNG, and rows of the step's global
 batch as text. A mark in the text says where a document begins and which one it is, so that packing
 and shuffling can be seen. The order is that of training with the same seed, batch size and length.
-Exit codes: 0 done, 2 mistake in the command line or the store, 1 anything else.
+With --verify it reads all files and compares them with their checksums; stores of up to 16 GiB are
+compared at every start of training, too.
+Exit codes: 0 done, 2 mistake in the command line or the store, 130 stopped by Ctrl-C, 1 anything
+else.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from laser.training.console import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c("stopped")
+
 import numpy as np
 
 from data.order import row_ids
-from data.store import MANIFEST, Split, TokenStore
+from data.store import Split, TokenStore
 from data.tokenizer import Tokenizer
 
 BINS_PER_OCTAVE = 4
@@ -31,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("store", help="folder of a token store")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare all files with their checksums, no more"
+    )
     parser.add_argument("--step", type=int, default=0, help="counted from 0")
     parser.add_argument("--rows", type=int, default=2, help="of the batch to show (2)")
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens of a row (1024)")
@@ -42,13 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     png = Path(arguments.png or f"{folder.resolve()}-lengths.png")
     try:
         store = TokenStore(folder)
+        if arguments.verify:
+            if not store.is_verified:
+                store.verify()
+            print(f"{folder}: every file is as it was written; fingerprint {store.fingerprint}")
+            return 0
         rows = step_rows(
             store, arguments.step, arguments.rows, arguments.seq_len, arguments.batch_size,
             arguments.seed,
         )  # fmt: skip
-        splits = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["splits"]
-        counts = {name: length_counts(store.split(name)) for name in splits}
-        print("\n".join(summary(store, name, counts[name]) for name in splits))
+        counts = {name: length_counts(store.split(name)) for name in store.split_names}
+        print("\n".join(summary(store, name, counts[name]) for name in counts))
         draw(counts, arguments.seq_len, f"Lengths of documents in {folder.resolve().name}", png)
         print(f"lengths of documents: {png}")
         for row in rows:
@@ -56,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"inspect_data.py: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a file of the store has changed meanwhile; no place for the picture
+        print(f"inspect_data.py: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

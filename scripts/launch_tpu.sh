@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs train.py on a TPU slice of Google Cloud, or on several: see usage() or --help.
 set -uo pipefail
+shopt -s extglob
 
 usage() {
   cat <<'END'
@@ -88,12 +89,18 @@ train=("$@")
 
 [[ $name =~ ^[a-z][-a-z0-9]*$ ]] || fail "--name='$name': needed; lower-case letters, digits and -"
 [[ $zone ]] || fail "--zone is missing, such as --zone=us-west4-a"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices: must be a number from 1"
-[[ $slice =~ ^[0-9]+$ ]] && ((slice < slices)) || fail "--slice=$slice: must be below --slices=$slices"
-[[ $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker: must be a number"
-[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: must be a number"
+NUMBER='^(0|[1-9][0-9]{0,5})$'
+[[ $slices =~ $NUMBER ]] && ((slices > 0)) || fail "--slices=$slices: must be a number from 1"
+[[ $slice =~ $NUMBER ]] && ((slice < slices)) || fail "--slice=$slice: must be below --slices=$slices"
+[[ $worker =~ $NUMBER ]] || fail "--worker=$worker: must be a number"
+[[ $restarts =~ $NUMBER ]] || fail "--restarts=$restarts: must be a number"
 bucket=${bucket#gs://}
 [[ $bucket != */* ]] || fail "--bucket=$bucket: the name of the bucket alone, without a folder"
+# What a name of Google Cloud may be made of. What passes needs no quotes, and gets them all the same.
+for flag in zone type version project bucket; do
+  [[ ! ${!flag} || ${!flag} =~ ^[A-Za-z0-9][-A-Za-z0-9._:]*$ ]] ||
+    fail "--$flag=${!flag}: letters, digits, '-', '_', '.' and ':' alone"
+done
 if [[ $command == run || $command == create ]]; then
   [[ $type ]] || fail "--type is missing, such as --type=v5litepod-256"
   type=${type/#v5e-/v5litepod-}  # its name in gcloud
@@ -220,7 +227,7 @@ install_all() {
 install_one() {
   local unpack="mkdir -p laser && tar xzf laser.tar.gz -C laser"
   run gcloud compute tpus tpu-vm scp "$2" "$1:laser.tar.gz" "${where[@]}" --worker=all &&
-    remote "$1" all "$unpack && $WORKER install${bucket:+ $bucket}"
+    remote "$1" all "$unpack && $WORKER install${bucket:+ $(quoted "$bucket")}"
 }
 
 start_all() {
@@ -237,7 +244,7 @@ follow() {
   while IFS= read -r line; do
     case $line in
       "train.py: exit code unknown") ;;
-      "train.py: exit code "*) code=${line##* } ;;
+      "train.py: exit code "+([0-9])) code=${line##* } ;;
       *) printf '%s\n' "$line" ;;
     esac
   done < <(remote "${nodes[slice]}" "$worker" "$WORKER follow" </dev/null)

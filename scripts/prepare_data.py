@@ -13,7 +13,8 @@ folder of .txt, .jsonl, .parquet, .jsonl.gz, .json.gz, .jsonl.zst or .json.zst f
 are in data/sources.py. A flag file holds one flag a line. Stopped at any moment, the same command
 goes on where it was; with --beam, which needs an environment of its own (requirements-beam.txt), it
 begins anew.
-Exit codes: 0 done, 2 mistake in the command line or the input, 1 anything else.
+Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by Ctrl-C, 1 anything
+else.
 """
 
 import logging
@@ -27,13 +28,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from laser.training.console import end_on_ctrl_c
+
+GOES_ON = "what is finished is kept, and the same command goes on"
+if __name__ == "__main__":
+    end_on_ctrl_c(f"stopped; {GOES_ON}")
+
 from absl import flags
 
 from data.config import StoreConfig
 from data.estimate import estimate
 from data.prepare import prepare
 
-GOES_ON = "what is finished is kept, and the same command goes on"
 VALUES = flags.FlagValues()
 flags.DEFINE_string("source", None, "see above", flag_values=VALUES, required=True)
 flags.DEFINE_string("output", None, "folder to write", flag_values=VALUES, required=True)
@@ -77,9 +83,6 @@ def main(argv: list[str]) -> int:
         return 2
     except (RuntimeError, OSError) as error:  # a worker died; the disk is full
         print(f"{Path(argv[0]).name}: {error}; {GOES_ON}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped; {GOES_ON}", file=sys.stderr)
         return 1
     return 0
 

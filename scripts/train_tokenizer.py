@@ -7,7 +7,8 @@ piece of its own, and characters outside of the vocabulary fall back to bytes, s
 gives back the text. PAD is 0, EOS is 1. Up to a million documents are read, from parts all over the
 train split; the sample of them is bounded, and the same source gives the same model. Sources are
 those of scripts/prepare_data.py, which also takes existing models, such as T5's or LLaMA's.
-Exit codes: 0 done, 2 mistake in the command line or the input, 1 anything else.
+Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by Ctrl-C, 1 anything
+else.
 """
 
 import logging
@@ -15,6 +16,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from laser.training.console import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c("stopped; no tokenizer was written")
 
 from absl import flags
 
@@ -60,6 +66,9 @@ def main(argv: list[str]) -> int:
     except (ValueError, flags.Error) as error:
         print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # the disk is full
+        print(f"{Path(argv[0]).name}: {error}", file=sys.stderr)
+        return 1
     tokenizer = Tokenizer(path)
     print(f"{path}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
     return 0

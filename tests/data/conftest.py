@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data import corpus
-from data.store import FORMAT, MANIFEST, TOKENIZER, TokenStore
+from data.manifest import COUNTS, FORMAT, MANIFEST, seal
+from data.store import TOKENIZER, TokenStore
 from data.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 512
@@ -38,7 +39,7 @@ def make_store(tmp_path):
             "dtype": dtype,
             "splits": {name: _split(folder, name, dtype, s) for name, s in splits.items()},
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        (folder / MANIFEST).write_text(json.dumps(seal(manifest)))
         return TokenStore(folder)
 
     return make
@@ -50,6 +51,7 @@ def _split(folder: Path, name: str, dtype: str, shards: list[list[int]]) -> dict
             "file": f"{name}-{i:05d}.bin",
             "tokens": len(shard),
             "documents": len(starts),
+            "bytes": 3 * len(shard),
             "sha256": _write(folder / f"{name}-{i:05d}.bin", np.array(shard, dtype).tobytes()),
             "offsets_sha256": _write(
                 folder / f"{name}-{i:05d}.offsets", np.array(starts, "<u8").tobytes()
@@ -57,9 +59,7 @@ def _split(folder: Path, name: str, dtype: str, shards: list[list[int]]) -> dict
         }
         for i, (shard, starts) in enumerate(zip(shards, _starts(shards)))
     ]
-    tokens = sum(len(shard) for shard in shards)
-    documents = sum(shard.count(EOS) for shard in shards) - 1
-    return {"tokens": tokens, "documents": documents, "bytes": 3 * tokens, "shards": records}
+    return {key: sum(r[key] for r in records) for key in COUNTS} | {"shards": records}
 
 
 def _starts(shards: list[list[int]]) -> list[list[int]]:

@@ -61,6 +61,30 @@ def test_an_unfinished_search_is_begun_anew(tmp_path):
     assert _dropped(source, tmp_path) == [[1]]
 
 
+@pytest.mark.parametrize(
+    "name, again",
+    [
+        ("0.hashes", lambda folder: find_duplicates([folder / "0.hashes"], folder / "again")),
+        ("found/00001.u8", lambda folder: read_duplicates(folder / "found", 1)),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, name, again):
+    source = _Source([("train", "a"), ("train", "b")], [("train", "a")])
+    assert _dropped(source, tmp_path) == [[], [0]]
+    path = tmp_path / name
+    whole = path.read_bytes()
+    flips = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))]
+    other = path.with_name("1.hashes" if "hashes" in name else "00000.u8").read_bytes()
+    for damaged in (*flips, whole[:-8], b"", other):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path}: missing or damaged"):
+            again(tmp_path)
+    path.unlink()
+    if "u8" in name:  # a file of hashes that is gone is made again
+        with pytest.raises(ValueError, match=f"{path}: missing or damaged"):
+            again(tmp_path)
+
+
 def test_ranks_keep_their_order_and_fit_into_a_signed_integer():
     ranks = [
         document_rank(split, part, index)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
@@ -213,6 +214,112 @@ def test_finished_parts_are_not_written_again(run, tmp_path, monkeypatch):
     TokenStore(tmp_path / "store")
 
 
+@pytest.fixture
+def crash_at(monkeypatch):
+    """Lets preparation crash where it would write a file of JSON whose name begins so."""
+
+    def arm(start):
+        def crash(path, content):
+            if start and path.name.startswith(start):
+                raise Crash
+            write_json(path, content)
+
+        monkeypatch.setattr(prepare_module, "write_json", crash)
+
+    write_json = prepare_module.write_json
+    return arm
+
+
+def _other_bytes(path):
+    """Other content of the same size, as if nothing had happened."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("drop_duplicates", [False, True])
+def test_a_source_that_changes_before_the_store_is_finished_is_refused(
+    run, source, tmp_path, crash_at, drop_duplicates
+):
+    crash_at("part-00003")
+    with pytest.raises(Crash):
+        run(drop_duplicates=drop_duplicates)
+    crash_at("")
+    whole, path = (source / "01.txt").read_bytes(), source / "01.txt"
+    _other_bytes(path)
+    assert path.read_bytes() != whole
+    for _ in range(2):
+        with pytest.raises(ValueError) as error:
+            run(drop_duplicates=drop_duplicates)
+        assert "files of the source have changed since this prep" in str(error.value)
+        assert "as 01.txt; put them back" in str(error.value)
+    path.write_bytes(whole)
+    run(drop_duplicates=drop_duplicates)
+    run("reference", drop_duplicates=drop_duplicates)
+    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(run, source, tmp_path, monkeypatch):
+    run_parts = prepare_module.run_parts
+
+    def and_change(*arguments):
+        yield from run_parts(*arguments)
+        _other_bytes(source / "01.txt")
+
+    monkeypatch.setattr(prepare_module, "run_parts", and_change)
+    with pytest.raises(ValueError, match=r"have changed while they were read, as 01\.txt"):
+        run()
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_before_there_are_shards_a_changed_source_is_begun_anew(run, source, tmp_path, crash_at):
+    crash_at("tokenizer")
+    with pytest.raises(Crash):
+        run(tokenizer=None, vocab_size=318)
+    crash_at("")
+    _other_bytes(source / "20.jsonl")
+    (source / "20.jsonl").write_text('{"text": "other"}\n')
+    run(tokenizer=None, vocab_size=318)
+    run("reference", tokenizer=None, vocab_size=318)
+    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "request.json", "tokenizer.json", "part-00001"]
+)
+def test_damage_to_what_is_finished_is_refused(run, tmp_path, crash_at, name):
+    crash_at("part-00003")
+    with pytest.raises(Crash):
+        run()
+    crash_at("")
+    (path,) = (tmp_path / "store").rglob(f"{name}*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        run()
+    assert str(path) in str(error.value)
+
+
+def test_records_of_parts_that_were_swapped_are_refused(run, tmp_path, crash_at):
+    crash_at("part-00003")
+    with pytest.raises(Crash):
+        run()
+    crash_at("")
+    one, two = (tmp_path / "store" / "progress" / f"part-0000{i}.json" for i in (1, 2))
+    two.write_bytes(one.read_bytes())
+    with pytest.raises(ValueError, match="is that of part 1"):
+        run()
+
+
+def test_damage_to_a_finished_store_is_not_called_complete(run, tmp_path):
+    run()
+    path = tmp_path / "store" / "train-00001.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"train-00001\.bin is corrupt"):
+        run()
+
+
 def test_a_finished_store_is_left_alone(run, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     first = run()
@@ -246,7 +353,7 @@ def test_a_store_of_another_format_is_refused(run, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
     with pytest.raises(ValueError) as error:
         run()
-    assert "format=1, this code writes 2; delete it" in str(error.value)
+    assert "format=1, this code reads 3" in str(error.value)
 
 
 def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):

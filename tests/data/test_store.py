@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.store import MANIFEST, TokenStore
+from data.manifest import MANIFEST, read_manifest, seal
+from data.store import StoreChangedError, TokenStore
 
 STREAM = [1, *range(100, 110), 1, *range(200, 211), 1]  # 24 tokens, 2 documents
 
@@ -125,10 +127,119 @@ def test_what_is_no_store_is_an_error(tmp_path, make_store):
     with pytest.raises(ValueError) as error:
         store.split("test")
     assert "'test', only train" in str(error.value)
-    (store.path / MANIFEST).write_text('{"format": 99}')
+    (store.path / MANIFEST).write_text('{"format": 2}')
     with pytest.raises(ValueError) as error:
         TokenStore(store.path)
-    assert "format=99" in str(error.value)
+    assert "format=2, this code reads 3" in str(error.value)
+
+
+def test_no_byte_of_the_manifest_can_have_a_bit_flipped(make_store):
+    store = make_store(train=_shards(7, 17), validation=_shards(24))
+    path = store.path / MANIFEST
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"manifest\.json: .*prepare"):
+            read_manifest(store.path)
+    for damaged in (b"", whole[:-2], whole[: len(whole) // 2], b"[]", b"[" * 10**5, b"\0" * 99):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"manifest\.json: (can't be read|damaged or edited)"):
+            TokenStore(store.path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda m: m["splits"]["train"].update(tokens=23),
+            "train split says 23 tokens, its shards",
+        ),
+        (lambda m: m["splits"]["train"]["shards"][0].update(documents=-1), "says 2 documents"),
+        (lambda m: m.update(eos_id=2**16), "eos_id=65536 is outside of the vocabulary of 65536"),
+        (lambda m: m.update(vocab_size=2**16 + 1), "dtype=<u2 does not hold a vocabulary of 65537"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(make_store, change, message):
+    store = make_store(train=_shards(7, 17))
+    path = store.path / MANIFEST
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="damaged or edited"):
+        TokenStore(store.path)
+    path.write_text(json.dumps(seal(content)))
+    with pytest.raises(ValueError) as error:
+        TokenStore(store.path)
+    assert message in str(error.value)
+
+
+def test_whatever_rows_follow_from_is_in_the_fingerprint(make_store):
+    store = make_store(train=_shards(7, 17))
+    path = store.path / MANIFEST
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    seen = {store.fingerprint}
+    for changes in ({"eos_id": 2}, {"pad_id": 2}, {"vocab_size": 300}):
+        path.write_text(json.dumps(seal(content | changes)))
+        seen.add(TokenStore(store.path).fingerprint)
+    split = content["splits"]["train"]
+    split["bytes"] += 1
+    split["shards"][0]["bytes"] += 1
+    path.write_text(json.dumps(seal(content)))
+    seen.add(TokenStore(store.path).fingerprint)
+    assert len(seen) == 5
+
+
+def _rows(store):
+    return store.split("train").rows([0, 3, 1], 5)
+
+
+def _later(path, content):
+    """Written as it would be a moment later: the clock of a file system has coarse ticks."""
+    path.write_bytes(content)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**7))
+
+
+@pytest.mark.parametrize("was_read", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path, content: _later(path, b"\xff" + content[1:]),  # in place, of the same size
+        lambda path, content: os.truncate(path, 8),
+        lambda path, content: os.truncate(path, 0),
+        lambda path, content: _later(path, content + b"\0\0"),
+    ],
+)
+def test_a_store_that_is_written_over_while_it_is_read_is_an_error(make_store, was_read, change):
+    store = make_store(train=_shards(7, 17))
+    if was_read:
+        _rows(store)
+    path = store.path / "train-00001.bin"
+    change(path, path.read_bytes())
+    for _ in range(2):  # it stays one
+        with pytest.raises(StoreChangedError) as error:
+            _rows(store)
+        assert f"{path}: was" in str(error.value)
+        assert "prepare it in another folder" in str(error.value)
+    store.split("train").rows([0], 5)  # of another file
+
+
+def test_a_store_that_is_replaced_while_it_is_read_gives_its_own_rows(make_store):
+    store = make_store(train=_shards(24))
+    before = _rows(store)
+    path = store.path / "train-00000.bin"
+    other = store.path / "other"
+    other.write_bytes(path.read_bytes()[::-1])
+    other.replace(path)
+    np.testing.assert_array_equal(_rows(store), before)
+    path.unlink()
+    np.testing.assert_array_equal(_rows(store), before)
+    (store.path / "train-00000.offsets").unlink()
+    with pytest.raises(StoreChangedError, match="offsets: is gone since the store was opened"):
+        store.split("train").document(0)
 
 
 DOCUMENTS = [[5, 6], [], [7], [8, 9, 10], []]

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import socket
 
 import pyarrow
 import pytest
@@ -245,3 +247,56 @@ def test_lines_at_the_edges_of_slices_are_read_once(tmp_path):
                 begins = content.find(b"\n", start) + 1 or len(content)
             found = b"".join(line for line, _ in lines(path, start, stop))
             assert found == b"" or content.startswith(found, begins)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "link to nothing"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
+    (tmp_path / "a.txt").write_text("a")
+    path = tmp_path / "b" / "c.jsonl"
+    path.parent.mkdir()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(path))
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(ValueError, match=rf"b/c\.jsonl is a {kind} and no regular file"):
+        TextFolder(tmp_path)
+    path.rename(path.with_name("c.other"))  # which is not read
+    TextFolder(tmp_path)
+
+
+def test_folders_and_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    source = TextFolder(tmp_path)
+
+    def denied(name, *_):
+        raise PermissionError(13, "Permission denied", str(name))
+
+    monkeypatch.setattr("data.parts.os.open", denied)  # root may read all
+    with pytest.raises(ValueError, match=r"a\.txt: can't be read \(Permission denied\)"):
+        source.files()
+    monkeypatch.setattr("data.text_files.os.scandir", denied)
+    with pytest.raises(ValueError, match=r"can't be listed \(Permission denied\)"):
+        TextFolder(tmp_path)
+
+
+def test_files_of_other_content_are_told_apart(tmp_path):
+    small, large = tmp_path / "a.txt", tmp_path / "b.txt"
+    small.write_bytes(b"a" * 2**17)
+    large.write_bytes(b"a" * (2**17 + 1))
+    source = TextFolder(tmp_path)
+    before = source.files()
+    os.utime(small, (0, 0))  # all of it is looked at
+    assert source.files() == before
+    for path, change in ((small, b"b" * 2**17), (large, b"a" * 2**16 + b"b" + b"a" * 2**16)):
+        whole, when = path.read_bytes(), path.stat().st_mtime_ns
+        path.write_bytes(change)
+        os.utime(path, ns=(when, when + 1))
+        assert [n for n, now in source.files().items() if now != before[n]] == [path.name]
+        path.write_bytes(whole)
+        os.utime(path, ns=(when, when))
+        assert source.files() == before

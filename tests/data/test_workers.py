@@ -1,8 +1,10 @@
 """Worker processes: what fails or dies in one ends the run, and files need no TensorFlow."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,51 @@ def test_a_worker_that_fails_or_dies_ends_it_all(tmp_path, how, message):
     )
     assert done.returncode == 1
     assert message in done.stderr
+
+
+STARTING = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+if __name__ != "__main__":  # a worker, before it has read what it should do
+    os._exit(9) if sys.argv[2] == "die" else time.sleep(1000)
+from data.parts import Part
+from data.workers import run_parts
+
+class Job:
+    def __init__(self):
+        self.content = bytes(2**22)  # more than a pipe holds
+
+    def __call__(self, part, threads, progress):
+        pass
+
+if __name__ == "__main__":
+    print("starting", flush=True)
+    list(run_parts(Job(), [Part(i, 1, {}, None) for i in range(6)], 2, "test", 6))
+"""
+
+
+@pytest.mark.parametrize("how", ["die", "hang"])
+def test_workers_that_never_get_to_work_do_not_hold_it_up(tmp_path, how):
+    """They die while they start, or Ctrl-C comes while they do."""
+    script = tmp_path / "script.py"
+    script.write_text(STARTING)
+    process = subprocess.Popen(
+        [sys.executable, script, ROOT, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert process.stdout.readline() == "starting\n"
+        if how == "hang":
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while len(children.read_text().split()) < 2:  # the first is multiprocessing's own
+                time.sleep(0.001)
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    expected = "KeyboardInterrupt" if how == "hang" else "RuntimeError: a worker process died (exit"
+    assert expected in errors.splitlines()[-1]
+    assert process.returncode == (-signal.SIGINT if how == "hang" else 1)

@@ -5,6 +5,7 @@ tests/export/test_transformers.py compares the models in PyTorch.
 
 import dataclasses
 import json
+import random
 
 import jax
 import numpy as np
@@ -41,17 +42,17 @@ def origin_of(model):
     return Origin(dataclasses.replace(load_config(base.get_config()), model=model), 7, "abc")
 
 
-def random_parameters(model):
+def random_parameters(model, seed=0):
     """Away from the initial values, norms and temperatures too."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: np.asarray(x + np.float32(0.2) * rng.normal(size=x.shape), np.float32),
         init_parameters(model, 0),
     )
 
 
-def exported(folder, store, model, **options):
-    params = random_parameters(model)
+def exported(folder, store, model, seed=0, **options):
+    params = random_parameters(model, seed)
     write_export(
         folder, origin_of(model), params, store / "tokenizer.model", card="# A model", **options
     )
@@ -94,6 +95,7 @@ def rewritten(folder, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "SHA256SUMS").unlink()
 
 
 def set_to(name, value):
@@ -140,9 +142,34 @@ def test_weights_that_were_trained_on_elsewhere_come_back(store, tmp_path):
     assert_same(back, params)
 
 
-def test_damaged_files_are_refused(store, tmp_path):
+def test_damaged_files_are_refused_whatever_the_damage(store, tmp_path):
+    folder = tmp_path / "out"
+    params = exported(folder, store, MODELS["gpt2"])
+    exported(tmp_path / "other", store, MODELS["gpt2"], seed=1)
+    rng = random.Random(0)
+    for path in sorted(folder.iterdir()):
+        whole, others = path.read_bytes(), (tmp_path / "other" / path.name).read_bytes()
+        places = sorted({rng.randrange(len(whole)) for _ in range(40)})
+        flips = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in places]
+        zeroed = whole[: len(whole) // 2] + bytes(60) + whole[len(whole) // 2 + 60 :]
+        for damaged in [*flips, zeroed, b"", whole[: len(whole) // 3], others, None]:
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            harmless = path.name == "README.md" or damaged == whole
+            if harmless or (path.name == "SHA256SUMS" and damaged is None):
+                assert_same(load_exported(folder)[1], params)
+            else:
+                with pytest.raises(ValueError, match=f"^{tmp_path}"):
+                    load_exported(folder)
+            path.write_bytes(whole)
+    assert_same(load_exported(folder)[1], params)
+
+
+def test_damage_is_found_without_the_list_of_checksums_too(store, tmp_path):
     folder = tmp_path / "out"
     exported(folder, store, MODELS["laser"])
+    (folder / "SHA256SUMS").unlink()
     weights, config = folder / "model.safetensors", folder / "config.json"
     whole = weights.read_bytes()
     for damaged, message in [
@@ -158,8 +185,12 @@ def test_damaged_files_are_refused(store, tmp_path):
     config.write_text(text.replace('"num_layers": 2', '"num_layers": 3'))
     with pytest.raises(ValueError, match=r"tensor blocks\.2\..* is missing"):
         load_exported(folder)
-    config.write_text(text[:-100])
-    with pytest.raises(ValueError, match=r"config.json: not written by scripts/export.py"):
+    for damaged in (text[:-100], "\0" * 99, "[]", '{"laser": []}'):
+        config.write_text(damaged)
+        with pytest.raises(ValueError, match=r"config.json: not written by scripts/export.py"):
+            load_exported(folder)
+    config.write_bytes(b"\xff" + text.encode())
+    with pytest.raises(ValueError, match=r"config.json: "):
         load_exported(folder)
     config.unlink()
     with pytest.raises(ValueError, match="no exported model here"):

@@ -5,6 +5,7 @@ train.py of the copy are played.
 """
 
 import os
+import shlex
 import stat
 import subprocess
 import time
@@ -62,6 +63,7 @@ cat >.venv/bin/python <<'END'
 case $PWD in *-0/laser) ;; *) exit 0 ;; esac  # the first worker speaks
 case $PWD in */laser-1-0/*) exit 0 ;; esac
 echo "$@" >>"$CLOUD/started"
+printf '%s\0' "$@" >"$CLOUD/arguments"
 number=$(wc -l <"$CLOUD/started")
 echo "log of start $number"
 eval "$(sed -n "${number}p" "$CLOUD/play")"
@@ -94,6 +96,7 @@ class Cloud:
             env=environment,
             capture_output=True,
             text=True,
+            cwd=self.folder,
             timeout=60,
             check=False,
         )
@@ -167,6 +170,56 @@ def test_every_shell_word_of_train_arrives_whole(cloud):
     assert "log of start 1" in done.stdout
     assert cloud.calls() == ["create", "scp", "ssh", "ssh", "ssh"]
     assert cloud.launch("status", *OPTIONS).stdout == "READY\n"
+
+
+HOSTILE = [
+    "a;touch X", "$(touch X)", "`touch X`", "a b", "a'b", "a'$(touch X)'", 'a"b', "-rf",
+    "a\ntouch X", "*", "~", "a&touch X", "a|touch X", ">X", "a\\", "a\tb", "{a,b}", "a#b", "!x",
+]  # fmt: skip
+
+
+def test_hostile_arguments_of_train_arrive_as_they_are(cloud):
+    hostile = [
+        *TRAIN,
+        *HOSTILE,
+        "",
+        "--config.init_from=$HOME",
+        "--x='",
+        *(f"--x={h}" for h in HOSTILE),
+    ]
+    done = cloud.launch("run", *OPTIONS, *hostile, play=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    arguments = (cloud.folder / "arguments").read_text().split("\0")[:-1]
+    assert arguments == ["train.py", *hostile[1:]]
+    assert not list(cloud.folder.rglob("X"))
+    # What a dry run prints is the same when it is typed.
+    line = "\n".join(dry_run("start", *OPTIONS, "--dry-run", *hostile))
+    (command,) = [w for w in shlex.split(line) if w.startswith("--command=")]
+    assert shlex.split(command.removeprefix("--command="))[2:] == hostile[1:]
+
+
+@pytest.mark.parametrize(
+    "flag", ["name", "zone", "type", "version", "project", "bucket", "slices", "slice", "worker",
+             "restarts"]
+)  # fmt: skip
+def test_hostile_values_of_options_are_refused(cloud, flag):
+    for value in (*HOSTILE, "a[$(touch X)]", "1+1", "08", "9" * 30):
+        if flag in ("zone", "project", "bucket", "version") and value in ("08", "9" * 30):
+            continue
+        refused = cloud.launch("run", *OPTIONS, f"--{flag}={value}", *TRAIN)
+        assert refused.returncode == 2
+        assert f"error: --{flag}=" in refused.stderr
+        assert refused.stderr.count("\n") == 1 + value.count("\n")
+    assert not (cloud.folder / "calls").exists()
+    assert not list(cloud.folder.rglob("X"))
+
+
+def test_a_line_of_the_log_is_no_exit_code(cloud):
+    play = ["echo 'train.py: exit code a[$(touch X)]'; echo 'train.py: exit code 7 or so'; exit 0"]
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=play)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("exit code") == 2
+    assert not list(cloud.folder.rglob("X"))
 
 
 def test_preempted_run_goes_on_on_a_new_slice(cloud):

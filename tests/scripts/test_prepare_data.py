@@ -119,27 +119,59 @@ def _contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_interrupted_preparation_says_so_and_goes_on(large, tmp_path, tokenizer_path):
-    arguments = [f"--source={large}", f"--tokenizer={tokenizer_path}", "--workers=2"]
-    store = tmp_path / "store"
+def _interrupted(arguments, when):
+    """Ctrl-C to a program that was started with SIGINT ignored, as in the background."""
     process = subprocess.Popen(
-        [*SCRIPT, *arguments, f"--output={store}"],
+        [*SCRIPT, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
-    while not list(store.glob("progress/part-*.json")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    when(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == -signal.SIGINT  # which shells call 130
     assert errors.splitlines()[-1].startswith("stopped; what is finished is kept")
     assert "Traceback" not in errors
-    assert not (store / "manifest.json").exists()
+    return errors
+
+
+def _children(process):
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def test_an_interrupted_preparation_says_so_and_goes_on(large, tmp_path, tokenizer_path):
+    store = tmp_path / "store"
+    arguments = [f"--source={large}", f"--tokenizer={tokenizer_path}", "--workers=2"]
+
+    def wait_until(condition):
+        def wait(process):
+            while not condition(process):
+                assert process.poll() is None
+                time.sleep(0.001)
+
+        return wait
+
+    for when in (
+        lambda process: len(_children(process)) > 1,  # the first is multiprocessing's own
+        lambda process: list(store.glob("*.tmp")),
+        lambda process: list(store.glob("progress/part-*.json")),
+    ):
+        _interrupted([*arguments, f"--output={store}"], wait_until(when))
+        assert not (store / "manifest.json").exists()
     assert _script(*arguments, f"--output={store}").returncode == 0
     assert _script(*arguments, f"--output={tmp_path / 'reference'}").returncode == 0
     assert _contents(store) == _contents(tmp_path / "reference")
+
+
+def test_the_training_of_a_tokenizer_can_be_interrupted(large, tmp_path):
+    def wait(process):
+        assert process.stderr.readline().startswith("training a tokenizer")
+
+    store = tmp_path / "store"
+    _interrupted([f"--source={large}", f"--output={store}", "--vocab_size=4000"], wait)
+    assert not (store / "tokenizer.model").exists()
 
 
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
