@@ -191,6 +191,7 @@ def _interrupted(made: _Made, rng: random.Random, kills: int) -> list[Trial]:
     for i in range(kills):
         process = subprocess.Popen(
             ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command],  # as in the background
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
