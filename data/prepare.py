@@ -92,9 +92,9 @@ def begin(folder: Path, request: Record, files: dict[str, str]) -> None:
         if any(folder.glob("*.bin")):
             _check_same(folder, saved["request"], request)
             _check_files(folder, saved["files"], files, "since this preparation began")
+        for path in [*folder.glob(f"*{TEMPORARY}"), *begun.parent.rglob(f"*{TEMPORARY}")]:
+            path.unlink(missing_ok=True)  # a killed run's
         if saved == {"request": request, "files": files}:
-            for path in [*folder.glob(f"*{TEMPORARY}"), *begun.parent.rglob(f"*{TEMPORARY}")]:
-                path.unlink(missing_ok=True)  # a killed run's
             return
         (folder / TOKENIZER).unlink(missing_ok=True)  # nothing else is lost by starting anew
         shutil.rmtree(begun.parent)

@@ -78,7 +78,6 @@ class TokenStore:
         self._files = dict(zip(sizes, files))
         if sum(sizes.values()) <= VERIFIED_BYTES:
             self.verify()
-        _allow_open_files(len(sizes) + OTHER_FILES)
         self._splits = {
             name: Split([self._shard(shard) for shard in record["shards"]])
             for name, record in self._manifest["splits"].items()
@@ -93,6 +92,7 @@ class TokenStore:
         """The rows of "train" or "validation"."""
         if name not in self._splits:
             raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(self._splits)}")
+        _allow_open_files(len(self._files) + OTHER_FILES)
         return self._splits[name]
 
     def verify(self) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -46,6 +47,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="by Ctrl-C (20)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
     rng = random.Random(arguments.seed)
     text_files.MIN_PART = 2**15  # several parts of little text
     with tempfile.TemporaryDirectory() as folder:
@@ -188,9 +190,12 @@ def _interrupted(made: _Made, rng: random.Random, kills: int) -> list[Trial]:
     ]  # fmt: skip
     for i in range(kills):
         process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        )  # fmt: skip
+            ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command],  # as in the background
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         time.sleep(rng.uniform(0.1, 3.0))
         process.send_signal(signal.SIGINT)
         try:

@@ -1,6 +1,7 @@
 """Batches: what is in them, which host reads what, and how errors and the end arrive."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from data import loader
 from data.loader import Prefetcher, eval_batches, train_batches
 from data.order import row_ids
+from data.store import StoreChangedError
 
 EOS, PAD, LENGTH = 1, 0, 6
 
@@ -69,6 +71,18 @@ def test_a_later_start_gives_the_same_batches(split):
     assert list(late) == [15, 16, 17, 18, 19]
     for step, batch in late.items():
         np.testing.assert_array_equal(batch["inputs"], expected[step]["inputs"])
+
+
+def test_a_store_that_is_written_over_ends_training_with_the_name_of_the_file(make_store):
+    store = make_store(train=[[i % 50 for i in range(200 * LENGTH + 1)]])
+    path = store.path / "train-00000.bin"
+    with _train(store.split("train"), stop_step=10_000) as batches:
+        next(batches)
+        path.write_bytes(path.read_bytes()[::-1])
+        os.utime(path, ns=(0, 0))
+        with pytest.raises(StoreChangedError, match=f"{path}: was written to since"):
+            for _ in batches:  # those that were made before are right
+                pass
 
 
 def test_an_eos_belongs_to_the_document_after_it(make_store):

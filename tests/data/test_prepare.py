@@ -277,7 +277,7 @@ def test_before_there_are_shards_a_changed_source_is_begun_anew(run, source, tmp
     with pytest.raises(Crash):
         run(tokenizer=None, vocab_size=318)
     crash_at("")
-    _other_bytes(source / "20.jsonl")
+    (tmp_path / "store" / "train-00000.bin.1.tmp").write_bytes(b"what a kill leaves")
     (source / "20.jsonl").write_text('{"text": "other"}\n')
     run(tokenizer=None, vocab_size=318)
     run("reference", tokenizer=None, vocab_size=318)

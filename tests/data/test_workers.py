@@ -66,7 +66,7 @@ def test_a_worker_that_fails_or_dies_ends_it_all(tmp_path, how, message):
 
 
 STARTING = """
-import os, sys, time
+import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 if __name__ != "__main__":  # a worker, before it has read what it should do
     os._exit(9) if sys.argv[2] == "die" else time.sleep(1000)
@@ -81,6 +81,7 @@ class Job:
         pass
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was ignored
     print("starting", flush=True)
     list(run_parts(Job(), [Part(i, 1, {}, None) for i in range(6)], 2, "test", 6))
 """
@@ -96,7 +97,6 @@ def test_workers_that_never_get_to_work_do_not_hold_it_up(tmp_path, how):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         assert process.stdout.readline() == "starting\n"

@@ -1,6 +1,7 @@
 """Rows of a step as text: every token shown once, documents told apart, in training's order."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from data import corpus
 from data.loader import train_batches
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
+from scripts import inspect_data
 from scripts.inspect_data import draw, length_counts, row_pieces, step_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +81,21 @@ def test_the_script_shows_counts_rows_and_a_picture(store, tmp_path):
     assert "validation: " in result.stdout
     assert len(MARK.findall(result.stdout)) >= 1
     assert png.is_file()
+
+
+@pytest.mark.parametrize("verified_bytes", [0, 2**34])  # a store that is large, and a small one
+def test_a_store_is_verified_on_request(store, tmp_path, monkeypatch, capsys, verified_bytes):
+    monkeypatch.setattr("data.store.VERIFIED_BYTES", verified_bytes)
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    assert inspect_data.main([str(copy), "--verify"]) == 0
+    fingerprint = TokenStore(copy).fingerprint
+    expected = f"{copy}: every file is as it was written; fingerprint {fingerprint}\n"
+    assert capsys.readouterr().out == expected
+    path = copy / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    assert inspect_data.main([str(copy), "--verify"]) == 2
+    assert f"error: {path} is corrupt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

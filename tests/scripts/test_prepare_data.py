@@ -122,11 +122,10 @@ def _contents(folder):
 def _interrupted(arguments, when):
     """Ctrl-C to a program that was started with SIGINT ignored, as in the background."""
     process = subprocess.Popen(
-        [*SCRIPT, *arguments],
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *SCRIPT, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     when(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
