@@ -55,7 +55,7 @@ def check(example: Example) -> None:
         if not text.strip():
             raise ValueError(f"candidate {i} is empty: {list(example.choices)}")
     try:
-        "".join((*example.contexts, *example.continuations, example.shot)).encode()
+        "".join({*example.contexts, *example.continuations, example.shot}).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a character (a surrogate) in the text: {error}") from error
     if count < 2:

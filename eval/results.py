@@ -37,7 +37,7 @@ class ResultsFolder:
     def finished(self, task: str) -> Result | None:
         """The result that is there, of whatever rows and checkpoint."""
         path = self.path / f"{task}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return _read(path) if path.is_file() else None
 
     def has_records(self, task: str) -> bool:
         return self._records(task).is_file()
@@ -57,9 +57,7 @@ class ResultsFolder:
         """
         path = self.path / "results.json"
         finished = sorted(file for file in self.path.glob("*.json") if file != path)
-        tasks = {
-            file.stem: json.loads(file.read_text()) for file in finished if file.stem not in failed
-        }
+        tasks = {file.stem: _read(file) for file in finished if file.stem not in failed}
         write_atomically(path, _text({"tasks": tasks, "missing": {**missing, **failed}}))
         return path
 
@@ -76,6 +74,13 @@ class ResultsFolder:
 
     def _records(self, task: str) -> Path:
         return self.path / f"{task}.records.jsonl"
+
+
+def _read(path: Path) -> Result:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it to score the task anew") from error
 
 
 def _text(value: Any) -> str:

@@ -205,11 +205,12 @@ def wic(raw: Raw) -> list[Row]:
 
 
 def winogrande(raw: Raw) -> list[Row]:
-    """sentence with one _, option1, option2, gold."""
+    """sentence with one _, option1, option2, gold. The answers of the archive, which has them in
+    files of labels as well, count from 1; TFDS's labels from 0."""
     row = {name: raw[name] for name in ("sentence", "option1", "option2")}
     if "_" not in row["sentence"]:
         raise ValueError(f"sentence={row['sentence']!r}: there is no _ in it")
-    gold = _label(raw) if "label" in raw else int(_label(raw, "answer")) - 1
+    gold = int(_label(raw, "answer")) - 1 if "answer" in raw else _label(raw)
     return [{**row, "gold": gold}]
 
 

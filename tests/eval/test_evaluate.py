@@ -7,7 +7,7 @@ import pytest
 
 from eval import paper, results
 from eval.oneshot import Settings
-from eval.run import offline_score, open_model, saved_steps
+from eval.run import fingerprint, offline_score, open_model, saved_steps
 from eval.tasks import TASKS
 from laser.training.checkpoint import CheckpointError
 from laser.training.config import load_config
@@ -108,7 +108,7 @@ def scores(workdir, name="copa"):
     return result["metrics"]["accuracy"]["mean"], result["origin"]
 
 
-def test_other_rows_or_another_checkpoint_are_scored_anew(workdir, data_dir, capsys):
+def test_other_rows_or_another_checkpoint_are_scored_anew(workdir, data_dir, capsys, monkeypatch):
     """In another folder, or corrected in place; equal rows elsewhere are not scored again."""
     flags = ("--tasks=copa", "--shots=0", "--records")
     assert run(capsys, workdir, data_dir, *flags)[0] == 0
@@ -127,9 +127,19 @@ def test_other_rows_or_another_checkpoint_are_scored_anew(workdir, data_dir, cap
     assert not list((workdir / "eval/4/gpt3-0shot").glob("*.records.*"))  # those were of the others
     (data_dir / "COPA/val.jsonl").write_text("".join(turned[:2]))
     assert "scored anew" in run(capsys, workdir, data_dir, *flags)[1]
-    shutil.copytree(workdir / "checkpoints/2", workdir / "checkpoints/4", dirs_exist_ok=True)
+    monkeypatch.setattr(evaluate, "fingerprint", lambda workdir, step: "of a run that began anew")
     assert "is of another checkpoint (" in run(capsys, workdir, data_dir, *flags)[1]
     assert "reused" in run(capsys, workdir, data_dir, *flags)[1]
+
+
+def test_a_checkpoint_is_known_by_its_tensors_and_its_tokenizer(workdir):
+    before = fingerprint(workdir, 4)
+    assert before == fingerprint(workdir, 4) != fingerprint(workdir, 2)
+    (workdir / "tokenizer.model").write_bytes(b"another")
+    assert fingerprint(workdir, 4) != before
+    shutil.rmtree(workdir / "checkpoints/4/record")
+    with pytest.raises(CheckpointError, match="record"):
+        fingerprint(workdir, 4)
 
 
 def test_other_demonstrations_are_other_rows(data_dir):

@@ -62,6 +62,14 @@ def test_piqas_labels_lie_beside_its_rows(tmp_path):
         load("piqa", tmp_path)
 
 
+def test_winograndes_files_of_labels_say_what_its_rows_say(tmp_path):
+    """The archive has both; these labels count from 1, unlike PIQA's."""
+    one = {**RAW["winogrande"], "answer": "1"}
+    rows = write(tmp_path / "winogrande_1.1/dev.jsonl", RAW["winogrande"], one)
+    rows.with_name("dev-labels.lst").write_text("2\n1\n")
+    assert [e.golds for e in load("winogrande", tmp_path).examples] == [(1,), (0,)]
+
+
 def test_race_has_a_file_for_each_article(tmp_path):
     for name in ("10.txt", "9.txt"):
         write(tmp_path / "RACE/test/high" / name, {**RACE, "article": name})
