@@ -373,8 +373,15 @@ def _read_tensors(path: Path, abstract: Any, partial: bool) -> Any:
         return checkpointer.restore(path, args=args)
 
 
-def _shows_damage(error: Exception) -> bool:
-    """Whether an error is the checkpoint's own: of its format, and not of memory or the machine."""
+def _shows_damage(error: BaseException) -> bool:
+    """Whether an error is the checkpoint's own: of its format, and not of memory or the machine.
+
+    Orbax wraps what tensorstore raises, so all that it came from must be so.
+    """
+    return all(map(_is_of_format, _causes(error)))
+
+
+def _is_of_format(error: BaseException) -> bool:
     if isinstance(error, DamagedError | FileNotFoundError):
         return True
     if isinstance(error, MemoryError | OSError | RuntimeError):
@@ -383,7 +390,16 @@ def _shows_damage(error: Exception) -> bool:
     return code is None or code[1] in OF_DAMAGE
 
 
-def _first_line(error: Exception) -> str:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on to the first one."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    *_, first = _causes(error)
+    error = error if isinstance(error, CheckpointError) else first
     line = (str(error).splitlines() or [""])[0][:200]
     return line if isinstance(error, CheckpointError) else f"{type(error).__name__}: {line}"
 
