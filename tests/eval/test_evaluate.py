@@ -9,6 +9,7 @@ from eval import paper, results
 from eval.oneshot import Settings
 from eval.run import offline_score, open_model, saved_steps
 from laser.training.checkpoint import CheckpointError
+from laser.training.run_folder import seal
 from laser.training.config import load_config
 from scripts import evaluate
 from tests.eval.test_prompts import RAW
@@ -202,7 +203,8 @@ def test_a_run_without_a_checkpoint_is_explained(workdir, data_dir, capsys):
 def test_a_model_too_short_for_a_task_is_explained(workdir, data_dir, capsys):
     config = json.loads((workdir / "config.json").read_text())
     config["config"]["data"]["seq_len"] = 4
-    (workdir / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(workdir / "config.json", workdir / "config.0.json")  # as if it was changed
+    (workdir / "config.json").write_text(json.dumps(seal(config)))
     code, _, err = run(capsys, workdir, data_dir, "--tasks=held_out", "--limit=1")
     assert code == 2
     assert "held_out: a context of" in err
