@@ -9,8 +9,8 @@ from eval import paper, results
 from eval.oneshot import Settings
 from eval.run import offline_score, open_model, saved_steps
 from laser.training.checkpoint import CheckpointError
-from laser.training.run_folder import seal
 from laser.training.config import load_config
+from laser.training.run_folder import seal
 from scripts import evaluate
 from tests.eval.test_prompts import RAW
 
