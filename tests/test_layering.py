@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "data",
         "laser.training.checkpoint",
         "laser.training.config",
+        "laser.training.preemption",
         "laser.training.run_folder",
         "laser.training.share",
         "laser.training.sharding",

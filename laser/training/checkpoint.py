@@ -25,9 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
-from laser.training import hosts, run_folder
+from laser.training import hosts, retention, run_folder
 from laser.training.config import CheckpointConfig
 from laser.training.run_folder import UNREADABLE
 
@@ -61,8 +60,10 @@ class Checkpoints:
         self._failed = False
         self._interim = {step for step in self._steps() if _is_interim(self._folder / str(step))}
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=_preservation(config, self._interim),
-            best_fn=functools.partial(_score, config.best) if config.best != "none" else None,
+            preservation_policy=retention.policy(config, self._interim),
+            best_fn=functools.partial(retention.score, config.best)
+            if config.best != "none"
+            else None,
             cleanup_tmp_directories=True,
             # Threads that write would wait 20 minutes for a folder that could not be made.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -242,43 +243,6 @@ def _is_interim(folder: Path) -> bool:
         return False
 
 
-class _NewestInTurn(checkpoint_managers.PreservationPolicy):
-    """Keeps the newest of those that were saved in turn, and the newest of all."""
-
-    def __init__(self, count: int, interim: set[int]):
-        self._count, self._interim = count, interim
-
-    def should_preserve(self, checkpoints, *, context):
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        in_turn = [step for step in steps if step not in self._interim]
-        kept = {*in_turn[-self._count :], *steps[-1:]}
-        return [step in kept for step in steps]
-
-
-def _preservation(
-    config: CheckpointConfig, interim: set[int]
-) -> checkpoint_managers.PreservationPolicy:
-    """The newest ones, the multiples of a period, the best one. Of equally good ones the newest."""
-    policies: list[checkpoint_managers.PreservationPolicy] = [_NewestInTurn(config.keep, interim)]
-    if config.keep_period:
-        policies.append(checkpoint_managers.EveryNSteps(config.keep_period))
-    if config.best != "none":
-        best = checkpoint_managers.BestN(
-            get_metric_fn=functools.partial(_score, config.best),
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        policies.append(best)
-    return checkpoint_managers.AnyPreservationPolicy(policies)
-
-
-def _score(best: str, metrics: Mapping[str, float]) -> float:
-    """The larger, the better."""
-    value = metrics[f"eval/{best}"]
-    return -value if best == "loss" else value
-
-
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of a run's checkpoints, in order. Raises CheckpointError where it has none."""
     steps = list(run_folder.saved_step_folders(workdir.absolute()))
@@ -373,8 +337,15 @@ def _read_tensors(path: Path, abstract: Any, partial: bool) -> Any:
         return checkpointer.restore(path, args=args)
 
 
-def _shows_damage(error: Exception) -> bool:
-    """Whether an error is the checkpoint's own: of its format, and not of memory or the machine."""
+def _shows_damage(error: BaseException) -> bool:
+    """Whether an error is the checkpoint's own: of its format, and not of memory or the machine.
+
+    Orbax wraps what tensorstore raises, so all that it came from must be so.
+    """
+    return all(map(_is_of_format, _causes(error)))
+
+
+def _is_of_format(error: BaseException) -> bool:
     if isinstance(error, DamagedError | FileNotFoundError):
         return True
     if isinstance(error, MemoryError | OSError | RuntimeError):
@@ -383,7 +354,16 @@ def _shows_damage(error: Exception) -> bool:
     return code is None or code[1] in OF_DAMAGE
 
 
-def _first_line(error: Exception) -> str:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on to the first one."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    *_, first = _causes(error)
+    error = error if isinstance(error, CheckpointError) else first
     line = (str(error).splitlines() or [""])[0][:200]
     return line if isinstance(error, CheckpointError) else f"{type(error).__name__}: {line}"
 

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -56,10 +57,22 @@ def _open_standard_streams() -> None:
             setattr(sys, name, _Lasting(stream))
 
 
+def _quiet(report: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Without what tensorstore tells the event loops that Orbax has closed, after a failed read or
+    save: pages of it, and the failure itself is told elsewhere."""
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    return hook
+
+
 def start_logging() -> None:
     """Plain lines to stdout, which may be closed. Replaces handlers that libraries have installed
     before."""
     _open_standard_streams()
+    sys.unraisablehook = _quiet(sys.unraisablehook)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("jax").setLevel(logging.ERROR)
     # Orbax logs by absl what it also raises, each error with several pages of tracebacks.

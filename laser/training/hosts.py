@@ -196,9 +196,9 @@ class _Connection:
         return [found[i] for i in range(self.count)]
 
     def announce(self, reason: str) -> None:
-        self._left.set()
         self._failed = True
         self._store.key_value_set(f"laser/ended/{self.index}", reason)
+        self._left.set()  # after the call, which waits for ever where host 0 is frozen
         if self.index == 0:
             time.sleep(3 * BEAT_SECONDS)  # the store goes with host 0: let the others read it
 

@@ -197,7 +197,8 @@ def _train_from(
     )
     try:
         with preemption.watch() as preempted:
-            return _run_steps(run, state, checkpoints, evaluations, writer, report, preempted)
+            due = _Evaluations(evaluations, config.training.steps, writer, report)
+            return _run_steps(run, state, checkpoints, due, report, preempted)
     finally:
         writer.close()
 
@@ -215,29 +216,14 @@ def _run_steps(
     run: Run,
     state: TrainState,
     checkpoints: Checkpoints,
-    evaluations: Sequence[Evaluation],
-    writer: MetricsWriter,
+    evaluations: "_Evaluations",
     report: Report,
     preempted: preemption.Preemption,
 ) -> int:
     config, start = run.config, int(state.step)
     steps = config.training.steps
-
-    def evaluate(done: int, state: TrainState) -> tuple[dict[str, float], bool]:
-        """Writes the metrics due after a step, and returns them and whether they are owed."""
-        due = [evaluation for evaluation in evaluations if _due(done, evaluation.every, steps)]
-        if not due:
-            return {}, False
-        report.flush()
-        try:
-            scores = report.off_the_clock(functools.partial(_evaluate, due, state))
-        except preemption.Interrupted:
-            return {}, True
-        writer.write(done, scores)
-        return scores, False
-
     if checkpoints.restored.get("owed"):
-        scores, owed = evaluate(start, state)
+        scores, owed = evaluations.after(start, state)
         if owed:
             log.warning("%s: left in the evaluation of step %d", preempted.name, start)
             return EXIT_PREEMPTED
@@ -247,7 +233,7 @@ def _run_steps(
             state, metrics = run.program.train_step(state, batch)
             done = step + 1
             report.push(done, metrics, batches.seconds_waited)
-            scores, owed = evaluate(done, state)
+            scores, owed = evaluations.after(done, state)
             leave = preempted.stops()
             in_turn = _due(done, config.checkpoint.every, steps)
             if in_turn or leave:
@@ -268,7 +254,30 @@ def _run_steps(
     return EXIT_DONE
 
 
-def _evaluate(due: Sequence[Evaluation], state: TrainState) -> dict[str, float]:
+class _Evaluations:
+    """Those of a run of `steps` steps, which write their metrics."""
+
+    def __init__(
+        self, all_of_them: Sequence[Evaluation], steps: int, writer: MetricsWriter, report: Report
+    ):
+        self._all, self._steps = all_of_them, steps
+        self._writer, self._report = writer, report
+
+    def after(self, done: int, state: TrainState) -> tuple[dict[str, float], bool]:
+        """The metrics that are due after a step, and whether a signal came first: all are owed."""
+        due = [evaluation for evaluation in self._all if _due(done, evaluation.every, self._steps)]
+        if not due:
+            return {}, False
+        self._report.flush()
+        try:
+            scores = self._report.off_the_clock(functools.partial(_metrics, due, state))
+        except preemption.Interrupted:
+            return {}, True
+        self._writer.write(done, scores)
+        return scores, False
+
+
+def _metrics(due: Sequence[Evaluation], state: TrainState) -> dict[str, float]:
     return {name: x for evaluation in due for name, x in evaluation.metrics(state).items()}
 
 

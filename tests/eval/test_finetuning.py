@@ -12,7 +12,13 @@ import pytest
 from eval import finetuning
 from eval.prompts import Example
 from eval.run import open_model, saved_steps
-from laser.training.run_folder import load_run_config
+from laser.training.run_folder import (
+    file_sha256,
+    load_record,
+    load_run_config,
+    seal,
+    write_run,
+)
 from tests.training import runs
 
 TASKS = ("copa", "cb")
@@ -170,7 +176,9 @@ def test_what_does_not_fit_is_refused(arguments, trained_run, store, tmp_path):
     shutil.rmtree(empty / "checkpoints")
     refused([*arguments, f"--config.init_from={empty}"], tmp_path / "run", "no checkpoint yet")
     other = shutil.copytree(trained_run, tmp_path / "other")
-    (other / "tokenizer.model").write_bytes(b"another one")
+    (tmp_path / "model").write_bytes(b"another one")
+    record = load_record(str(other)) | {"tokenizer": file_sha256(tmp_path / "model")}
+    write_run(other, seal(record), tmp_path / "model")
     fields = ("training.steps=4", "optimizer.warmup_steps=1")
     stored = [
         "--config=configs/finetune.py",

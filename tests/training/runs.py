@@ -39,20 +39,20 @@ Report.push, preemption.between_batches = push_and_count, signal_between_batches
 
 KILL_IN_SAVE = """
 save = Checkpoints.save
-def save_and_die(self, *rest):
-    save(self, *rest)  # returns when the copy is made and the writing has begun
+def save_and_die(self, *rest, **more):
+    save(self, *rest, **more)  # returns when the copy is made and the writing has begun
     os.kill(os.getpid(), signal.SIGKILL)
 Checkpoints.save = save_and_die
 """
 
 FILL_DISK_BEFORE_SAVING_10 = """
 save = Checkpoints.save
-def fill_and_save(self, step, *rest):
+def fill_and_save(self, step, *rest, **more):
     self.wait()
     if step == 10:
         free = shutil.disk_usage(os.environ["DISK"]).free
         Path(os.environ["DISK"], "filler").write_bytes(b"x" * (free - 32768))
-    save(self, step, *rest)
+    save(self, step, *rest, **more)
 Checkpoints.save = fill_and_save
 """
 
@@ -108,10 +108,10 @@ Report.push = push_and_freeze
 
 DISK_ERROR_ON_HOST_1 = """
 save = Checkpoints.save
-def save_or_fail(self, *rest):
+def save_or_fail(self, *rest, **more):
     if this == 1:
         raise OSError("no space left on device")
-    save(self, *rest)
+    save(self, *rest, **more)
 Checkpoints.save = save_or_fail
 """
 

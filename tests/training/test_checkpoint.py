@@ -199,7 +199,7 @@ def test_errors_that_are_not_of_a_checkpoint_leave_it_in_place(tmp_path, monkeyp
     save(tmp_path, 5, 10)
 
     def fail(*_):
-        raise error
+        raise ValueError("could not read") from error
 
     monkeypatch.setattr(checkpoint, "_read_tensors", fail)
     with pytest.raises(CheckpointError, match=r"10 could not be read: .*left where it is"):

@@ -125,7 +125,7 @@ def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
     steps = {record["step"] for record in records}
     assert len(steps) == 3
     first = min(steps)  # what was good stays: nothing was saved from there on
-    assert sorted(saved_step_folders(tmp_path)) == [first - 2, first - 1]
+    assert list(saved_step_folders(tmp_path)) == [s for s in (first - 2, first - 1) if s > 0]
 
 
 def test_truncated_checkpoint_falls_back_to_the_one_before(arguments, tmp_path):
@@ -137,6 +137,7 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(arguments, tmp_path):
     resumed = runs.train([*arguments, "--config.training.steps=10"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "10 cannot be read" in resumed.stdout
+    assert "Event loop is closed" not in resumed.stderr
     assert "after step 5" in resumed.stdout
     assert (tmp_path / "checkpoints" / "10").exists()
 

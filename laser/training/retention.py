@@ -1,0 +1,43 @@
+"""Which checkpoints of a run are kept."""
+
+import functools
+from collections.abc import Mapping
+
+from orbax.checkpoint import checkpoint_managers
+
+from laser.training.config import CheckpointConfig
+
+
+class _NewestInTurn(checkpoint_managers.PreservationPolicy):
+    """Keeps the newest of those that were saved in turn, and the newest of all."""
+
+    def __init__(self, count: int, interim: set[int]):
+        self._count, self._interim = count, interim
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        in_turn = [step for step in steps if step not in self._interim]
+        kept = {*in_turn[-self._count :], *steps[-1:]}
+        return [step in kept for step in steps]
+
+
+def policy(config: CheckpointConfig, interim: set[int]) -> checkpoint_managers.PreservationPolicy:
+    """The newest ones, the multiples of a period, the best one. Of equally good ones the newest."""
+    policies: list[checkpoint_managers.PreservationPolicy] = [_NewestInTurn(config.keep, interim)]
+    if config.keep_period:
+        policies.append(checkpoint_managers.EveryNSteps(config.keep_period))
+    if config.best != "none":
+        best = checkpoint_managers.BestN(
+            get_metric_fn=functools.partial(score, config.best),
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        policies.append(best)
+    return checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+def score(best: str, metrics: Mapping[str, float]) -> float:
+    """The larger, the better."""
+    value = metrics[f"eval/{best}"]
+    return -value if best == "loss" else value
