@@ -48,6 +48,13 @@ def pytest_configure(config):
     }
 
 
+def pytest_collection_modifyitems(items):
+    """A test that is given the arguments of a run starts train.py, and so is slow."""
+    for item in items:
+        if "module_arguments" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_a_module():
     """Drops them from memory at its end; a whole run would gather gigabytes."""

@@ -58,7 +58,9 @@ def test_new_tokens_get_what_the_whole_row_gets(kind, soft_cap, outliers):
     pieces = [(0, BLOCK), (BLOCK, LENGTH - 2), (LENGTH - 2, LENGTH - 1), (LENGTH - 1, LENGTH)]
     outputs = [decode(query, key, value, *piece, **options) for piece in pieces]
     actual = jnp.concatenate(outputs, axis=1)
-    np.testing.assert_allclose(actual, expected, rtol=5e-6, atol=5e-6)
+    # Sums of values of 900 that cancel are rounded in the sixth place of what remains.
+    tolerance = 2e-5 if outliers == "many" else 5e-6
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_bfloat16_in_and_out():

@@ -57,6 +57,7 @@ def test_what_translations_place_differently_is_not_split(chapters):
     assert not any(c.held_out for c in chapters if c.book == "Romans" and c.number in (14, 16))
 
 
+@pytest.mark.slow
 def test_splits_are_the_whole_and_share_nothing(chapters):
     train, validation = (set(corpus.documents(split)) for split in ("train", "validation"))
     assert train | validation == {c.text for c in chapters}

@@ -74,6 +74,7 @@ def test_a_source_with_a_validation_split_takes_no_fraction(name):
     assert f"validation_fraction=0.1: {name} has its own" in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_one_part_of_both_splits():
     source = open_source("bible")
     (part,) = source.parts

@@ -165,6 +165,7 @@ def test_sets_that_are_not_there_are_errors_with_the_ways_to_get_them(tfds_folde
     assert reason in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_a_task():
     task = tasks.register("bible", "bible")
     found = [target.decode() for target in _targets(task, "validation")]

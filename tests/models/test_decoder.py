@@ -91,6 +91,7 @@ def test_a_packed_row_gives_what_its_documents_give_alone():
     "changes",
     [{"remat": "full"}, {"remat": "dots"}, {"unroll": True}, {"unroll": True, "remat": "full"}],
 )
+@pytest.mark.slow
 def test_remat_and_unrolling_change_neither_values_nor_gradients(changes):
     params = init_parameters(SMALL, 0)
 

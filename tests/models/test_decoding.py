@@ -116,6 +116,7 @@ def piecewise(config, params, rows, capacity=4 * BLOCK):
         ("diff_scalar", "rotary", "layernorm", True),
     ],
 )
+@pytest.mark.slow
 def test_prefill_and_decode_give_the_logits_of_the_whole(variant, positions, norm, outlier):
     attention = AttentionConfig(**{"kind": "standard", **VARIANTS[variant]})
     config = dataclasses.replace(
@@ -152,6 +153,7 @@ def test_bits_depend_on_no_neighbour_and_no_capacity():
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_bfloat16_casts_weights_once_and_keeps_norms():
     config = dataclasses.replace(SMALL, dtype="bfloat16", attention=AttentionConfig(kind="laser"))
     params = moved(config)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"  # twenty steps are no time
 
 # What can happen in the middle of a run. `done` is the step that has just been dispatched.
 SIGTERM_AFTER_7 = """
@@ -153,9 +154,14 @@ sys.exit(train.main(["train.py", *sys.argv[1:]]))
 """
 
 
-def train(arguments, workdir, *extra, event="", command=(), env=None, timeout=240):
+def train(arguments, workdir, *extra, event="", command=(), env=None, timeout=800):
     """The finished process; stdout and stderr are text."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **(env or {})}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": QUICK_TO_COMPILE,
+        **(env or {}),
+    }
     start = [sys.executable, "-c", DRIVER.format(root=str(ROOT), event=event)]
     if not event:
         start = [sys.executable, "train.py"]
@@ -171,14 +177,15 @@ def train(arguments, workdir, *extra, event="", command=(), env=None, timeout=24
 
 
 def train_on_hosts(
-    arguments, workdir, *extra, hosts, devices, event="", record=None, env=None, timeout=240
+    arguments, workdir, *extra, hosts, devices, event="", record=None, env=None, timeout=800
 ):
     """The finished processes of one run on this machine, each with its simulated devices.
 
     With `record`, a folder, every host writes there what it reads. `env` by host says how they
     find each other; by jax's variables if it is None.
     """
-    common = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    simulated = f"--xla_force_host_platform_device_count={devices}"
+    common = {"XLA_FLAGS": f"{simulated} {QUICK_TO_COMPILE}"}
     if record is not None:
         record.mkdir()
         event += RECORD_READING
