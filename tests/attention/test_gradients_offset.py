@@ -84,7 +84,7 @@ def test_slopes_of_a_soft_cap_keep_the_offset(kind):
 
 
 @pytest.mark.parametrize("std", [0.05, 0.02])
-@pytest.mark.parametrize("mean", [-1.5, -0.6, 1.5, 30.0])
+@pytest.mark.parametrize("mean", [-1.5, -0.6, 1.5])
 def test_values_nearly_constant(mean, std):
     """Standard attention is held back by its output's rounding there; LASER is as good as twice."""
     inputs = make_inputs(value_mean=mean, value_std=std)

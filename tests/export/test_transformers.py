@@ -91,6 +91,21 @@ def test_outliers_are_exact_in_pytorch_too(store, tmp_path):
     np.testing.assert_allclose(theirs, ours(config, params, tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize("amount", [1e31, -1e31, 3.4e38, -3.4e38, np.inf, np.nan])
+def test_a_key_that_is_not_seen_has_no_part_in_pytorch_either(amount):
+    from export.remote.modeling_laser import laser
+
+    generator = torch.Generator().manual_seed(0)
+    logits, value = (torch.randn(1, 1, 12, size, generator=generator) for size in (12, 4))
+    later = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    log_probs = torch.log_softmax(logits.masked_fill(later, -torch.inf), dim=-1)
+    expected = laser(log_probs, value)[:, :, :7]
+    value[:, :, 7:] = amount
+    out = laser(log_probs, value)
+    torch.testing.assert_close(out[:, :, :7], expected)
+    assert np.isfinite(amount) == bool(out[:, :, 7:].isfinite().all())
+
+
 @pytest.mark.parametrize("name", ["gpt2", "laser"])
 def test_the_tokenizer_gives_the_same_ids(name, store, tokenizer, tmp_path):
     exported(tmp_path / "out", store, VARIANTS[name])
