@@ -75,7 +75,8 @@ def attention(
     @jax.checkpoint  # keeps query, key and value, and nothing that was made of them here
     def run(query, key, value):
         q_BHTD, k_BHSD, v_BHSD = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-        v_BHSD = v_BHSD.astype(jnp.float32)
+        # Wide before it is cut, so that the chunks' gradients are added up in float32.
+        k_BHSD, v_BHSD = k_BHSD.astype(jnp.float32), v_BHSD.astype(jnp.float32)
         exponent = _split_exponent(jax.lax.stop_gradient(v_BHSD)) if kind == "laser" else None
         length = query.shape[1]
         outputs, ranges = [], []
@@ -103,6 +104,7 @@ def _chunk(
     *, kind, logits_scale, logits_soft_cap, shared_segment, start, causal,
 ):  # fmt: skip
     """One chunk of queries, which begins at position `start`, against its keys."""
+    k_BHSD = k_BHSD.astype(q_BHCD.dtype)
     logits = jnp.einsum("bhcd,bhsd->bhcs", q_BHCD, k_BHSD, preferred_element_type=jnp.float32)
     logits *= logits_scale
     if logits_soft_cap:
