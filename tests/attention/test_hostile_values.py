@@ -20,6 +20,8 @@ from laser.attention.decode import BLOCK
 from laser.attention.kernels import fused
 from laser.attention.kernels.blocks import BlockSizes
 
+pytestmark = pytest.mark.slow  # every form of the kernels, in two dtypes, is compiled
+
 B, T, H, D = 25, 44, 1, 8
 FIRST, FROM = 8, 26  # within a chunk, a block and a tile
 SEGMENTS = np.tile(np.repeat([0, 1, 2], [FIRST, 20, T - FIRST - 20]), (B, 1)).astype(np.int32)
