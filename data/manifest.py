@@ -1,30 +1,23 @@
 """The manifest of a token store: what it holds, and how a reader knows that this is so.
 
-All JSON that preparation writes is sealed: its entry `sha256` is the SHA-256 of all other entries,
-so that a flipped bit or a number edited by hand is refused, and other spacing is not. What a store
-says of itself besides must be consistent: counts of shards add up to those of their split.
+All JSON that preparation writes is sealed (data/sealed.py). What a store says of itself besides
+must be consistent: counts of shards add up to those of their split.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data.sealed import SEAL, checksum, unseal
+
 FORMAT = 3
 MANIFEST = "manifest.json"
-SEAL = "sha256"
 COUNTS = ("tokens", "documents", "bytes")
 DTYPES = {"<u2": 2**16, "<u4": 2**32}  # of tokens → ids that it can hold
 ROWS_FOLLOW_FROM = ("tokenizer_sha256", "vocab_size", "eos_id", "pad_id", "dtype")
 PREPARE_AGAIN = "delete the folder and run scripts/prepare_data.py again"
 
 Record = dict[str, Any]
-
-
-def seal(content: Mapping[str, Any]) -> Record:
-    """The content with its checksum."""
-    return {**content, SEAL: _checksum(content)}
 
 
 def read_sealed(path: Path, fix: str) -> Record:
@@ -38,11 +31,12 @@ def read_sealed(path: Path, fix: str) -> Record:
       ValueError: it can't be read, or is not what was written.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: can't be read ({error}); {fix}") from error
-    if not isinstance(content, dict) or content.pop(SEAL, None) != _checksum(content):
-        raise ValueError(f"{path}: damaged or edited: its checksum is another one; {fix}")
+        content = unseal(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror}); {fix}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged or edited ({error}); {fix}") from error
+    del content[SEAL]
     return content
 
 
@@ -74,12 +68,7 @@ def fingerprint(manifest: Record) -> str:
         ]
         for name, split in manifest["splits"].items()
     }
-    return _checksum([[manifest[key] for key in ROWS_FOLLOW_FROM], splits])
-
-
-def _checksum(content: Any) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return checksum([[manifest[key] for key in ROWS_FOLLOW_FROM], splits])
 
 
 def _check_format(path: Path) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from data.manifest import DTYPES, seal
+from data.manifest import DTYPES
 from data.parts import Broken, Document, Part, Source
+from data.sealed import seal
 from data.store import OFFSET_DTYPE, OFFSETS
 from data.tokenizer import Tokenizer
 

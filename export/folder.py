@@ -22,11 +22,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from data.sealed import SEAL, seal
 from data.tokenizer import Tokenizer
 from export.layouts import Layout, Tensors, choose_layout, from_tensors, to_tensors
 from laser.training.checkpoint import Checkpoints
 from laser.training.config import RunConfig, load_config, to_dict
-from laser.training.run_folder import SEAL, file_sha256, seal, write_run
+from laser.training.run_folder import file_sha256, write_run
 from models.config import ModelConfig, require
 from models.decoder import Parameters
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from data.sealed import seal
 from laser.training import hosts, retention, run_folder
 from laser.training.config import CheckpointConfig
 from laser.training.run_folder import UNREADABLE
@@ -108,7 +109,7 @@ class Checkpoints:
         sidecar = {"step": step, "interim": interim, **(note or {}), "tensors": tensors}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            record=ocp.args.JsonSave(run_folder.seal(sidecar)),
+            record=ocp.args.JsonSave(seal(sidecar)),
         )
         (self._interim.add if interim else self._interim.discard)(step)
         name = f"eval/{self._best}"

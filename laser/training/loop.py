@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data.sealed import SEAL
 from laser.training import hardware, hosts, preemption, roofline, sharding
 from laser.training.checkpoint import (
     CheckpointError,
@@ -39,7 +40,6 @@ from laser.training.program import Program
 from laser.training.report import Report
 from laser.training.rows import Rows, resolved
 from laser.training.run_folder import (
-    SEAL,
     check_hosts_agree,
     load_run_config,
     open_run_folder,

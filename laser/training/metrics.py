@@ -31,7 +31,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from laser.training.run_folder import SEAL, write_atomically
+from data.sealed import SEAL
+from laser.training.run_folder import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"

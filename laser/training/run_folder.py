@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from data.sealed import SEAL, seal, unseal
 from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
 
@@ -37,7 +38,6 @@ NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of s
 _locks: dict[Path, IO[str]] = {}  # of this process, open: to close one is to give it back
 SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
 UNREADABLE = "unreadable"  # ending of the folder that a damaged checkpoint is moved to
-SEAL = "sha256"
 
 
 def check_hosts_agree(config: RunConfig, rows: "Rows", init_step: int | None) -> None:
@@ -243,28 +243,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     for key in ("config", "data", "tokenizer"):
         if key not in record:
             raise ValueError(f"it has no {key!r}")
-    return record
-
-
-def seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with a checksum of itself under "sha256"."""
-    content = {key: value for key, value in record.items() if key != SEAL}
-    text = json.dumps(content, sort_keys=True)
-    return content | {SEAL: hashlib.sha256(text.encode()).hexdigest()}
-
-
-def unseal(content: bytes) -> dict[str, Any]:
-    """A sealed record from JSON. Raises ValueError if any of it has changed since."""
-    if not content.strip(b"\0 \r\n"):
-        raise ValueError("it is empty")
-    try:
-        record = json.loads(content)
-    except ValueError as error:  # no UTF-8 or no JSON
-        raise ValueError(f"it is no JSON: {error}") from None
-    if not isinstance(record, dict) or SEAL not in record:
-        raise ValueError("it has no checksum of itself")
-    if seal(record)[SEAL] != record[SEAL]:
-        raise ValueError("its checksum differs")
     return record
 
 

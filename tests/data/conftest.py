@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data import corpus
-from data.manifest import COUNTS, FORMAT, MANIFEST, seal
+from data.manifest import COUNTS, FORMAT, MANIFEST
+from data.sealed import seal
 from data.store import TOKENIZER, TokenStore
 from data.tokenizer import train_tokenizer
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import MANIFEST, read_manifest, seal
+from data.manifest import MANIFEST, read_manifest
+from data.sealed import seal
 from data.store import StoreChangedError, TokenStore
 
 STREAM = [1, *range(100, 110), 1, *range(200, 211), 1]  # 24 tokens, 2 documents

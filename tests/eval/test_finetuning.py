@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from data.sealed import seal
 from eval import finetuning
 from eval.prompts import Example
 from eval.run import open_model, saved_steps
@@ -16,7 +17,6 @@ from laser.training.run_folder import (
     file_sha256,
     load_record,
     load_run_config,
-    seal,
     write_run,
 )
 from tests.training import runs

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs import base
+from data.sealed import seal
 from laser.training import checkpoint
 from laser.training.checkpoint import (
     CheckpointError,
@@ -22,7 +23,6 @@ from laser.training.checkpoint import (
     saved_steps,
 )
 from laser.training.config import load_config
-from laser.training.run_folder import seal
 from laser.training.step import TrainState
 
 REPLICATED = PartitionSpec()

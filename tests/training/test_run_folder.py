@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
+from data.sealed import SEAL, seal
 from laser.training import run_folder
 from laser.training.checkpoint import Checkpoints, tensor_types
 from laser.training.config import load_config
-from laser.training.run_folder import SEAL, load_record, open_run_folder
+from laser.training.run_folder import load_record, open_run_folder
 from scripts import verify_run
 
 CONFIG = load_config(base.get_config())
@@ -183,7 +184,7 @@ def test_verify_names_what_is_damaged(run, capsys, what):
         sidecar = run / "checkpoints" / "5" / "record" / "metadata"
         content = json.loads(sidecar.read_text())
         content["metrics"] = {"bytes": 20, SEAL: "0"}
-        sidecar.write_text(json.dumps(run_folder.seal(content)))
+        sidecar.write_text(json.dumps(seal(content)))
         expected = "the lines up to step 5 are not those that were written"
     else:
         path = run / {"config": "config.json", "tokenizer": "tokenizer.model"}[what]
