@@ -61,13 +61,19 @@ def standard(log_probs: Array, value: Array) -> Array:
 
 
 def laser(log_probs: Array, value: Array) -> Array:
-    """log(softmax(·) exp(V)) (paper, section 3.2), as logsumexp_s(log A_ts + V_sd).
+    """log(softmax(·) exp(V)) (paper, section 3.2), as m_td + logsumexp_s(log A_ts + V_sd - m_td).
 
-    Nothing is exponentiated that could overflow or underflow, at the price of a (B, H, T, S, D)
-    tensor. (B, H, T, S), (B, S, H, D) -> (B, T, H, D).
+    m_td is the largest value that query t sees, beside which a log A_ts could be lost. Nothing is
+    exponentiated that could overflow or underflow, at the price of a (B, H, T, S, D) tensor.
+    (B, H, T, S), (B, S, H, D) -> (B, T, H, D).
     """
-    terms_BHTSD = log_probs[..., None] + value.transpose(0, 2, 1, 3)[:, :, None]
-    return jax.nn.logsumexp(terms_BHTSD, axis=3).transpose(0, 2, 1, 3)
+    value_BH1SD = value.transpose(0, 2, 1, 3)[:, :, None]
+    seen = log_probs[..., None] > -jnp.inf
+    m = jnp.where(seen, value_BH1SD, -jnp.inf).max(axis=3, keepdims=True)
+    m = jax.lax.stop_gradient(m)
+    terms_BHTSD = log_probs[..., None] + jnp.where(seen, value_BH1SD - m, 0)
+    out_BHTD = jax.nn.logsumexp(terms_BHTSD, axis=3) + m[:, :, :, 0]
+    return out_BHTD.transpose(0, 2, 1, 3)
 
 
 def laser_paper(log_probs: Array, value: Array) -> Array:
