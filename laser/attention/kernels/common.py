@@ -20,7 +20,10 @@ from laser.attention.chunked import (
 
 Array = jax.Array
 
-MASKED = -1e30  # below every logit; finite, as a block may hold no key that a query sees
+MASKED = -1e30  # below every logit; finite, so that no inf - inf can arise
+# Where a running maximum of logits starts: far above MASKED, so that a block none of whose keys a
+# query sees has weights of 0 for it, and below every logit.
+LOWEST_LOGIT = -1e29
 HEADROOM = 15.0  # log2 of how many weighted values standard attention can add up, of any size
 
 # A sum that is at least this much of the largest exponential has lost nothing to underflow.

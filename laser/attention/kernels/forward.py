@@ -298,7 +298,7 @@ def _kernel(*refs, options: Options, segments: bool, reference: bool, blocks: in
 
     @pl.when(key == 0)
     def _start():
-        named.maximum[...] = jnp.full(named.maximum.shape, 2 * common.MASKED, jnp.float32)
+        named.maximum[...] = jnp.full(named.maximum.shape, common.LOWEST_LOGIT, jnp.float32)
         named.weight[...] = jnp.zeros(named.weight.shape, jnp.float32)
         named.values[...] = jnp.zeros(named.values.shape, jnp.float32)
         if options.laser:
