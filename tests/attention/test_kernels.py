@@ -54,7 +54,8 @@ def test_a_weight_that_float32_does_not_hold_counts_where_its_value_is_large(lar
     inputs = (query, key, value, d_out)
     options = {"kind": "laser", "logits_scale": 1.0}
     actual = PALLAS.run(inputs, jnp.float32, **options)[0]
-    assert_close(actual, oracle(inputs, **options), 1e-5)
+    # 110 log2 e in float32 is off by up to 8e-6, a factor of its exponential.
+    assert_close(actual, oracle(inputs, **options), 3e-5)
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 
+from data.sealed import seal
 from eval import paper, results
 from eval.oneshot import Settings
 from eval.run import fingerprint, offline_score, open_model, saved_steps
 from eval.tasks import TASKS
 from laser.training.checkpoint import CheckpointError
 from laser.training.config import load_config
+from laser.training.run_folder import file_sha256, write_run
 from scripts import evaluate
 from tests.eval.test_prompts import RAW
 
@@ -135,7 +137,10 @@ def test_other_rows_or_another_checkpoint_are_scored_anew(workdir, data_dir, cap
 def test_a_checkpoint_is_known_by_its_tensors_and_its_tokenizer(workdir):
     before = fingerprint(workdir, 4)
     assert before == fingerprint(workdir, 4) != fingerprint(workdir, 2)
-    (workdir / "tokenizer.model").write_bytes(b"another")
+    record = json.loads((workdir / "config.json").read_text())
+    other = workdir / "other.model"
+    other.write_bytes(b"another")
+    write_run(workdir, seal(record | {"tokenizer": file_sha256(other)}), other)
     assert fingerprint(workdir, 4) != before
     shutil.rmtree(workdir / "checkpoints/4/record")
     with pytest.raises(CheckpointError, match="record"):

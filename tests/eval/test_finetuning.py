@@ -216,7 +216,7 @@ def test_pretraining_goes_on_from_a_run_on_other_rows(trained_run, store, tmp_pa
     ("names", "folder", "message"),
     [
         ("copaa", None, "data.tasks=copaa: unknown task 'copaa'; did you mean 'copa'"),
-        ("copa,rte", None, "no train split of super_glue/rte: download"),
+        ("copa,rte", None, "no train split of super_glue/rte (RTE/train.jsonl or"),
         ("copa", "/nowhere", "data.tasks=copa: data.tasks_dir=/nowhere: no such folder"),
     ],
 )

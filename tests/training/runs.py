@@ -21,7 +21,10 @@ def push_and_signal(self, done, *rest):
 Report.push = push_and_signal
 """
 
-SIGHUP_AFTER_13 = SIGTERM_AFTER_7.replace("SIGTERM", "SIGHUP").replace("== 7", "== 13")
+# Whoever started the tests under nohup has had SIGHUP ignored, in all of their programs.
+SIGHUP_AFTER_13 = "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n" + (
+    SIGTERM_AFTER_7.replace("SIGTERM", "SIGHUP").replace("== 7", "== 13")
+)
 
 # Of the evaluation that begins after so many steps, in its first batch.
 SIGTERM_IN_EVALUATION_AFTER = """

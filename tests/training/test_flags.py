@@ -1,6 +1,5 @@
 """The command line of train.py: a mistake is one line with a suggestion, before jax is imported."""
 
-import json
 import runpy
 import signal
 import subprocess
@@ -11,7 +10,9 @@ import pytest
 from absl import flags
 
 from configs import quickstart
+from data.sealed import seal
 from laser.training.flags import parse, read_config_file
+from laser.training.run_folder import file_sha256, write_run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 C4 = "--config=configs/c4.py"
@@ -104,7 +105,13 @@ def start(tmp_path):
     """A run's folder as far as it is read: a quickstart model with rotary positions."""
     config = quickstart.get_config()
     config.model.positions = "rotary"
-    (tmp_path / "config.json").write_text(json.dumps({"config": config.to_dict()}))
+    (tmp_path / "tokenizer.model").write_bytes(b"a tokenizer")
+    record = {"config": config.to_dict(), "data": {"fingerprint": ""}}
+    write_run(
+        tmp_path,
+        seal(record | {"tokenizer": file_sha256(tmp_path / "tokenizer.model")}),
+        tmp_path / "tokenizer.model",
+    )
     return f"--config.init_from={tmp_path}"
 
 

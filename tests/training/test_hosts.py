@@ -96,7 +96,8 @@ def test_killed_run_goes_on_on_other_hosts(whole, killed, over_hosts, tmp_path, 
     np.testing.assert_allclose([*losses.values()], [*undisturbed.values()], rtol=1e-5)
     # A host reads its share of the state, the JSON beside it, and little more.
     read = [int((record / f"bytes-{i}").read_text()) for i in range(num_hosts)]
-    state = sum(path.stat().st_size for path in (workdir / "checkpoints/4/state").rglob("d/*"))
+    # Parameters and two moments; of the files some is what Orbax has not tidied up.
+    state = 3 * sum(x.nbytes for x in jax.tree.leaves(final_parameters(workdir)))
     assert state / num_hosts * 0.5 < max(read)
     assert max(read) < state / num_hosts * 1.5 + 100_000
 
