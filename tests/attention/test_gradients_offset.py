@@ -115,11 +115,11 @@ def test_cotangents_of_any_size_beside_a_large_range():
 def test_the_keys_gradient_of_many_chunks_is_rounded_once(kind):
     """Queries that are alike pull a key the same way in each of 16 chunks."""
     rng = np.random.default_rng(0)
-    shape = (1, 4096, 1, 32)
+    shape = (1, 2048, 1, 32)
     query, d_out = (rng.normal(size=(1, 1, 1, 32)) + 0.1 * rng.normal(size=shape) for _ in range(2))
     inputs = [query, rng.normal(size=shape), rng.normal(size=shape), d_out]
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in inputs]
     assert shape[1] == 16 * chunked.chunk_length(shape[1])
     run = compiled("chunked", kind)
     found, exact = run(None, *rounded), run(None, *(x.astype(jnp.float32) for x in rounded))
-    assert errors(found, exact)["d_key"] < 2.2e-3  # rounding alone is 1.7e-3
+    assert errors(found, exact)["d_key"] < 2.2e-3  # rounding alone: 1.7e-3
