@@ -1,12 +1,13 @@
-"""JSON records that carry a checksum of themselves: of a store, an export, a run, a checkpoint.
+"""Checksums, and JSON records that carry one of themselves: of stores, runs and checkpoints.
 
-Their entry `sha256` is the SHA-256 of all other entries, so that a flipped bit or a number edited
-by hand is refused, and other spacing is not.
+A record's entry `sha256` is the SHA-256 of all other entries, so that a flipped bit or a number
+edited by hand is refused, and other spacing is not.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 SEAL = "sha256"
@@ -16,6 +17,12 @@ def checksum(content: Any) -> str:
     """SHA-256 of anything that JSON can say, as hex digits."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's content, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:

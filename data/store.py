@@ -15,7 +15,6 @@ nor TensorFlow is imported.
 
 import bisect
 import functools
-import hashlib
 import itertools
 import os
 import resource
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from data.manifest import PREPARE_AGAIN, fingerprint, read_manifest
+from data.sealed import file_sha256
 
 TOKENIZER = "tokenizer.model"
 OFFSETS, OFFSET_DTYPE = ".offsets", np.dtype("<u8")
@@ -333,8 +333,7 @@ def _allow_open_files(count: int) -> None:
 
 def _check_sha256(path: Path, expected: str) -> None:
     try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = file_sha256(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
     if actual != expected:

@@ -19,8 +19,8 @@ from eval.scoring import Scorer
 from eval.tasks import OFFLINE
 from laser.training import checkpoint, sharding
 from laser.training.checkpoint import CheckpointError, restore_parameters
-from laser.training.config import MeshConfig, RunConfig
-from laser.training.run_folder import load_run_config
+from laser.training.config import MeshConfig, RunConfig, load_config
+from laser.training.run_folder import load_record, load_run_config
 from models.decoder import Parameters, init_parameters
 
 log = logging.getLogger(__name__)
@@ -51,16 +51,18 @@ def fingerprint(workdir: Path, step: int) -> str:
     length of its rows and its tokenizer: what scores depend on beside the prompts.
 
     Raises:
-      CheckpointError: one of the files that say so can't be read.
+      ValueError: as `load_record`.
+      CheckpointError: the checkpoint's record can't be read.
     """
-    config = load_run_config(str(workdir))
-    digest = hashlib.sha256(repr((config.model, config.data.seq_len)).encode())
-    folder = workdir / "checkpoints" / str(step)
-    for path in (workdir / "tokenizer.model", folder / "record" / "metadata"):
-        try:
-            digest.update(path.read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from error
+    record = load_record(str(workdir))
+    config = load_config(record["config"])
+    asked = (config.model, config.data.seq_len, record["tokenizer"])
+    digest = hashlib.sha256(repr(asked).encode())
+    path = workdir / "checkpoints" / str(step) / "record" / "metadata"
+    try:
+        digest.update(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -22,12 +22,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from data.sealed import SEAL, seal
+from data.sealed import SEAL, file_sha256, seal
 from data.tokenizer import Tokenizer
 from export.layouts import Layout, Tensors, choose_layout, from_tensors, to_tensors
 from laser.training.checkpoint import Checkpoints
 from laser.training.config import RunConfig, load_config, to_dict
-from laser.training.run_folder import file_sha256, write_run
+from laser.training.run_folder import write_run
 from models.config import ModelConfig, require
 from models.decoder import Parameters
 
@@ -85,7 +85,7 @@ def write_export(
             names += ["configuration_laser.py", "modeling_laser.py"]
         for name in names:
             shutil.copyfile(REMOTE / name, folder / name)
-        sums = [f"{_file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+        sums = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
         (folder / SUMS).write_text("".join(sums), encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(output)
@@ -154,15 +154,10 @@ def _verify(folder: Path) -> None:
         sha256, _, name = line.partition("  ")
         file = folder / name
         require(
-            bool(name) and "\0" not in name and file.is_file() and _file_sha256(file) == sha256,
+            bool(name) and "\0" not in name and file.is_file() and file_sha256(file) == sha256,
             f"{file}: not as it was exported, by its line in {SUMS}: {line[:80]!r}; export the "
             f"model again, or, if another program has rewritten the file, delete {SUMS}",
         )
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_origin(path: Path) -> tuple[Origin, Layout]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 from absl import flags
 
 from laser.training.config import RunConfig, check_devices
@@ -61,10 +62,8 @@ def cut(config: RunConfig, layers: int, tokens: int, devices: int) -> RunConfig:
     )
 
 
-def batch(config: RunConfig):
+def batch(config: RunConfig) -> dict[str, np.ndarray]:
     """Rows of tokens whose frequency is 1 / (rank + 1); a token is its rank. See data/loader.py."""
-    import numpy as np
-
     frequency = 1 / np.arange(1, config.model.vocab_size + 1)
     shape = (config.training.batch_size, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).choice(
@@ -83,8 +82,6 @@ def errors(config: RunConfig, rows, devices=None) -> dict[str, float]:
       rows: a batch, of `batch`.
       devices: of the mesh; all if None.
     """
-    import numpy as np
-
     exact, rounded = gradients(config, rows, ("float32", "bfloat16"), devices)
 
     def error(name, row=...):

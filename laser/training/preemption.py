@@ -21,6 +21,8 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from laser.training import hosts
 
+_watching: "Preemption | None" = None  # while `watch` is open
+
 
 class Interrupted(Exception):
     """An evaluation was given up, because the process is to leave."""
@@ -77,6 +79,3 @@ def watch() -> Iterator[Preemption]:
         _watching = None
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-_watching: Preemption | None = None

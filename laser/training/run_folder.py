@@ -14,7 +14,6 @@ skipped.jsonl     steps without an update, with the ids of their rows
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from data.sealed import SEAL, seal, unseal
+from data.sealed import SEAL, file_sha256, seal, unseal
 from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
 
@@ -244,12 +243,6 @@ def _read_record(path: Path) -> dict[str, Any]:
         if key not in record:
             raise ValueError(f"it has no {key!r}")
     return record
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's content, as hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def saved_step_folders(workdir: Path) -> dict[int, Path]:

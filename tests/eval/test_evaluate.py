@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from data.sealed import seal
+from data.sealed import file_sha256, seal
 from eval import paper, results
 from eval.oneshot import Settings
 from eval.run import fingerprint, offline_score, open_model, saved_steps
 from eval.tasks import TASKS
 from laser.training.checkpoint import CheckpointError
 from laser.training.config import load_config
-from laser.training.run_folder import file_sha256, write_run
+from laser.training.run_folder import write_run
 from scripts import evaluate
 from tests.eval.test_prompts import RAW
 

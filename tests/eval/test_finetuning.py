@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from data.sealed import seal
+from data.sealed import file_sha256, seal
 from eval import finetuning
 from eval.prompts import Example
 from eval.run import open_model, saved_steps
 from laser.training.run_folder import (
-    file_sha256,
     load_record,
     load_run_config,
     write_run,

@@ -10,9 +10,9 @@ import pytest
 from absl import flags
 
 from configs import quickstart
-from data.sealed import seal
+from data.sealed import file_sha256, seal
 from laser.training.flags import parse, read_config_file
-from laser.training.run_folder import file_sha256, write_run
+from laser.training.run_folder import write_run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 C4 = "--config=configs/c4.py"

@@ -45,6 +45,12 @@ def whole(over_hosts, tmp_path_factory):
     return folder / "run", folder / "record"
 
 
+def assert_ended_by_the_silence_of(host, survivor):
+    assert survivor.returncode == 1, survivor.stderr
+    assert f"host {host} (" in survivor.stdout
+    assert "gave no sign of life for 6 seconds" in survivor.stdout
+
+
 @pytest.fixture(scope="module")
 def killed(over_hosts, tmp_path_factory):
     """Workdir of a run of the same two hosts, of which one was killed after step 7."""
@@ -52,9 +58,7 @@ def killed(over_hosts, tmp_path_factory):
     event = SHORT_SILENCE + runs.KILL_HOST_1_AFTER_7
     survivor, victim = runs.train_on_hosts(over_hosts, workdir, hosts=2, devices=4, event=event)
     assert victim.returncode == -9
-    assert survivor.returncode == 1, survivor.stderr
-    assert "host 1 (" in survivor.stdout
-    assert "gave no sign of life for 6 seconds" in survivor.stdout
+    assert_ended_by_the_silence_of(1, survivor)
     assert "start all again" in survivor.stdout
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
     return workdir
@@ -121,9 +125,7 @@ def test_host_0_that_is_frozen_is_named(over_hosts, tmp_path):
     event = SHORT_SILENCE + runs.FREEZE_HOST_0_AFTER_7
     frozen, other = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=4, event=event)
     assert frozen.returncode == -9
-    assert other.returncode == 1, other.stderr
-    assert "host 0 (" in other.stdout
-    assert "gave no sign of life for 6 seconds" in other.stdout
+    assert_ended_by_the_silence_of(0, other)
 
 
 @pytest.mark.slow
