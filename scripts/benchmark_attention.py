@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs import c4
+from laser.planning.topologies import NO_DEVICE
 
 # Heads and head size of the paper's models.
 SHAPES = tuple(dict.fromkeys((heads, size) for *_, heads, size in c4.SIZES.values()))
@@ -50,14 +51,8 @@ ITEM_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 def _prepare_libtpu(dump: str) -> None:
     """Settings that libtpu reads when it is loaded: no device, and a dump of its schedules."""
-    os.environ.update(
-        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is held: compiles may run side by side
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        JAX_PLATFORMS="cpu",
-    )
+    os.environ.update(NO_DEVICE)
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
 
 
 def _attention(
@@ -118,34 +113,39 @@ def _one_device(chip: str):
     return NamedSharding(Mesh([topology.devices[0]], ("device",)), PartitionSpec())
 
 
-def compile_program(
+def lower_program(
     chip: str, heads: int, size: int, length: int, kind: str, *,
     value_size: int | None = None, dtype: str = "bfloat16", packed: bool = False,
     soft_cap: float | None = None, full: bool = False,
-) -> dict:  # fmt: skip
+) -> Any:  # fmt: skip
+    """Forward and backward for one device of a chip, before libtpu compiles them."""
+    import jax
+    import jax.numpy as jnp
+
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=_one_device(chip))
+    q, v = (struct((BATCH, heads, length, d), jnp.dtype(dtype)) for d in (size, value_size or size))
+    segments = [struct((BATCH, length), jnp.int32)] * packed
+    run = _attention(kind, size, soft_cap, causal=not full)
+
+    def forward_and_backward(q, k, v, d_out, *segments):
+        out, vjp = jax.vjp(lambda *x: run(*x, *segments), q, k, v)
+        return out, *vjp(d_out)
+
+    return jax.jit(forward_and_backward).lower(q, q, v, v, *segments)
+
+
+def compile_program(
+    chip: str, heads: int, size: int, length: int, kind: str, **options: Any
+) -> dict:
     """Bundles, HBM and VMEM of forward and backward, compiled for one device of a chip."""
     with tempfile.TemporaryDirectory() as dump:
         _prepare_libtpu(dump)
-        import jax
-        import jax.numpy as jnp
-
-        struct = functools.partial(jax.ShapeDtypeStruct, sharding=_one_device(chip))
-        q, v = (
-            struct((BATCH, heads, length, d), jnp.dtype(dtype)) for d in (size, value_size or size)
-        )
-        segments = [struct((BATCH, length), jnp.int32)] * packed
-        run = _attention(kind, size, soft_cap, causal=not full)
-
-        def forward_and_backward(q, k, v, d_out, *segments):
-            out, vjp = jax.vjp(lambda *x: run(*x, *segments), q, k, v)
-            return out, *vjp(d_out)
-
+        lowered = lower_program(chip, heads, size, length, kind, **options)
         # Everything in HBM, so that bytes are those of a full model and not of this small program.
-        options: dict[str, str | bool] = {"xla_msa_enable": "false"}
+        settings: dict[str, str | bool] = {"xla_msa_enable": "false"}
         if kind.startswith("splash"):
-            options["xla_tpu_scoped_vmem_limit_kib"] = SPLASH_VMEM_KIB
-        lowered = jax.jit(forward_and_backward).lower(q, q, v, v, *segments)
-        compiled = lowered.compile(compiler_options=options)
+            settings["xla_tpu_scoped_vmem_limit_kib"] = SPLASH_VMEM_KIB
+        compiled = lowered.compile(compiler_options=settings)
         program: str = compiled.as_text() or ""
         memory: Any = compiled.memory_analysis()
         return {

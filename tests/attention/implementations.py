@@ -169,6 +169,8 @@ CHUNKED = _chunked("chunked")
 PAPER = dataclasses.replace(CHUNKED, name="paper", call=functools.partial(_by_name, "paper"))
 PALLAS_ONE_BLOCK = _pallas("pallas-one-block", ONE_BLOCK)
 PALLAS = _pallas("pallas", BLOCKS)
+# The quickest to compile: tiles of a block are unrolled.
+PALLAS_ONE_TILE = _pallas("pallas-one-tile", BlockSizes(32, 32, 32))
 CUDNN = Implementation(  # its anchor is that of the first 128 positions
     "cudnn", _cudnn, length=192, value_size=D,
     early=12, middle=25, late=140, last=180, block=1,
