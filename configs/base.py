@@ -17,8 +17,10 @@ def get_config() -> ConfigDict:
     model.vocab_size = 32000  # entries of the embedding; at least the tokenizer's size
     model.num_layers = 16
     model.model_dim = 1024  # width of the residual stream
-    model.mlp_dim = 4096  # hidden width of the two-matrix MLP
+    model.mlp = "gelu"  # gelu (two matrices) | geglu | swiglu (three: one gates another)
+    model.mlp_dim = 4096  # hidden width of the MLP
     model.num_heads = 8
+    model.num_kv_heads = 0  # of keys and values, each for a group of heads; 0 = as many, 1: MQA
     model.head_dim = 128  # of the values; need not be model_dim / num_heads
     model.norm = "layernorm"  # layernorm | rmsnorm, before attention, before the MLP and at the end
     model.positions = "sinusoidal"  # sinusoidal (on the embedding) | rotary (on queries and keys)

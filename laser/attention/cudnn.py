@@ -19,7 +19,7 @@ Shapes: B batch, T length, H heads of queries, K heads of keys and values, D siz
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -268,7 +268,7 @@ def _anchored(mean: Array, mu: Array) -> Array:
     return mean.astype(jnp.float32) + _of_queries(mu, mean.shape[2])
 
 
-def _of_queries(x: Array | float, heads: int) -> Array | float:
+def _of_queries(x: Any, heads: int) -> Any:
     """What is known of each head of values, (B, ·, K, D), for the heads of queries it serves."""
     if isinstance(x, float) or x.shape[2] == heads:
         return x
@@ -283,9 +283,9 @@ def _largest_seen(value: Array, options: Options) -> Array:
 
 def _certified(y: Array, largest: Array, mu: Array | float) -> Array:
     """Whether sums y of exponentials with anchor μ are right; `largest` of the values in them."""
-    mu, largest = (_of_queries(x, y.shape[2]) for x in (mu, largest))
-    smallest = jnp.where(mu == 1, SMALLEST_ANCHORED_SUM, SMALLEST_SUM)
-    return (largest <= LARGEST_VALUE) & (y >= smallest)
+    heads = y.shape[2]
+    smallest = jnp.where(_of_queries(mu, heads) == 1, SMALLEST_ANCHORED_SUM, SMALLEST_SUM)
+    return (_of_queries(largest, heads) <= LARGEST_VALUE) & (y >= smallest)
 
 
 def _unanchored(query: Array, key: Array, value: Array, options: Options) -> Array:

@@ -292,8 +292,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _check_tensor_axis(model: ModelConfig, tensor: int) -> None:
-    for name in ("num_heads", "mlp_dim") if tensor > 1 else ():
-        value = getattr(model, name)
+    sizes = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "mlp_dim": model.mlp_dim}
+    for name, value in sizes.items() if tensor > 1 else ():
         require(
             value % tensor == 0,
             f"mesh.tensor={tensor}: must divide model.{name}={value}; use "

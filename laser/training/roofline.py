@@ -45,8 +45,7 @@ class Bound:
 
 def parameter_count(model: ModelConfig) -> int:
     """Of the matrices; norms and temperatures are fewer than 0.1 % of it."""
-    attention = 4 * model.model_dim * model.num_heads * model.head_dim
-    layer = attention + 2 * model.model_dim * model.mlp_dim
+    layer = model.attention_weights + model.mlp_weights
     return model.num_layers * layer + model.vocab_size * model.model_dim
 
 
@@ -70,8 +69,8 @@ def recomputed_flops(config: RunConfig, implementation: str) -> float:
     values = model.num_heads * maps * model.head_dim * length
     again = logits + (0 if implementation == "pallas" else values)
     if model.remat == "full":
-        attention = 4 * model.model_dim * model.num_heads * model.head_dim
-        again += 2 * (attention + model.model_dim * model.mlp_dim)  # down is not needed
+        again += 2 * (model.attention_weights + model.mlp_weights)
+        again -= 2 * model.model_dim * model.mlp_dim  # down is not needed
         again += logits + values if implementation == "pallas" else 0
     return tokens * model.num_layers * again
 
@@ -84,11 +83,11 @@ def kept_bytes(config: RunConfig, mesh: MeshConfig) -> float:
     with `none` what lies between those too.
     """
     model = config.model
-    heads = model.num_heads * model.head_dim / mesh.tensor
-    hidden = model.mlp_dim / mesh.tensor
+    heads = 2 * (model.num_heads + model.kv_heads) * model.head_dim / mesh.tensor
+    hidden = model.hidden_mlp_matrices * model.mlp_dim / mesh.tensor
     items: float = model.model_dim
     if model.remat != "full":
-        items += 4 * heads + model.model_dim + hidden
+        items += heads + model.model_dim + hidden
     if model.remat == "none":
         items += 2 * model.model_dim + hidden
     return items * model.num_layers * tokens_per_chip(config, mesh) * _itemsize(model)

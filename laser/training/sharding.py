@@ -55,12 +55,12 @@ class Rule:
 
 
 # First match wins; a parameter that no row matches is an error. The first dim of `blocks` is
-# layers. Dims are (V, M), (L, M, H, D), (L, M, F), (L, F, M); a weight is gathered fastest along
-# its first.
+# layers. Dims are (V, M), (L, M, heads, D), (L, M, F), (L, F, M); a weight is gathered fastest
+# along its first.
 PARAMETER_RULES = (
     Rule(r"^embedding$", tensor=0, fsdp=(0, 1)),
     Rule(r"^blocks/attention/(query|key|value|output)$", tensor=2, fsdp=(1, 2, 3)),
-    Rule(r"^blocks/mlp/up$", tensor=2, fsdp=(1, 2)),
+    Rule(r"^blocks/mlp/(gate|up)$", tensor=2, fsdp=(1, 2)),
     Rule(r"^blocks/mlp/down$", tensor=1, fsdp=(1, 2)),
     Rule(r"^(blocks/.*|final_)norm/(scale|bias)$"),
     Rule(r"^blocks/attention/(lambda_|log_temperature|output_norm_scale)"),

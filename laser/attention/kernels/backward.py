@@ -275,7 +275,7 @@ def backward(
 
     Args:
       q, k, v, segment_ids, options: as of `forward.forward`.
-      out: (B, H, N, D_v), the output, H heads of queries; with `raw` y, float32, relative to `reference`.
+      out: (B, H, N, D_v), the output; with `raw` y, float32, relative to `reference`.
       d_out: (B, H, N, D_v) cotangent, in the dtype of `v`.
       log_sum: (B, H, 1, N) float32, of the forward kernel.
       reference: (B, K, 2, D_v) float32 for LASER: log2 of the power of two, which only `raw` reads,

@@ -197,7 +197,10 @@ def _attend_fwd(q, k, v, segment_ids, options: Options):
             return out, log_sum, statistics
 
         found = _redone(found, ~_certified(found[2]), wide_form, q, k, v, segment_ids)
-        range_BH, residual = _range(found[2]), _residual(*found[::2], q.shape[1] // k.shape[1])
+        range_BH, residual = (
+            _range(found[2]),
+            _residual(found[0], found[2], q.shape[1] // k.shape[1]),
+        )
     # A dim of size 1 that is next to last would take the space of 8 in memory.
     named = (found[0], found[1][:, :, 0], residual)
     out, log_sum, residual = jax.tree.map(lambda x: checkpoint_name(x, OUTPUT_NAME), named)
