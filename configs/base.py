@@ -52,11 +52,14 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     optimizer = config.optimizer
-    optimizer.name = "adamw"  # adamw | lamb
+    optimizer.name = "adamw"  # adamw | lamb | muon (the layers' matrices; the rest by adamw)
     optimizer.learning_rate = 1e-3  # peak
-    optimizer.warmup_steps = 1000  # linear from 0, then cosine to 0 at training.steps
+    optimizer.schedule = "cosine"  # to 0 | wsd: the peak, held up to the last decay_steps
+    optimizer.warmup_steps = 1000  # linear from 0
+    optimizer.decay_steps = 0  # of wsd, linear to 0 at training.steps; else 0
     optimizer.b1 = 0.9
     optimizer.b2 = 0.99
+    optimizer.muon_momentum = 0.95  # of muon, in place of b1 and b2
     optimizer.eps = 1e-24  # the paper's; where squares underflow, see laser/training/optimizer.py
     optimizer.weight_decay = 0.1  # decoupled, times the learning rate; matrices only
     optimizer.clip_grad_norm = 1.0  # of all gradients together; 0 = off

@@ -3,7 +3,7 @@
     size        234m | 301m | 435m | 1p1b | 2p2b | 7p7b              (default 301m)
     attention   standard | laser, then +per_dim_temp +qk_norm +diff +diff=scalar +temp=NUMBER
                 in any combination                                   (default laser)
-    optimizer   adamw | lamb                                         (default adamw)
+    optimizer   adamw | lamb | muon                                  (default adamw)
     slice       v5e-64 | v5p-128 | ...: the layout of configs/slices.py on those TPUs
                                                     (default any: all devices, remat full)
 
@@ -46,7 +46,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.store = "stores/c4"
     config.data.seq_len = 1024  # paper
 
-    optimizers = {"adamw": "adamw", "lamb": "lamb"}
+    optimizers = {name: name for name in ("adamw", "lamb", "muon")}
     config.optimizer.name = choose("optimizer", chosen["optimizer"], optimizers)
     # The paper searched learning rates 1e-1 ... 1e-5 and weight decays 0.01, 0.1 and 1 on the
     # 16-layer model and does not state the point it chose. This one is a point of that grid.

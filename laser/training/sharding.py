@@ -234,12 +234,12 @@ def _check_divides(name: str, shape: tuple[int, ...], dim: int, size: int) -> No
 def parameter_specs(mesh: AnyMesh, params: Parameters) -> Parameters:
     """The layout of every parameter, in a tree of their structure."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: parameter_spec(mesh, _name(path), leaf.shape), params
+        lambda path, leaf: parameter_spec(mesh, name_of(path), leaf.shape), params
     )
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """A NamedSharding for every leaf of a TrainState, or of parameters; scalars are replicated.
+    """A NamedSharding for every leaf of a TrainState, or of parameters; counters are replicated.
 
     Args:
       mesh: of `make_mesh`.
@@ -250,19 +250,20 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     """
 
     def sharding(path, leaf):
-        if leaf.ndim == 0 and not _name(path):
+        if not name_of(path):
             return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, parameter_spec(mesh, _name(path), leaf.shape))
+        return NamedSharding(mesh, parameter_spec(mesh, name_of(path), leaf.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def _name(path: tuple) -> str:
+def name_of(path: tuple) -> str:
+    """Of a parameter at this tree path, such as 'blocks/mlp/up'; also of its moments."""
     return "/".join(key.key for key in path if hasattr(key, "key"))
 
 
 def _leaves(params: Parameters) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def unsharded(mesh: AnyMesh, params: Parameters) -> dict[str, int]:
