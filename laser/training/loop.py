@@ -194,6 +194,7 @@ def _train_from(
         peak_flops=hardware.peak_flops(),
         bound_seconds=_bound_seconds(run.program),
         on_skipped=functools.partial(_record_skipped, run),
+        of_data=functools.partial(run.rows.metrics, config),
     )
     try:
         with preemption.watch() as preempted:

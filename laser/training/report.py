@@ -26,6 +26,7 @@ class Report:
       peak_flops: of all devices; 0 if unknown, then there is no "mfu".
       bound_seconds: that a step takes at least; 0 if unknown, then there is no "of_bound".
       on_skipped: called with the step and its metrics when a step had no update.
+      of_data: what to write of the data, after so many steps.
 
     Attributes:
       skipping: whether the last step that was looked at had no update.
@@ -41,6 +42,7 @@ class Report:
         peak_flops: float,
         bound_seconds: float,
         on_skipped: Callable[[int, dict[str, float]], None],
+        of_data: Callable[[int], dict[str, float]] = lambda step: {},
     ):
         self._writer = writer
         self._log_every = log_every
@@ -49,6 +51,7 @@ class Report:
         self._peak_flops = peak_flops
         self._bound_seconds = bound_seconds
         self._on_skipped = on_skipped
+        self._of_data = of_data
         self.skipping = False
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._window_start = time.perf_counter()
@@ -78,7 +81,8 @@ class Report:
         if self.skipping:
             self._on_skipped(step, metrics)
         if step % self._log_every == 0 or step == 1:
-            self._writer.write(step, metrics | self._derived(metrics, waited))
+            derived = self._derived(metrics, waited)
+            self._writer.write(step, metrics | derived | self._of_data(step))
 
     def off_the_clock(self, action: Callable[[], Any]) -> Any:
         """Runs `action` without counting its time as training time."""
