@@ -11,7 +11,7 @@ it does in the paper's.
 
 Command   python train.py --config=configs/llama.py:attention=laser,slice=v5e-64 --workdir=DIR
 Hardware  64 chips of v5e or of v5p; docs/plans.md
-Hours     at least HOURS_V5E on v5e-64, HOURS_V5P on v5p-128, by the plan
+Hours     at least 7.6 on v5e-64, 3.3 on v5p-128, by the plan
 Result    the paper has none; not run
 """
 

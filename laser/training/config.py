@@ -96,6 +96,7 @@ class TrainingConfig:
     batch_size: int
     accumulation: int
     z_loss: float
+    skip_gradient_norm: float
     max_skipped_steps: int
     log_every: int
     eval_every: int
@@ -106,6 +107,11 @@ class TrainingConfig:
         _require_at_least(1, "training", self, "max_skipped_steps", "log_every")
         _require_at_least(0, "training", self, "steps", "epochs", "seed", "z_loss")
         _require_at_least(0, "training", self, "eval_every", "eval_batches")
+        require(
+            self.skip_gradient_norm == 0 or self.skip_gradient_norm > 1,
+            f"training.skip_gradient_norm={self.skip_gradient_norm}: must be 0 (off), or above 1, "
+            "times the usual norm",
+        )
         require(
             (self.steps > 0) != (self.epochs > 0),
             f"training.steps={self.steps} and training.epochs={self.epochs}: one of them must be "

@@ -37,6 +37,7 @@ from laser.training.run_folder import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
+SPIKES_FILE = "spikes.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def make_writer(
         return MultiWriter([])
     jsonl = JsonlWriter(workdir)
     jsonl.truncate_after(resume_step, mark)
-    drop_lines_after(resume_step, Path(workdir) / SKIPPED_FILE)
+    for name in (SKIPPED_FILE, SPIKES_FILE):
+        drop_lines_after(resume_step, Path(workdir) / name)
     tensorboard = TensorBoardWriter(workdir, first_step=resume_step + 1)
     return MultiWriter([jsonl, tensorboard, TerminalLine(steps)])
 
