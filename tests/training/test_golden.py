@@ -6,8 +6,9 @@ writes tests/golden/quickstart.json anew. Renew it in the commit that is meant t
 numbers (initial values, the order of the data, the recipe, an attention function) and say so in its
 message; where nothing of the kind was meant, a difference is a mistake to be found.
 
-The model, optimizer and schedule are those of configs/quickstart.py, on rows of the tests' own
-small store. Other processors and versions of XLA round in another way: losses are compared to 1e-4.
+Layers, width, optimizer and schedule are those of configs/quickstart.py; the rows, fewer and
+shorter, are of the tests' own small store. Other processors and versions of XLA round in another
+way: losses are compared to 1e-4.
 """
 
 import dataclasses
@@ -28,8 +29,7 @@ from laser.training.rows import StoreRows
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "quickstart.json"
 ATTENTIONS = [
-    "standard", "laser", "standard+diff", "laser+per_dim_temp+qk_norm", "laser+diff",
-    "laser+diff=scalar+temp=0.5",
+    "standard", "laser", "standard+diff", "laser+diff", "laser+per_dim_temp+qk_norm",
 ]  # fmt: skip
 STEPS = 4
 TOLERANCE = 1e-4
@@ -42,7 +42,8 @@ def golden():
 
 def first_losses(attention, store):
     config = quickstart.get_config(f"attention={attention}")
-    config.data.store = str(store)
+    config.data.store, config.data.seq_len = str(store), 64
+    config.model.vocab_size, config.training.batch_size = 400, 4
     config = load_config(config)
     # A scan over layers compiles faster than the four of them, and gives the same numbers.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, unroll=False))
