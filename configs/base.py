@@ -17,8 +17,10 @@ def get_config() -> ConfigDict:
     model.vocab_size = 32000  # entries of the embedding; at least the tokenizer's size
     model.num_layers = 16
     model.model_dim = 1024  # width of the residual stream
-    model.mlp_dim = 4096  # hidden width of the two-matrix MLP
+    model.mlp = "gelu"  # gelu (two matrices) | geglu | swiglu (three: one gates another)
+    model.mlp_dim = 4096  # hidden width of the MLP
     model.num_heads = 8
+    model.num_kv_heads = 0  # of keys and values, each for a group of heads; 0 = as many, 1: MQA
     model.head_dim = 128  # of the values; need not be model_dim / num_heads
     model.norm = "layernorm"  # layernorm | rmsnorm, before attention, before the MLP and at the end
     model.positions = "sinusoidal"  # sinusoidal (on the embedding) | rotary (on queries and keys)
@@ -40,7 +42,8 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     data = config.data
-    data.store = ""  # folder written by scripts/prepare_data.py
+    # folder written by scripts/prepare_data.py, or several with weights, as a:0.7,b:0.3
+    data.store = ""
     data.tasks = ""  # in its place: text-to-text tasks to fine-tune on, as copa,rte
     data.tasks_dir = ""  # folder with their data as downloaded; "" = TFDS's
     data.seq_len = 1024  # tokens of a row; of tasks: at most, longer prompts lose their left
@@ -50,11 +53,14 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     optimizer = config.optimizer
-    optimizer.name = "adamw"  # adamw | lamb
+    optimizer.name = "adamw"  # adamw | lamb | muon (the layers' matrices; the rest by adamw)
     optimizer.learning_rate = 1e-3  # peak
-    optimizer.warmup_steps = 1000  # linear from 0, then cosine to 0 at training.steps
+    optimizer.schedule = "cosine"  # to 0 | wsd: the peak, held up to the last decay_steps
+    optimizer.warmup_steps = 1000  # linear from 0
+    optimizer.decay_steps = 0  # of wsd, linear to 0 at training.steps; else 0
     optimizer.b1 = 0.9
     optimizer.b2 = 0.99
+    optimizer.muon_momentum = 0.95  # of muon, in place of b1 and b2
     optimizer.eps = 1e-24  # the paper's; where squares underflow, see laser/training/optimizer.py
     optimizer.weight_decay = 0.1  # decoupled, times the learning rate; matrices only
     optimizer.clip_grad_norm = 1.0  # of all gradients together; 0 = off
@@ -68,7 +74,9 @@ def get_config() -> ConfigDict:
     training.batch_size = 1024  # rows of a step, over all hosts
     training.accumulation = 1  # micro-batches a step is split into; changes memory, not the result
     training.z_loss = 0.0  # weight of (log of the softmax's normaliser)^2; PaLM: 1e-4
-    training.max_skipped_steps = 10  # steps in a row, loss or gradient not finite: then give up
+    # skip steps whose gradient norm is above so many times the median of the last 128; 0 = off
+    training.skip_gradient_norm = 0.0
+    training.max_skipped_steps = 10  # in a row, for loss or gradient not finite: then give up
     training.log_every = 10  # steps
     training.eval_every = 1000  # steps, 0 = an epoch; the last step is always evaluated
     training.eval_batches = 0  # batches of the validation split; 0 = all of it

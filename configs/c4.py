@@ -3,9 +3,14 @@
     size        234m | 301m | 435m | 1p1b | 2p2b | 7p7b              (default 301m)
     attention   standard | laser, then +per_dim_temp +qk_norm +diff +diff=scalar +temp=NUMBER
                 in any combination                                   (default laser)
-    optimizer   adamw | lamb                                         (default adamw)
+    optimizer   adamw | lamb | muon                                  (default adamw)
     slice       v5e-64 | v5p-128 | ...: the layout of configs/slices.py on those TPUs
                                                     (default any: all devices, remat full)
+
+Command   python train.py --config=configs/c4.py:size=SIZE,slice=SLICE --workdir=DIR
+Hardware  a slice of configs/slices.py, as v5e-64 for 301m and v5e-256 for 2p2b
+Hours     at least 7.5 for 301m on v5e-64, 13.1 for 2p2b on v5e-256; docs/plans.md has all
+Result    the paper's one-shot accuracies are in eval/paper.py; not run here
 
 Lines marked `paper` repeat what the paper states; the others are choices of this repository where
 the paper is silent. Prepare the tokens first: scripts/prepare_data.py.
@@ -46,7 +51,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.store = "stores/c4"
     config.data.seq_len = 1024  # paper
 
-    optimizers = {"adamw": "adamw", "lamb": "lamb"}
+    optimizers = {name: name for name in ("adamw", "lamb", "muon")}
     config.optimizer.name = choose("optimizer", chosen["optimizer"], optimizers)
     # The paper searched learning rates 1e-1 ... 1e-5 and weight decays 0.01, 0.1 and 1 on the
     # 16-layer model and does not state the point it chose. This one is a point of that grid.

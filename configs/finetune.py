@@ -6,6 +6,11 @@
 Model and length of rows are those of the run in init_from, and so is the tokenizer; the optimizer
 starts anew. Give the folder with the data by --config.data.tasks_dir, or prepare them with
 TensorFlow Datasets. Lines marked `paper` repeat what the paper states (Table 3).
+
+Command   python train.py --config=configs/finetune.py:task=rte --config.init_from=RUN --workdir=DIR
+Hardware  what the run in init_from took
+Hours     not planned: steps follow from the examples
+Result    the paper's Table 3; not run here
 """
 
 from ml_collections import ConfigDict

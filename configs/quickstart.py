@@ -3,6 +3,11 @@
 Trains a 4-layer model of 4 M parameters on the embedded corpus (two English Bibles in the public
 domain), which scripts/quickstart.py prepares. It differs from the paper's runs in size alone.
 `attention` takes the same values as in configs/c4.py.
+
+Command   python scripts/quickstart.py, or make quickstart, which installs first
+Hardware  two cores of a CPU
+Hours     0.1, three to four minutes of them training
+Result    near 1.36 bits per byte of held-out chapters, by LASER; the paper has none
 """
 
 from ml_collections import ConfigDict

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from data.mixture import Mixture
 from data.order import row_ids
 from data.store import Split
 
@@ -30,7 +31,7 @@ POLL_SECONDS = 0.05  # how long close() may wait for the thread to notice
 
 
 def train_batches(
-    split: Split,
+    split: Split | Mixture,
     *,
     seq_len: int,
     batch_size: int,
@@ -45,7 +46,7 @@ def train_batches(
     """Shuffled batches of whole rows, one for each step in [start_step, stop_step).
 
     Args:
-      split: of a TokenStore.
+      split: of a TokenStore, or of several.
       seq_len: tokens of a row.
       batch_size: rows of a step over all hosts.
       seed: of the order.
@@ -69,7 +70,10 @@ def train_batches(
         )
 
     def make_batch(step: int) -> tuple[int, Batch]:
-        ids = row_ids(seed, step, batch_size, num_rows)
+        if isinstance(split, Mixture):
+            ids = split.row_ids(seed, step, batch_size, seq_len)
+        else:
+            ids = row_ids(seed, step, batch_size, num_rows)
 
         def read(start: int, stop: int) -> Arrays:
             rows = split.rows(ids[start:stop], seq_len)

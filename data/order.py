@@ -39,6 +39,20 @@ def row_ids(seed: int, step: int, batch_size: int, num_rows: int) -> np.ndarray:
     return _permute(positions % np.uint64(num_rows), _keys(seed, epochs), num_rows)
 
 
+def rows_at(seed: int, positions: np.ndarray, num_rows: int) -> np.ndarray:
+    """Rows at any positions of the endless order that `row_ids` cuts into batches.
+
+    Args:
+      seed, num_rows: as of `row_ids`.
+      positions: (n,) int64, counted from 0.
+
+    Returns:
+      (n,) int64, values in [0, num_rows).
+    """
+    epochs, within = np.divmod(positions.astype(np.uint64), np.uint64(num_rows))
+    return _permute(within, _keys(seed, epochs), num_rows)
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: every bit of the input moves half of those of the output."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -47,7 +47,7 @@ class TokenStore:
     Attributes:
       path: the folder.
       tokenizer_path: its SentencePiece model.
-      vocab_size, eos_id, pad_id: of that tokenizer.
+      tokenizer_sha256, vocab_size, eos_id, pad_id: of that tokenizer.
       fingerprint: SHA-256 over the tokenizer's and all shards' checksums and counts, as hex digits.
         Equal fingerprints mean equal rows, wherever the store lies.
       is_verified: whether the content of all files was compared with its checksums.
@@ -66,12 +66,13 @@ class TokenStore:
         self.path = Path(path)
         self._manifest = read_manifest(self.path)
         self.tokenizer_path = str(self.path / TOKENIZER)
+        self.tokenizer_sha256: str = self._manifest["tokenizer_sha256"]
         self.vocab_size: int = self._manifest["vocab_size"]
         self.eos_id: int = self._manifest["eos_id"]
         self.pad_id: int = self._manifest["pad_id"]
         self.fingerprint = fingerprint(self._manifest)
         self.is_verified = False
-        _check_sha256(self.path / TOKENIZER, self._manifest["tokenizer_sha256"])
+        _check_sha256(self.path / TOKENIZER, self.tokenizer_sha256)
         sizes = self._file_sizes()
         with ThreadPoolExecutor(THREADS) as pool:
             files = list(pool.map(lambda name: _File(self.path / name, sizes[name]), sizes))

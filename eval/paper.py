@@ -48,6 +48,8 @@ def figures(model: ModelConfig) -> Figures:
     """Name of the task in the paper → accuracy in percent; empty where it has no such model."""
     size = (model.num_layers, model.model_dim, model.mlp_dim, model.num_heads, model.head_dim)
     name = _attention(model)
+    if model.mlp != "gelu" or model.kv_heads != model.num_heads:
+        return {}
     if size == SIZE_2P2B and name in _TABLE_2:
         return dict(zip(_TASKS_2P2B, _TABLE_2[name], strict=True))
     if size == SIZE_2P2B and name in _TABLE_7:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from data import mixture
 from export.folder import Origin
 from export.layouts import Layout
 from models.config import ModelConfig
@@ -69,12 +70,20 @@ def _training(workdir: Path, origin: Origin) -> Iterator[tuple[str, str]]:
     yield "rows in a step", f"{config.training.batch_size:,}"
     yield "activations in training", config.model.dtype
     yield "optimizer", f"{config.optimizer.name}, peak rate {config.optimizer.learning_rate:g}"
-    data = f"store `{Path(config.data.store).name}`"
+    data = _stores(config.data.store)
     if config.data.tasks:
         data = f"tasks {config.data.tasks.replace(',', ', ')}"
     yield "data", f"{data}, fingerprint `{origin.fingerprint}`"
     loss = _validation(workdir / "metrics.jsonl", origin.step)
     yield "validation loss", loss or "not measured at this step"
+
+
+def _stores(text: str) -> str:
+    parts = mixture.parse(text)
+    named = zip(mixture.names(parts), parts, strict=True)
+    if len(parts) == 1:
+        return f"store `{mixture.names(parts)[0]}`"
+    return "stores " + ", ".join(f"`{name}` {float(part.share):.1%}" for name, part in named)
 
 
 def _validation(path: Path, step: int) -> str | None:

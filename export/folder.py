@@ -242,7 +242,7 @@ def _starcoder2(config: ModelConfig, max_length: int) -> dict[str, Any]:
         "hidden_size": config.model_dim,
         "intermediate_size": config.mlp_dim,
         "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": max_length,
         "hidden_act": "gelu_pytorch_tanh",
@@ -251,6 +251,26 @@ def _starcoder2(config: ModelConfig, max_length: int) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         "sliding_window": None,
         "use_bias": False,
+    }
+
+
+def _llama(config: ModelConfig, max_length: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.model_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": max_length,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "attention_bias": False,
+        "mlp_bias": False,
     }
 
 
@@ -267,7 +287,12 @@ def _laser(config: ModelConfig, max_length: int) -> dict[str, Any]:
     }
 
 
-_ARCHITECTURES = {"gpt2": _gpt2, "starcoder2": _starcoder2, "laser": _laser}
+_ARCHITECTURES: dict[Layout, Any] = {
+    "gpt2": _gpt2,
+    "starcoder2": _starcoder2,
+    "llama": _llama,
+    "laser": _laser,
+}
 
 
 def _tokenizer_configuration(origin: Origin) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Our parameters under the names and shapes of a model in PyTorch, and back without losing a bit.
 
 `gpt2` is transformers' GPT2LMHeadModel, `starcoder2` its Starcoder2ForCausalLM: they compute what
-our decoder does with standard attention, with sinusoidal or rotary positions. `laser` is the module
-in export/remote, which computes everything else. Our embedding is scaled by sqrt(M) on the way in
+our decoder does with standard attention, with sinusoidal or rotary positions; `llama` is its
+LlamaForCausalLM, which has RMSNorm and a SwiGLU besides. `laser` is the module in export/remote,
+which computes everything else. Our embedding is scaled by sqrt(M) on the way in
 and not on the way out; models without that scale get two matrices.
 
 Shapes: L layers, M model dim, V vocabulary, H heads, D head dim, Q query dim, F MLP dim.
@@ -21,7 +22,7 @@ from models.config import AttentionConfig, ModelConfig, require
 from models.decoder import Parameters, init_parameters, sinusoidal
 
 Tensors = dict[str, np.ndarray]
-Layout = Literal["gpt2", "starcoder2", "laser"]
+Layout = Literal["gpt2", "starcoder2", "llama", "laser"]
 # Gives a tensor of a shape by its name, or says what is wrong with it.
 Take = Callable[[str, tuple[int, ...]], np.ndarray]
 
@@ -29,11 +30,17 @@ Take = Callable[[str, tuple[int, ...]], np.ndarray]
 def choose_layout(config: ModelConfig) -> Layout:
     """An existing architecture if one computes the same function."""
     plain = AttentionConfig(kind="standard", implementation=config.attention.implementation)
-    if config.attention != plain or config.logits_soft_cap or config.norm != "layernorm":
+    if config.attention != plain or config.logits_soft_cap:
         return "laser"
-    if config.positions == "rotary":
-        return "starcoder2"
-    return "gpt2" if config.num_heads * config.head_dim == config.model_dim else "laser"
+    block = (config.positions, config.norm, config.mlp)
+    if block == ("sinusoidal", "layernorm", "gelu"):
+        square = config.kv_heads * config.head_dim == config.model_dim == _width(config)
+        return "gpt2" if square else "laser"
+    rotary: dict[Any, Layout] = {
+        ("rotary", "layernorm", "gelu"): "starcoder2",
+        ("rotary", "rmsnorm", "swiglu"): "llama",
+    }
+    return rotary.get(block, "laser")
 
 
 def to_tensors(layout: Layout, config: ModelConfig, params: Parameters, length: int) -> Tensors:
@@ -160,7 +167,19 @@ def _from_gpt2(config: ModelConfig, take: Take, length: int) -> Parameters:
     return _assembled(config, embedding, _taken_norm(take, "transformer.ln_f", size), layer)
 
 
-def _starcoder2_tensors(config: ModelConfig, params: Parameters, length: int):
+# Our matrices of an MLP, and transformers'.
+_MLP_NAMES = {
+    "starcoder2": {"up": "c_fc", "down": "c_proj"},
+    "llama": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+}
+
+
+def _width(config: ModelConfig) -> int:
+    return config.num_heads * config.head_dim
+
+
+def _rotary_tensors(layout: Layout, config: ModelConfig, params: Parameters, length: int):
+    """Of StarCoder2 or Llama, whose layers have the same names outside of the MLP."""
     del length
     size = config.model_dim
     yield "model.embed_tokens.weight", _scaled(params["embedding"], size)
@@ -172,39 +191,39 @@ def _starcoder2_tensors(config: ModelConfig, params: Parameters, length: int):
         for name in ("query", "key", "value"):
             yield f"{prefix}.self_attn.{name[0]}_proj.weight", attention[name].reshape(size, -1).T
         yield f"{prefix}.self_attn.o_proj.weight", attention["output"].reshape(size, -1)
-        yield f"{prefix}.mlp.c_fc.weight", layer["mlp"]["up"].T
-        yield f"{prefix}.mlp.c_proj.weight", layer["mlp"]["down"].T
+        for name, theirs in _MLP_NAMES[layout].items():
+            yield f"{prefix}.mlp.{theirs}.weight", layer["mlp"][name].T
         yield from _norm(f"{prefix}.input_layernorm", layer["attention_norm"])
         yield from _norm(f"{prefix}.post_attention_layernorm", layer["mlp_norm"])
 
 
-def _from_starcoder2(config: ModelConfig, take: Take, length: int) -> Parameters:
+def _from_rotary(layout: Layout, config: ModelConfig, take: Take, length: int) -> Parameters:
     del length
     size, hidden = config.model_dim, config.mlp_dim
-    heads = (config.num_heads, config.head_dim)
-    width = config.num_heads * config.head_dim
+    heads, bias = (config.num_heads, config.head_dim), config.norm == "layernorm"
     embedding = _embedding(config, take, "model.embed_tokens.weight")
 
     def layer(i: int) -> Parameters:
         prefix = f"model.layers.{i}"
-        attention = {
-            name: take(f"{prefix}.self_attn.{name[0]}_proj.weight", (width, size)).T.reshape(
-                size, *heads
-            )
-            for name in ("query", "key", "value")
-        }
-        output = take(f"{prefix}.self_attn.o_proj.weight", (size, width)).reshape(size, *heads)
+        output = take(f"{prefix}.self_attn.o_proj.weight", (size, _width(config)))
+        attention = {"output": output.reshape(size, *heads)}
+        counts = {"query": config.num_heads, "key": config.kv_heads, "value": config.kv_heads}
+        for name, count in counts.items():
+            shape = (count * config.head_dim, size)
+            weight = take(f"{prefix}.self_attn.{name[0]}_proj.weight", shape)
+            attention[name] = weight.T.reshape(size, count, config.head_dim)
+        mlp = {}
+        for name, theirs in _MLP_NAMES[layout].items():
+            shape = (size, hidden) if name == "down" else (hidden, size)
+            mlp[name] = take(f"{prefix}.mlp.{theirs}.weight", shape).T
         return {
-            "attention": {**attention, "output": output},
-            "mlp": {
-                "up": take(f"{prefix}.mlp.c_fc.weight", (hidden, size)).T,
-                "down": take(f"{prefix}.mlp.c_proj.weight", (size, hidden)).T,
-            },
-            "attention_norm": _taken_norm(take, f"{prefix}.input_layernorm", size),
-            "mlp_norm": _taken_norm(take, f"{prefix}.post_attention_layernorm", size),
+            "attention": attention,
+            "mlp": mlp,
+            "attention_norm": _taken_norm(take, f"{prefix}.input_layernorm", size, bias),
+            "mlp_norm": _taken_norm(take, f"{prefix}.post_attention_layernorm", size, bias),
         }
 
-    return _assembled(config, embedding, _taken_norm(take, "model.norm", size), layer)
+    return _assembled(config, embedding, _taken_norm(take, "model.norm", size, bias), layer)
 
 
 def _assembled(config: ModelConfig, embedding, final_norm, layer: Callable[[int], Parameters]):
@@ -230,11 +249,13 @@ def _embedding(config: ModelConfig, take: Take, input_name: str) -> np.ndarray:
 
 def _norm(prefix: str, norm: Parameters):
     yield f"{prefix}.weight", norm["scale"]
-    yield f"{prefix}.bias", norm["bias"]
+    if "bias" in norm:
+        yield f"{prefix}.bias", norm["bias"]
 
 
-def _taken_norm(take: Take, prefix: str, size: int) -> Parameters:
-    return {"scale": take(f"{prefix}.weight", (size,)), "bias": take(f"{prefix}.bias", (size,))}
+def _taken_norm(take: Take, prefix: str, size: int, bias: bool = True) -> Parameters:
+    scale = {"scale": take(f"{prefix}.weight", (size,))}
+    return {**scale, "bias": take(f"{prefix}.bias", (size,))} if bias else scale
 
 
 def _require_equal(take: Take, name: str, expected: np.ndarray, tolerance: float = 0.0) -> None:
@@ -244,5 +265,15 @@ def _require_equal(take: Take, name: str, expected: np.ndarray, tolerance: float
     )
 
 
-_WRITERS = {"gpt2": _gpt2_tensors, "starcoder2": _starcoder2_tensors, "laser": _laser_tensors}
-_READERS = {"gpt2": _from_gpt2, "starcoder2": _from_starcoder2, "laser": _from_laser}
+_WRITERS: dict[Layout, Callable[..., Any]] = {
+    "gpt2": _gpt2_tensors,
+    "starcoder2": functools.partial(_rotary_tensors, "starcoder2"),
+    "llama": functools.partial(_rotary_tensors, "llama"),
+    "laser": _laser_tensors,
+}
+_READERS: dict[Layout, Callable[..., Parameters]] = {
+    "gpt2": _from_gpt2,
+    "starcoder2": functools.partial(_from_rotary, "starcoder2"),
+    "llama": functools.partial(_from_rotary, "llama"),
+    "laser": _from_laser,
+}

@@ -1,6 +1,7 @@
 """The model's shape as frozen dataclasses: plain Python, to be checked before jax starts."""
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -43,6 +44,8 @@ class ModelConfig:
     mlp_dim: int
     num_heads: int
     head_dim: int
+    num_kv_heads: int = 0
+    mlp: Literal["gelu", "geglu", "swiglu"] = "gelu"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     positions: Literal["sinusoidal", "rotary"] = "sinusoidal"
     logits_soft_cap: float = 0.0
@@ -55,6 +58,12 @@ class ModelConfig:
         for name in ("vocab_size", "num_layers", "model_dim", "mlp_dim", "num_heads", "head_dim"):
             value = getattr(self, name)
             require(value > 0, f"model.{name}={value}: must be at least 1")
+        require(
+            self.num_kv_heads >= 0 and self.num_heads % self.kv_heads == 0,
+            f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}"
+            f"; use {math.gcd(self.num_heads, self.num_kv_heads)} or another divisor of it, or 0 "
+            "for as many",
+        )
         require(
             self.model_dim % 2 == 0 or self.positions != "sinusoidal",
             f"model.model_dim={self.model_dim}: sinusoidal positions need an even number",
@@ -73,6 +82,26 @@ class ModelConfig:
             self.logits_soft_cap >= 0,
             f"model.logits_soft_cap={self.logits_soft_cap}: must be 0 (off) or positive",
         )
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; each serves num_heads / kv_heads heads of queries."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def attention_weights(self) -> int:
+        """Entries of a layer's query, key, value and output matrices."""
+        return 2 * self.model_dim * (self.num_heads + self.kv_heads) * self.head_dim
+
+    @property
+    def hidden_mlp_matrices(self) -> int:
+        """Matrices from the model dim to the MLP's: `up`, and where it is gated `gate`."""
+        return 1 if self.mlp == "gelu" else 2
+
+    @property
+    def mlp_weights(self) -> int:
+        """Entries of a layer's MLP."""
+        return (self.hidden_mlp_matrices + 1) * self.model_dim * self.mlp_dim
 
     @property
     def query_dim(self) -> int:

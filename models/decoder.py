@@ -198,9 +198,9 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     Causal attention counts half of the square, and recomputation not at all: the convention of the
     MFU that is reported here.
     """
-    heads, size, dim = config.num_heads, config.head_dim, config.model_dim
-    weights = config.num_layers * (4 * dim * heads * size + 2 * dim * config.mlp_dim)
-    weights += config.vocab_size * dim
+    size = config.head_dim
+    weights = config.num_layers * (config.attention_weights + config.mlp_weights)
+    weights += config.vocab_size * config.model_dim
     maps = size // config.query_dim  # differential attention has two, each over the whole value
-    per_layer = heads * (size + maps * size) * seq_len / 2
+    per_layer = config.num_heads * (size + maps * size) * seq_len / 2
     return 6 * (weights + config.num_layers * per_layer)

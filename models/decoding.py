@@ -23,7 +23,7 @@ from models.layers import Block, LayerCache, Norm
 Array = jax.Array
 
 # Weights that are used in the activations' dtype; all others are used in float32.
-CAST = ("embedding", "query", "key", "value", "output", "up", "down")
+CAST = ("embedding", "query", "key", "value", "output", "gate", "up", "down")
 
 
 class Cache(NamedTuple):
@@ -46,7 +46,7 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
     assert capacity % BLOCK == 0, f"capacity {capacity} is no multiple of {BLOCK}"
 
     def zeros(size):
-        return jnp.zeros((batch, config.num_heads, capacity, size), jnp.dtype(config.dtype))
+        return jnp.zeros((batch, config.kv_heads, capacity, size), jnp.dtype(config.dtype))
 
     maps = config.head_dim // config.query_dim
     layers = tuple(

@@ -1,10 +1,12 @@
 """The parts of a block: norm, MLP, and the attention layer that owns the variant's parameters.
 
 Parameters are float32 and are cast to the activations' dtype where they are used; norms compute in
-float32. No dense layer has a bias (the paper's parameter counts leave no room to tell), norms have
-scale and bias. Dense weights start as truncated normals of variance 1 / fan-in.
+float32. No dense layer has a bias (the paper's parameter counts leave no room to tell), LayerNorm
+has scale and bias, RMSNorm a scale. Dense weights start as truncated normals of variance 1 /
+fan-in.
 
-Shapes: B batch, T positions, M model dim, F MLP dim, H heads, D head dim, Q query dim.
+Shapes: B batch, T positions, M model dim, F MLP dim, H heads of queries, K of keys and values, D
+head dim, Q query dim.
 """
 
 import functools
@@ -46,21 +48,35 @@ class Norm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """down(gelu(up(x))), GELU in its tanh form."""
+    """down(gelu(up(x))), or gated (arXiv 2002.05202): down(f(gate(x)) · up(x)).
+
+    f is GELU in its tanh form (GeGLU), or SiLU (SwiGLU).
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.kind = config.mlp
         self.up = dense_param(rngs, (config.model_dim, config.mlp_dim), config.model_dim)
         self.down = dense_param(rngs, (config.mlp_dim, config.model_dim), config.mlp_dim)
+        if config.mlp != "gelu":
+            self.gate = dense_param(rngs, (config.model_dim, config.mlp_dim), config.model_dim)
 
     def __call__(self, x_BTM: Array) -> Array:
-        hidden_BTF = jax.nn.gelu(x_BTM @ self.up[...].astype(x_BTM.dtype), approximate=True)
+        hidden_BTF = x_BTM @ self.up[...].astype(x_BTM.dtype)
+        if self.kind == "gelu":
+            hidden_BTF = jax.nn.gelu(hidden_BTF, approximate=True)
+        else:
+            gate_BTF = x_BTM @ self.gate[...].astype(x_BTM.dtype)
+            swish = self.kind == "swiglu"
+            hidden_BTF *= (
+                jax.nn.silu(gate_BTF) if swish else jax.nn.gelu(gate_BTF, approximate=True)
+            )
         return hidden_BTF @ self.down[...].astype(x_BTM.dtype)
 
 
 class LayerCache(NamedTuple):
     """Keys, as they meet the queries, and values of one layer, in the activations' dtype.
 
-    keys: one (B, H, S, Q) array, or two for differential attention. value: (B, H, S, D).
+    keys: one (B, K, S, Q) array, or two for differential attention. value: (B, K, S, D).
     """
 
     keys: tuple[Array, ...]
@@ -68,7 +84,7 @@ class LayerCache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention of any variant.
+    """Multi-head or grouped-query self-attention of any variant.
 
     Differential attention splits each head's query and key in two of half the size and keeps the
     value whole, so all variants have projections of the same shape.
@@ -77,10 +93,11 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         heads, size, dim = config.num_heads, config.head_dim, config.model_dim
+        kv_heads = config.kv_heads
         query_dim = config.query_dim
         self.query = dense_param(rngs, (dim, heads, size), dim)
-        self.key = dense_param(rngs, (dim, heads, size), dim)
-        self.value = dense_param(rngs, (dim, heads, size), dim)
+        self.key = dense_param(rngs, (dim, kv_heads, size), dim)
+        self.value = dense_param(rngs, (dim, kv_heads, size), dim)
         self.output = dense_param(rngs, (dim, heads, size), heads * size)
         variant = config.attention
         if variant.per_dim_temp:
@@ -158,7 +175,10 @@ class Attention(nnx.Module):
         return self._output(outputs, layer), cache
 
     def _project(self, x_BTM: Array, positions_BT: Array) -> tuple[list[Array], list[Array], Array]:
-        """Queries and keys, two of each for differential attention, and the value: (B, T, H, ·)."""
+        """Queries and keys, two of each for differential attention, and the value.
+
+        Queries are (B, T, H, Q), keys and the value (B, T, K, ·).
+        """
 
         def project(weight):
             return jnp.einsum("btm,mhd->bthd", x_BTM, weight[...].astype(x_BTM.dtype))

@@ -3,7 +3,7 @@
     python scripts/benchmark_attention.py static [--json=PATH]
     python scripts/benchmark_attention.py search CHIP SIZE LENGTH
     python scripts/benchmark_attention.py compile CHIP HEADS SIZE LENGTH KIND
-        [--value_size=512] [--dtype=float32] [--packed] [--soft_cap=50] [--full]
+        [--kv_heads=2] [--value_size=512] [--dtype=float32] [--packed] [--soft_cap=50] [--full]
     python scripts/benchmark_attention.py times [--batch=1] [--length=1024] [--heads=4] [--size=64]
         [--json=PATH]
 
@@ -116,14 +116,18 @@ def _one_device(chip: str):
 def lower_program(
     chip: str, heads: int, size: int, length: int, kind: str, *,
     value_size: int | None = None, dtype: str = "bfloat16", packed: bool = False,
-    soft_cap: float | None = None, full: bool = False,
+    soft_cap: float | None = None, full: bool = False, kv_heads: int | None = None,
 ) -> Any:  # fmt: skip
     """Forward and backward for one device of a chip, before libtpu compiles them."""
     import jax
     import jax.numpy as jnp
 
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=_one_device(chip))
-    q, v = (struct((BATCH, heads, length, d), jnp.dtype(dtype)) for d in (size, value_size or size))
+    shapes = [
+        (heads, size), (kv_heads or heads, size), (kv_heads or heads, value_size or size),
+        (heads, value_size or size),
+    ]  # fmt: skip
+    arrays = [struct((BATCH, count, length, d), jnp.dtype(dtype)) for count, d in shapes]
     segments = [struct((BATCH, length), jnp.int32)] * packed
     run = _attention(kind, size, soft_cap, causal=not full)
 
@@ -131,7 +135,7 @@ def lower_program(
         out, vjp = jax.vjp(lambda *x: run(*x, *segments), q, k, v)
         return out, *vjp(d_out)
 
-    return jax.jit(forward_and_backward).lower(q, q, v, v, *segments)
+    return jax.jit(forward_and_backward).lower(*arrays, *segments)
 
 
 def compile_program(
@@ -418,6 +422,7 @@ def main() -> None:
         one.add_argument(name, type=type_)
     one.add_argument("kind", choices=KINDS)
     one.add_argument("--value_size", type=int, help="head size of values, where it is another")
+    one.add_argument("--kv_heads", type=int, help="heads of keys and values, if they are fewer")
     one.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     one.add_argument("--packed", action="store_true", help="with segment ids")
     one.add_argument("--soft_cap", type=float)

@@ -2,9 +2,10 @@
 
     python scripts/compare_runs.py runs/standard runs/laser --png=compare.png
 
-Reads config.json and metrics.jsonl of each run's folder and nothing else. Prints final and best
-evaluation, speed, the smoothed training loss, the loss at equal steps, and whether the runs read
-the same rows in the same order, without which a small difference in loss means little.
+Reads config.json, metrics.jsonl and spikes.jsonl of each run's folder and nothing else. Prints
+final and best evaluation, speed, the smoothed training loss, how often it spiked, the loss at equal
+steps, and whether the runs read the same rows in the same order, without which a small difference
+in loss means little.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from laser.training.config import diff_configs
-from laser.training.metrics import METRICS_FILE, read_metrics
+from laser.training.metrics import METRICS_FILE, SPIKES_FILE, read_metrics
 
 SEEDS = (("training", "seed"), ("data", "shuffle_seed"))
 SMOOTHING = 0.05  # of the last training losses, as a share of all of them
@@ -36,6 +37,7 @@ class Run:
     config: dict[str, Any]
     data: dict[str, Any]
     curves: dict[str, Curve]  # metric → step → value, steps in order, finite values alone
+    spikes: int  # of the loss, see laser/training/spikes.py
 
     def curve(self, metric: str) -> Curve:
         return self.curves.get(metric, {})
@@ -79,7 +81,9 @@ def read_run(folder: Path) -> Run:
                 curves.setdefault(metric, {})[line["step"]] = value
     if not curves:
         raise ValueError(f"{folder / METRICS_FILE}: has no metrics yet")
-    return Run(str(folder), config, data, curves)
+    spikes = folder / SPIKES_FILE
+    count = len(read_metrics(spikes)) if spikes.is_file() else 0
+    return Run(str(folder), config, data, curves, count)
 
 
 def report(runs: Sequence[Run]) -> list[str]:
@@ -146,6 +150,7 @@ def summary(run: Run) -> dict[str, str]:
         "eval bits per byte, last": _number(_last(run.curve("eval/bits_per_byte"))),
         "tokens/s, median": _number(_median(rates), "{:,.0f}"),
         "MFU, median": _number(_median(mfus), "{:.1%}"),
+        "loss spikes": str(run.spikes),
         "skipped steps": _number(_last(run.curve("skipped_steps")), "{:.0f}"),
     }
 

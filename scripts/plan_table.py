@@ -1,4 +1,4 @@
-"""Renews docs/plans.json and docs/plans.md: the plans of all shipped configs of the paper's models.
+"""Renews docs/plans.json and docs/plans.md: the plans of the shipped configs.
 
     python scripts/plan_table.py [--only=SUBSTRING]
 
@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from configs import llama
 from configs.slices import LAYOUTS
 from laser.planning import table
 
@@ -22,19 +23,27 @@ ATTENTIONS = ("laser", "standard", "laser+diff", "standard+diff")
 
 
 def names() -> list[str]:
-    """Arguments of configs/c4.py for every row."""
+    """Size, attention and slice of every row, as arguments of configs/c4.py."""
     return [
         f"size={size},attention={attention},slice={name}"
         for attention in ATTENTIONS
         for size, name in LAYOUTS
+        if size != llama.SIZE or "diff" not in attention
     ]
+
+
+def config(name: str) -> str:
+    """What stands behind --config for a row."""
+    size, _, rest = name.partition(",")
+    of_llama = size == f"size={llama.SIZE}"
+    return f"configs/llama.py:{rest}" if of_llama else f"configs/c4.py:{name}"
 
 
 def make(name: str) -> dict:
     """The plan of a row, in a process of its own: libtpu gives no memory back."""
     command = [
         sys.executable, str(ROOT / "scripts/plan.py"), "--json",
-        f"--config=configs/c4.py:{name}", f"--topology={name.rpartition('=')[2]}",
+        f"--config={config(name)}", f"--topology={name.rpartition('=')[2]}",
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:

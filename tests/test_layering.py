@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "export": (
         "models",
+        "data.mixture",
         "data.sealed",
         "data.tokenizer",
         "laser.training.checkpoint",

@@ -15,5 +15,8 @@ class LaserConfig(PretrainedConfig):
         self.hidden_size = self.laser_model.get("model_dim", 0)
         self.num_hidden_layers = self.laser_model.get("num_layers", 0)
         self.num_attention_heads = self.laser_model.get("num_heads", 0)
+        self.num_key_value_heads = (
+            self.laser_model.get("num_kv_heads", 0) or self.num_attention_heads
+        )
         kwargs["tie_word_embeddings"] = False  # one matrix serves both ends; nothing to tie
         super().__init__(**kwargs)

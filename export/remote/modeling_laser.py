@@ -2,11 +2,13 @@
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-Every option of the JAX model that was exported: LASER or standard attention, temperatures, QK-norm,
-differential attention, soft caps, sinusoidal or rotary positions. Tensors have the names and shapes
+Every option of the JAX model that was exported: LASER or standard attention, grouped heads,
+temperatures, QK-norm, differential attention, soft caps, sinusoidal or rotary positions, gated
+MLPs. Tensors have the names and shapes
 of its parameters. For inference: gradients of the exact path are not optimised.
 
-Shapes: B batch, T new positions, S positions seen, M model dim, H heads, D head dim, Q query dim.
+Shapes: B batch, T new positions, S positions seen, M model dim, H heads of queries, K of keys and
+values, D head dim, Q query dim.
 """
 
 import math
@@ -43,9 +45,18 @@ class Mlp(nn.Module):
         super().__init__()
         self.up = nn.Parameter(torch.empty(model["model_dim"], model["mlp_dim"]))
         self.down = nn.Parameter(torch.empty(model["mlp_dim"], model["model_dim"]))
+        self.kind = model["mlp"]
+        if self.kind != "gelu":
+            self.gate = nn.Parameter(torch.empty(model["model_dim"], model["mlp_dim"]))
 
     def forward(self, x):
-        return functional.gelu(x @ self.up, approximate="tanh") @ self.down
+        hidden = x @ self.up
+        if self.kind == "gelu":
+            return functional.gelu(hidden, approximate="tanh") @ self.down
+        gate = x @ self.gate
+        swish = self.kind == "swiglu"
+        gate = functional.silu(gate) if swish else functional.gelu(gate, approximate="tanh")
+        return (gate * hidden) @ self.down
 
 
 class Attention(nn.Module):
@@ -57,8 +68,12 @@ class Attention(nn.Module):
         dim, heads, size = model["model_dim"], model["num_heads"], model["head_dim"]
         self.maps = 1 if self.variant["diff"] == "none" else 2
         self.query_dim = size // self.maps
-        for name in ("query", "key", "value", "output"):
+        kv_heads = model["num_kv_heads"] or heads
+        self.group = heads // kv_heads
+        for name in ("query", "output"):
             setattr(self, name, nn.Parameter(torch.empty(dim, heads, size)))
+        for name in ("key", "value"):
+            setattr(self, name, nn.Parameter(torch.empty(dim, kv_heads, size)))
         if self.variant["per_dim_temp"]:
             self.log_temperature = nn.Parameter(torch.zeros(self.query_dim))
         if self.variant["qk_norm"]:
@@ -78,6 +93,8 @@ class Attention(nn.Module):
         key = torch.cat(keys, dim=-1)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
+        if self.group > 1:
+            key, value = (x.repeat_interleave(self.group, dim=1) for x in (key, value))
         keys = key.split(self.query_dim, dim=-1)
         outs = [self._attend(q, k, value, seen_B1TS) for q, k in zip(queries, keys)]
         out = outs[0] if self.maps == 1 else self._difference(*outs)

@@ -15,7 +15,10 @@ largest value that its own query sees.
 A key that a query may not see is left out: its logit is -inf, and so is its term in log space,
 whatever its value. A value is never added to a mask.
 
-Shapes: B batch, H heads, C queries of a chunk, T queries, S keys up to the chunk's end, D size.
+Where several heads of queries share a head of keys, their queries are so many more rows of it.
+
+Shapes: B batch, H heads of keys, C queries of a chunk, T queries, S keys up to the chunk's end, D
+size.
 """
 
 import functools
@@ -70,6 +73,7 @@ def attention(
         logits_scale=logits_scale,
         logits_soft_cap=logits_soft_cap,
         shared_segment=shared_segment,
+        group=query.shape[2] // key.shape[2],
     )
 
     @jax.checkpoint  # keeps query, key and value, and nothing that was made of them here
@@ -84,14 +88,14 @@ def attention(
             stop = min(start + chunk_length(length), length)
             seen = stop if causal else length
             out, range_nats = jax.checkpoint(functools.partial(chunk, start=start, causal=causal))(
-                q_BHTD[:, :, start:stop],
+                _rows_of_keys(q_BHTD[:, :, start:stop], k_BHSD.shape[1]),
                 k_BHSD[:, :, :seen],
                 v_BHSD[:, :, :seen],
                 jax.tree.map(lambda x, seen=seen: x[:, :, :seen], exponent),
                 None if segment_ids is None else segment_ids[:, start:stop],
                 None if segment_ids is None else segment_ids[:, :seen],
             )
-            outputs.append(out)
+            outputs.append(_rows_of_keys(out, query.shape[2]))
             ranges.append(range_nats)
         out_BTHD = jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3)
         return out_BTHD.astype(value.dtype), jnp.stack(ranges).max()
@@ -101,18 +105,22 @@ def attention(
 
 def _chunk(
     q_BHCD, k_BHSD, v_BHSD, exponent, q_segments, k_segments,
-    *, kind, logits_scale, logits_soft_cap, shared_segment, start, causal,
+    *, kind, logits_scale, logits_soft_cap, shared_segment, group, start, causal,
 ):  # fmt: skip
-    """One chunk of queries, which begins at position `start`, against its keys."""
+    """One chunk of queries, which begins at position `start`, against its keys.
+
+    q_BHCD has the queries of all heads of a group, one head after the other; the segments are those
+    of one.
+    """
     k_BHSD = k_BHSD.astype(q_BHCD.dtype)
     logits = jnp.einsum("bhcd,bhsd->bhcs", q_BHCD, k_BHSD, preferred_element_type=jnp.float32)
     logits *= logits_scale
     if logits_soft_cap:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    queries, keys = logits.shape[2:]
+    queries, keys = logits.shape[2] // group, logits.shape[3]
     if causal:
         later = start + jnp.arange(queries)[:, None] < jnp.arange(keys)
-        logits = jnp.where(later, -jnp.inf, logits)
+        logits = jnp.where(_of_heads(later, group), -jnp.inf, logits)
     in_use = None
     if k_segments is not None:
         seen = q_segments[:, :, None] == k_segments[:, None, :]
@@ -123,7 +131,7 @@ def _chunk(
             shared = k_segments == shared_segment
             seen |= shared[:, None, :]
             in_use |= shared
-        logits = jnp.where(seen[:, None], logits, -jnp.inf)
+        logits = jnp.where(_of_heads(seen, group)[:, None], logits, -jnp.inf)
     if kind == "standard":
         # Without this the gradient of a masked probability, huge where the value is, would meet 0.
         probs = jnp.where(logits > -jnp.inf, jax.nn.softmax(logits, axis=-1), 0)
@@ -131,6 +139,16 @@ def _chunk(
     mantissa, power = exponent
     exp_v, reference = _exp_relative(mantissa, power, in_use)
     return _laser_readout(logits, v_BHSD, exp_v, reference)
+
+
+def _rows_of_keys(x_BHCD: Array, heads: int) -> Array:
+    """The same rows under fewer or more heads: (B, H, C, D) -> (B, heads, C · H / heads, D)."""
+    return x_BHCD.reshape(x_BHCD.shape[0], heads, -1, x_BHCD.shape[-1])
+
+
+def _of_heads(mask: Array, group: int) -> Array:
+    """A mask of one head, (..., C, S), for the rows of so many."""
+    return mask if group == 1 else jnp.concatenate([mask] * group, axis=-2)
 
 
 def _split_exponent(v: Array) -> tuple[Array, Array]:

@@ -14,12 +14,12 @@ first `ANCHOR_LENGTH` positions choose the anchor together, and what `chunked` c
 its chunks. That rests on cuDNN giving later keys a weight of 0. It has not run on a GPU yet; tests
 put XLA's attention in its place.
 
-Shapes: B batch, T length, H heads, D size.
+Shapes: B batch, T length, H heads of queries, K heads of keys and values, D size.
 """
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,6 +215,7 @@ def _laser_fwd(query, key, value, options: Options):
         return out.astype(value.dtype), out.min(axis=1, keepdims=True)
 
     out, smallest_out = lax.cond(usual, direct, repaired, query, key, value, mean)
+    largest = _of_queries(largest, query.shape[2])
     range_nats = jnp.maximum(jnp.maximum(largest, 0) - smallest_out, 0).max()
     range_nats = jnp.minimum(range_nats, jnp.finfo(jnp.float32).max)
     return (out, range_nats), (query, key, value, mu, mean, pullback, usual)
@@ -248,7 +249,7 @@ _laser.defvjp(_laser_fwd, _laser_bwd)
 
 
 def _anchor(value: Array) -> Array:
-    """μ, (B, 1, H, D) float32: 1 where the first values are all close to 0 or larger, else 0."""
+    """μ, (B, 1, K, D) float32: 1 where the first values are all close to 0 or larger, else 0."""
     smallest = value[:, :ANCHOR_LENGTH].min(axis=1, keepdims=True)
     return jnp.where(smallest >= LOWEST_ANCHORED, 1.0, 0.0)
 
@@ -264,25 +265,33 @@ def _operand(value: Array, mu: Array | float) -> Array:
 
 def _anchored(mean: Array, mu: Array) -> Array:
     """The sum Σ P·exp(V) that the weighted mean of exp(V) - μ stands for, float32."""
-    return mean.astype(jnp.float32) + mu
+    return mean.astype(jnp.float32) + _of_queries(mu, mean.shape[2])
+
+
+def _of_queries(x: Any, heads: int) -> Any:
+    """What is known of each head of values, (B, ·, K, D), for the heads of queries it serves."""
+    if isinstance(x, float) or x.shape[2] == heads:
+        return x
+    return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def _largest_seen(value: Array, options: Options) -> Array:
-    """Largest value that each query sees, (B, T or 1, H, D) float32."""
+    """Largest value that each query sees, (B, T or 1, K, D) float32."""
     value = value.astype(jnp.float32)
     return lax.cummax(value, axis=1) if options.causal else value.max(axis=1, keepdims=True)
 
 
 def _certified(y: Array, largest: Array, mu: Array | float) -> Array:
     """Whether sums y of exponentials with anchor μ are right; `largest` of the values in them."""
-    smallest = jnp.where(mu == 1, SMALLEST_ANCHORED_SUM, SMALLEST_SUM)
-    return (largest <= LARGEST_VALUE) & (y >= smallest)
+    heads = y.shape[2]
+    smallest = jnp.where(_of_queries(mu, heads) == 1, SMALLEST_ANCHORED_SUM, SMALLEST_SUM)
+    return (_of_queries(largest, heads) <= LARGEST_VALUE) & (y >= smallest)
 
 
 def _unanchored(query: Array, key: Array, value: Array, options: Options) -> Array:
     """log(softmax(·) exp(V)), float32, without an anchor, where need be by `chunked`."""
-    y = _weighted_mean(query, key, _operand(value, 0), options).astype(jnp.float32)
-    certified = _certified(y, lax.stop_gradient(_largest_seen(value, options)), 0)
+    y = _weighted_mean(query, key, _operand(value, 0.0), options).astype(jnp.float32)
+    certified = _certified(y, lax.stop_gradient(_largest_seen(value, options)), 0.0)
 
     def exact(query, key, value):
         return _chunked(query, key, value, "laser", options).astype(jnp.float32)

@@ -64,8 +64,9 @@ def cached_attention(
 
     Args:
       query: (B, T, H, D_qk), float32 or bfloat16.
-      key: (B, H, S, D_qk), S slots, those of the new tokens included; a multiple of `BLOCK`.
-      value: (B, H, S, D_v).
+      key: (B, K, S, D_qk), S slots, those of the new tokens included; a multiple of `BLOCK`. Each
+        head of keys and values serves H / K neighbouring heads of queries.
+      value: (B, K, S, D_v).
       visible: (B, T, S) bool; every query sees one slot at least.
       stop: () int; nobody sees this slot or a later one, and they cost nothing.
       kind, logits_scale, logits_soft_cap: as in `attention`.
@@ -76,12 +77,15 @@ def cached_attention(
     _check(query, key, value, visible, kind)
     scale = 1 / math.sqrt(query.shape[-1]) if logits_scale is None else logits_scale
     q_BHTD = query.transpose(0, 2, 1, 3)
+    group = query.shape[2] // key.shape[1]
 
     def block(start: Array, q_BHTD: Array, visible_BTS: Array) -> tuple[Array, Array, Array]:
         """Logits (B, H, T, S), values (B, H, S, D) and what is visible (B, 1, T, S)."""
         k_BHSD, v_BHSD = (
             jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis=2) for x in (key, value)
         )
+        if group > 1:  # a block at a time, never the cache
+            k_BHSD, v_BHSD = (jnp.repeat(x, group, axis=1) for x in (k_BHSD, v_BHSD))
         seen = jax.lax.dynamic_slice_in_dim(visible_BTS, start, BLOCK, axis=2)[:, None]
         logits = jnp.einsum("bhtd,bhsd->bhts", q_BHTD, k_BHSD, preferred_element_type=jnp.float32)
         logits *= scale
@@ -189,13 +193,14 @@ def _check(query, key, value, visible, kind) -> None:
     if kind not in ("standard", "laser"):
         raise ValueError(f"kind={kind!r}: must be 'standard' or 'laser'")
     batch, queries, heads, size = query.shape
-    slots = key.shape[2]
-    if key.shape != (batch, heads, slots, size) or value.shape[:3] != key.shape[:3]:
+    kv_heads, slots = key.shape[1:3]
+    if key.shape != (batch, kv_heads, slots, size) or value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            "key and value must be (batch, heads, slots, size) with the batch, heads and size of "
-            f"the query (batch, queries, heads, size); got {query.shape}, {key.shape}, "
-            f"{value.shape}"
+            "key and value must be (batch, heads, slots, size) with the batch and size of the "
+            f"query (batch, queries, heads, size); got {query.shape}, {key.shape}, {value.shape}"
         )
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"{kv_heads} heads of keys must divide the {heads} heads of queries")
     if slots % BLOCK or visible.shape != (batch, queries, slots):
         raise ValueError(
             f"a cache of {slots} slots, visible {visible.shape}: slots must be a multiple of "

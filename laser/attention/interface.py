@@ -58,8 +58,9 @@ def attention(
 
     Args:
       query: (B, T, H, D_qk), float32 or bfloat16.
-      key: (B, T, H, D_qk).
-      value: (B, T, H, D_v); D_v may differ from D_qk.
+      key: (B, T, K, D_qk), where K divides H: with K below H, each group of H / K neighbouring
+        heads of queries shares a head of keys and values (arXiv 2305.13245; K = 1: 1911.02150).
+      value: (B, T, K, D_v); D_v may differ from D_qk.
       kind: which readout.
       logits_scale: factor of the logits; 1/√D_qk if None.
       causal: a query sees no later key.
@@ -114,10 +115,19 @@ def _check(query, key, value, kind, segment_ids, implementation) -> None:
         raise ValueError(f"implementation={implementation!r}: must be one of {', '.join(names)}")
     if implementation == "paper" and kind == "standard":
         raise ValueError("implementation='paper' is a form of LASER; use kind='laser'")
-    if query.ndim != 4 or key.shape != query.shape or value.shape[:3] != key.shape[:3]:
+    rest = (*query.shape[:2], *query.shape[3:])
+    if query.ndim != 4 or key.ndim != 4 or (*key.shape[:2], *key.shape[3:]) != rest:
         raise ValueError(
-            "query and key must be (batch, length, heads, size) of one shape, and value alike up "
-            f"to its size; got {query.shape}, {key.shape}, {value.shape}"
+            "query and key must be (batch, length, heads, size) of one shape up to the number of "
+            f"heads; got {query.shape}, {key.shape}"
+        )
+    if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must have the shape of key up to its size; got {value.shape}, {key.shape}"
+        )
+    if not key.shape[2] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"{key.shape[2]} heads of keys must divide the {query.shape[2]} heads of queries"
         )
     if segment_ids is not None and segment_ids.shape != query.shape[:2]:
         raise ValueError(

@@ -92,6 +92,9 @@ def attention(
 ) -> Array:
     """The interface's contract by the formulas above; see `laser.attention.attention`."""
     readout = {"standard": standard, "laser": laser_paper if paper else laser}[kind]
+    group = query.shape[2] // key.shape[2]
+    if group > 1:
+        key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
     if not paper:  # the oracle computes in at least float32, the paper's wrapper as it is given
         query, key, value = (
             x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value)

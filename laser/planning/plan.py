@@ -213,6 +213,6 @@ def estimated_peak_gib(config: RunConfig, mesh: MeshConfig) -> float:
     embedding = 3 * 4 * model.vocab_size * model.model_dim / mesh.tensor
     gradient = 0.0
     if config.training.accumulation > 1:
-        gradient = roofline.state_bytes(config, mesh) / roofline.STATE_ITEMS
+        gradient = 4 * roofline.parameter_count(model) / (mesh.fsdp * mesh.tensor)
     total = roofline.state_bytes(config, mesh) + roofline.kept_bytes(config, mesh) + gradient
     return (total + max(layer, embedding)) / math.pow(2, 30)

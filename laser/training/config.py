@@ -52,11 +52,14 @@ class DataConfig:
 class OptimizerConfig:
     """Update rule and schedule. Fields as in configs/base.py, section `optimizer`."""
 
-    name: Literal["adamw", "lamb"]
+    name: Literal["adamw", "lamb", "muon"]
     learning_rate: float
+    schedule: Literal["cosine", "wsd"]
     warmup_steps: int
+    decay_steps: int
     b1: float
     b2: float
+    muon_momentum: float
     eps: float
     weight_decay: float
     clip_grad_norm: float
@@ -66,11 +69,16 @@ class OptimizerConfig:
         for name in ("learning_rate", "eps"):
             value = getattr(self, name)
             require(value > 0, f"optimizer.{name}={value}: must be above 0")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "muon_momentum"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value}: must be at least 0 and below 1")
         _require_at_least(0, "optimizer", self, "warmup_steps", "weight_decay")
-        _require_at_least(0, "optimizer", self, "clip_grad_norm", "clip_update_rms")
+        _require_at_least(0, "optimizer", self, "clip_grad_norm", "clip_update_rms", "decay_steps")
+        require(
+            (self.schedule == "wsd") == (self.decay_steps > 0),
+            f"optimizer.decay_steps={self.decay_steps} with optimizer.schedule={self.schedule}: "
+            "wsd needs at least 1, cosine decays from the warm-up on and takes 0",
+        )
         require(
             self.clip_update_rms > 0 or self.eps >= 1e-12,
             f"optimizer.eps={self.eps} with optimizer.clip_update_rms=0: nothing bounds the step "
@@ -88,6 +96,7 @@ class TrainingConfig:
     batch_size: int
     accumulation: int
     z_loss: float
+    skip_gradient_norm: float
     max_skipped_steps: int
     log_every: int
     eval_every: int
@@ -98,6 +107,11 @@ class TrainingConfig:
         _require_at_least(1, "training", self, "max_skipped_steps", "log_every")
         _require_at_least(0, "training", self, "steps", "epochs", "seed", "z_loss")
         _require_at_least(0, "training", self, "eval_every", "eval_batches")
+        require(
+            self.skip_gradient_norm == 0 or self.skip_gradient_norm > 1,
+            f"training.skip_gradient_norm={self.skip_gradient_norm}: must be 0 (off), or above 1, "
+            "times the usual norm",
+        )
         require(
             (self.steps > 0) != (self.epochs > 0),
             f"training.steps={self.steps} and training.epochs={self.epochs}: one of them must be "
@@ -187,6 +201,13 @@ class RunConfig:
             warmup <= steps or not steps,  # epochs become steps once the data are known
             f"optimizer.warmup_steps={warmup}: the run ends before, at training.steps={steps}; "
             f"add --config.optimizer.warmup_steps=N with N up to {steps}, or train longer",
+        )
+        decay = self.optimizer.decay_steps
+        require(
+            warmup + decay <= steps or not steps,
+            f"optimizer.decay_steps={decay}: with optimizer.warmup_steps={warmup} more than "
+            f"training.steps={steps}; add --config.optimizer.decay_steps=N with N up to "
+            f"{steps - warmup}",
         )
         require(
             not self.data.tasks or bool(self.init_from),
@@ -292,8 +313,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _check_tensor_axis(model: ModelConfig, tensor: int) -> None:
-    for name in ("num_heads", "mlp_dim") if tensor > 1 else ():
-        value = getattr(model, name)
+    sizes = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "mlp_dim": model.mlp_dim}
+    for name, value in sizes.items() if tensor > 1 else ():
         require(
             value % tensor == 0,
             f"mesh.tensor={tensor}: must divide model.{name}={value}; use "

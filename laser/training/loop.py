@@ -32,6 +32,7 @@ from laser.training.config import RunConfig, check_devices
 from laser.training.metrics import (
     METRICS_FILE,
     SKIPPED_FILE,
+    SPIKES_FILE,
     MetricsWriter,
     make_writer,
     mark_of,
@@ -44,6 +45,7 @@ from laser.training.run_folder import (
     load_run_config,
     open_run_folder,
 )
+from laser.training.spikes import Spikes
 from laser.training.step import TrainState
 from models.config import ModelConfig
 from models.decoder import init_parameters, train_flops_per_token
@@ -128,6 +130,7 @@ class Run:
     Attributes:
       config: of the program, with numbers for what was left to the data.
       init_step: of the checkpoint of config.init_from that the run started from.
+      spikes: what was seen of the loss so far.
     """
 
     def __init__(self, program: Program, workdir: str, rows: Rows, record: dict[str, Any]):
@@ -136,6 +139,7 @@ class Run:
         self.workdir = Path(workdir)
         self.rows = rows
         self.init_step: int | None = record["init_step"]
+        self.spikes = Spikes()
         self._config_sha256 = record[SEAL]
 
     def init_state(self) -> TrainState:
@@ -151,7 +155,8 @@ class Run:
     def note(self, owed: bool) -> dict[str, Any]:
         """What a checkpoint says of the rest of the folder, and whether an evaluation is owed."""
         mark = mark_of(self.workdir / METRICS_FILE) if hosts.is_first() else None
-        return {"config": self._config_sha256, "owed": owed, "metrics": mark}
+        losses = list(self.spikes.recent)
+        return {"config": self._config_sha256, "owed": owed, "metrics": mark, "losses": losses}
 
     def train_batches(self, start_step: int):
         return self.rows.train_batches(self.config, start_step, self.program.batch_sharding)
@@ -179,6 +184,7 @@ def _train_from(
 ) -> int:
     """The steps that are left, with metrics and signals looked after."""
     config, step = run.config, int(state.step)
+    run.spikes = Spikes(checkpoints.restored.get("losses", ()))
     writer = make_writer(
         run.workdir,
         config.training.steps,
@@ -194,6 +200,8 @@ def _train_from(
         peak_flops=hardware.peak_flops(),
         bound_seconds=_bound_seconds(run.program),
         on_skipped=functools.partial(_record_skipped, run),
+        on_step=functools.partial(_record_spike, run),
+        of_data=functools.partial(run.rows.metrics, config),
     )
     try:
         with preemption.watch() as preempted:
@@ -292,18 +300,35 @@ def _record_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
     names = ("loss", "gradient_norm", "attention_range")
     values = ", ".join(f"{name} {metrics[name]:.4g}" for name in names)
     log.error("step %d skipped (%s); rows %s", step, values, np.array2string(ids, threshold=16))
-    if hosts.is_first():
-        record: dict[str, Any] = {"step": step, "row_ids": ids.tolist()}
-        record |= {name: repr(metrics[name]) for name in names}
-        with (run.workdir / SKIPPED_FILE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    record: dict[str, Any] = {"step": step, "row_ids": ids.tolist()}
+    _append(run, SKIPPED_FILE, record | {name: repr(metrics[name]) for name in names})
     in_a_row, limit = int(metrics["skipped_in_a_row"]), config.training.max_skipped_steps
     if in_a_row >= limit:
+        factor = config.training.skip_gradient_norm
+        too_large = f", or one beyond training.skip_gradient_norm={factor:g}" if factor else ""
         raise TooManySkippedSteps(
-            f"{in_a_row} steps in a row had a non-finite loss or gradient (step {step}, "
+            f"{in_a_row} steps in a row had a non-finite loss or gradient{too_large} (step {step}, "
             f"training.max_skipped_steps={limit}): lower optimizer.learning_rate, or look at the "
             f"rows in {run.workdir / 'skipped.jsonl'}"
         )
+
+
+def _record_spike(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """Records a step whose loss is far above the last ones."""
+    loss = metrics["loss"]
+    height = run.spikes.height(loss)
+    if height is None:
+        return
+    log.warning("step %d: loss %.4g, %.1f standard deviations above the last", step, loss, height)
+    ids = run.rows.row_ids(run.config, step - 1)
+    record = {"step": step, "loss": loss, "deviations": height, "row_ids": ids.tolist()}
+    _append(run, SPIKES_FILE, record)
+
+
+def _append(run: Run, name: str, record: dict[str, Any]) -> None:
+    if hosts.is_first():
+        with (run.workdir / name).open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def _check_init(config: RunConfig, rows: Rows) -> int:

@@ -13,6 +13,7 @@ is not JSON.
                                 laser/training/roofline.py, over the time that it takes
     data_wait_seconds           per step, of the loop    memory_gib    most in use on a device
     skipped_steps               so far, in the run       attention_range    largest, nats
+    share/STORE                 of the rows so far, of each store of a mixture
     eval/loss, eval/bits_per_byte                    eval/TASK/METRIC    a fraction
 """
 
@@ -36,6 +37,7 @@ from laser.training.run_folder import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
+SPIKES_FILE = "spikes.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ def make_writer(
         return MultiWriter([])
     jsonl = JsonlWriter(workdir)
     jsonl.truncate_after(resume_step, mark)
-    drop_lines_after(resume_step, Path(workdir) / SKIPPED_FILE)
+    for name in (SKIPPED_FILE, SPIKES_FILE):
+        drop_lines_after(resume_step, Path(workdir) / name)
     tensorboard = TensorBoardWriter(workdir, first_step=resume_step + 1)
     return MultiWriter([jsonl, tensorboard, TerminalLine(steps)])
 

@@ -1,34 +1,58 @@
-"""AdamW and LAMB by optax, with what PAX does around them.
+"""AdamW, LAMB and Muon by optax, with what PAX does around them.
 
 Everything that is "per tensor" (the clip of the update's RMS, LAMB's trust ratio) is per layer of
 the stacked blocks, so that scanning the layers does not change the optimizer. The learning rate is
 left out: the step multiplies by `learning_rate(step)`, which stays right when a bad step is
 skipped.
+
+Muon orthogonalises whole matrices, and devices have parts of them. So before it a matrix' parts
+come together, the layers spread over as many devices as divide them, and what it makes goes back to
+the devices that own the parts: float32, once each way. Its momentum stays where the parameters are.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+from jax.sharding import NamedSharding, PartitionSpec
 
+from laser.training import sharding
 from laser.training.config import OptimizerConfig
 
 Array = jax.Array
 
+# Of a Muon update's entries, about that of AdamW's, so that one learning rate and decay serve both
+# (arXiv 2502.16982, section 2.2).
+MUON_RMS = 0.2
+
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then a cosine to 0, by the number of steps done before.
+    """The rate by the number of steps done before: linear warm-up from 0 to the peak, then ...
 
-    The zeros at both ends fall before the first step and after the last, so that every step trains.
+    ... as `cosine` a cosine to 0, as `wsd` (warmup-stable-decay, arXiv 2404.06395) the peak, and a
+    line to 0 in the last `decay_steps`. The zeros at both ends fall before the first step and after
+    the last, so that every step trains.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=steps + 1,
-        end_value=0.0,
-    )
+    if config.schedule == "wsd":
+        peak, start = config.learning_rate, steps + 1 - config.decay_steps
+        parts = [
+            optax.linear_schedule(0.0, peak, config.warmup_steps),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, config.decay_steps),
+        ]
+        schedule = optax.join_schedules(parts, [config.warmup_steps, start])
+    else:
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            decay_steps=steps + 1,
+            end_value=0.0,
+        )
     return lambda steps_done: schedule(steps_done + 1)
 
 
@@ -37,6 +61,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
     clip by global norm → Adam with bias correction → clip of the update's RMS per tensor (praxis'
     sharded_adam) → decoupled decay of the matrices → for LAMB the trust ratio (arXiv 1904.00962).
+    With Muon the layers' matrices have its update in place of Adam's, of root mean square 0.2.
     """
     parts = []
     if config.clip_grad_norm:
@@ -45,7 +70,15 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     # first would be divided by eps alone. This much under the root keeps such an update below 1,
     # and is nothing beside any other second moment.
     lost = float(jnp.finfo(jnp.float32).tiny) / (1 - config.b2)
-    parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, eps_root=lost))
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, eps_root=lost)
+    if config.name == "muon":
+        muon = optax.chain(_momentum(config.muon_momentum), optax.stateless(_orthogonalised))
+        parts.append(optax.masked(muon, layer_matrices))
+        parts.append(
+            optax.masked(adam, lambda tree: jax.tree.map(lambda x: not x, layer_matrices(tree)))
+        )
+    else:
+        parts.append(adam)
     if config.clip_update_rms:
         parts.append(_per_tensor(_clip_rms(config.clip_update_rms)))
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=matrices))
@@ -66,6 +99,13 @@ def matrices(params) -> object:
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x.ndim - is_stacked(path) >= 2 and not _is_lambda(path), params
+    )
+
+
+def layer_matrices(params) -> Any:
+    """True for what Muon updates: the matrices of the layers, and not the embedding."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, matrix: matrix and is_stacked(path), matrices(params)
     )
 
 
@@ -98,3 +138,86 @@ def _trust_ratio(update: Array, param: Array) -> Array:
     param_norm, update_norm = jnp.linalg.norm(param), jnp.linalg.norm(update)
     usable = (param_norm > 0) & (update_norm > 0)
     return update * jnp.where(usable, param_norm / jnp.where(usable, update_norm, 1.0), 1.0)
+
+
+class MomentumState(NamedTuple):
+    """Steps so far, int32, and the running mean of the gradients."""
+
+    steps: Array
+    mean: Any
+
+
+def _momentum(beta: float) -> optax.GradientTransformation:
+    """Nesterov's momentum with bias correction, as in optax.contrib.scale_by_muon."""
+
+    def init(params):
+        return MomentumState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
+
+    def update(gradients, state, params=None):
+        del params
+        mean = optax.tree.update_moment(gradients, state.mean, beta, 1)
+        count = optax.safe_increment(state.steps)
+        ahead = optax.tree.bias_correction(mean, beta, optax.safe_increment(count))
+        now = optax.tree.bias_correction(gradients, beta, count)
+        updates = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)
+        return updates, MomentumState(count, mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _orthogonalised(updates, params):
+    """UVᵀ in place of each matrix USVᵀ, nearly, with entries of root mean square `MUON_RMS`."""
+    del params
+    # Without momentum of its own, which would want matrices that are whole.
+    newton_schulz = optax.contrib.scale_by_muon(
+        beta=0.0, nesterov=False, weight_dimension_numbers=_dimension_numbers
+    )
+    whole = _moved(updates, sharding.parameter_spec, _whole_spec)
+    orthogonal, _ = newton_schulz.update(whole, newton_schulz.init(whole))
+
+    def scaled(path, x):
+        rows, columns = (math.prod(x.shape[dim] for dim in dims) for dims in _matrix_dims(path))
+        return x * (MUON_RMS * math.sqrt(max(rows, columns)))
+
+    scaled_updates = jax.tree_util.tree_map_with_path(scaled, orthogonal)
+    return _moved(scaled_updates, _whole_spec, sharding.parameter_spec)
+
+
+def _matrix_dims(path: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Dims of a stacked parameter that its matrix sums over, and those of its result."""
+    if path[-1].key == "output":  # (L, M, H, D), from heads to M
+        return (2, 3), (1,)
+    return (1,), (2, 3) if path[-2].key == "attention" else (2,)
+
+
+def _dimension_numbers(tree):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: optax.contrib.MuonDimensionNumbers(*_matrix_dims(path)), tree
+    )
+
+
+def _moved(tree, here: Callable[..., PartitionSpec], there: Callable[..., PartitionSpec]):
+    """The arrays from one layout, spec(mesh, path, shape), to another, on the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+
+    def move(path, x):
+        layouts = (spec(mesh, sharding.name_of(path), x.shape) for spec in (here, there))
+        before, after = (NamedSharding(mesh, spec) for spec in layouts)
+        # Else XLA moves what the array is a sum of: twice as much.
+        x = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(x, before))
+        return jax.lax.with_sharding_constraint(x, after)
+
+    return jax.tree_util.tree_map_with_path(move, tree)
+
+
+def _whole_spec(mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Layers spread over the axes that divide them, but for those that hold copies."""
+    del path
+    names, left = [], shape[0]
+    for name in (*sharding.batch_axes(mesh)[1:], sharding.TENSOR):
+        if mesh.shape[name] > 1 and left % mesh.shape[name] == 0:
+            names.append(name)
+            left //= mesh.shape[name]
+    return PartitionSpec(tuple(names) or None)

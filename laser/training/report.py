@@ -26,6 +26,8 @@ class Report:
       peak_flops: of all devices; 0 if unknown, then there is no "mfu".
       bound_seconds: that a step takes at least; 0 if unknown, then there is no "of_bound".
       on_skipped: called with the step and its metrics when a step had no update.
+      on_step: called with every step and its metrics.
+      of_data: what to write of the data, after so many steps.
 
     Attributes:
       skipping: whether the last step that was looked at had no update.
@@ -41,6 +43,8 @@ class Report:
         peak_flops: float,
         bound_seconds: float,
         on_skipped: Callable[[int, dict[str, float]], None],
+        on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+        of_data: Callable[[int], dict[str, float]] = lambda step: {},
     ):
         self._writer = writer
         self._log_every = log_every
@@ -49,6 +53,8 @@ class Report:
         self._peak_flops = peak_flops
         self._bound_seconds = bound_seconds
         self._on_skipped = on_skipped
+        self._on_step = on_step
+        self._of_data = of_data
         self.skipping = False
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._window_start = time.perf_counter()
@@ -75,10 +81,12 @@ class Report:
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
         self._window_steps += 1
         self.skipping = metrics["skipped_in_a_row"] > 0
+        self._on_step(step, metrics)
         if self.skipping:
             self._on_skipped(step, metrics)
         if step % self._log_every == 0 or step == 1:
-            self._writer.write(step, metrics | self._derived(metrics, waited))
+            derived = self._derived(metrics, waited)
+            self._writer.write(step, metrics | derived | self._of_data(step))
 
     def off_the_clock(self, action: Callable[[], Any]) -> Any:
         """Runs `action` without counting its time as training time."""

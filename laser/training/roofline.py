@@ -14,7 +14,7 @@ from laser.training.hardware import Chip
 from models.config import ModelConfig
 from models.decoder import train_flops_per_token
 
-STATE_ITEMS = 3  # parameters and two moments of Adam, float32
+NEWTON_SCHULZ_STEPS = 5  # of Muon, optax's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Bound:
 
 def parameter_count(model: ModelConfig) -> int:
     """Of the matrices; norms and temperatures are fewer than 0.1 % of it."""
-    attention = 4 * model.model_dim * model.num_heads * model.head_dim
-    layer = attention + 2 * model.model_dim * model.mlp_dim
+    layer = model.attention_weights + model.mlp_weights
     return model.num_layers * layer + model.vocab_size * model.model_dim
 
 
@@ -70,8 +69,8 @@ def recomputed_flops(config: RunConfig, implementation: str) -> float:
     values = model.num_heads * maps * model.head_dim * length
     again = logits + (0 if implementation == "pallas" else values)
     if model.remat == "full":
-        attention = 4 * model.model_dim * model.num_heads * model.head_dim
-        again += 2 * (attention + model.model_dim * model.mlp_dim)  # down is not needed
+        again += 2 * (model.attention_weights + model.mlp_weights)
+        again -= 2 * model.model_dim * model.mlp_dim  # down is not needed
         again += logits + values if implementation == "pallas" else 0
     return tokens * model.num_layers * again
 
@@ -84,11 +83,11 @@ def kept_bytes(config: RunConfig, mesh: MeshConfig) -> float:
     with `none` what lies between those too.
     """
     model = config.model
-    heads = model.num_heads * model.head_dim / mesh.tensor
-    hidden = model.mlp_dim / mesh.tensor
+    heads = 2 * (model.num_heads + model.kv_heads) * model.head_dim / mesh.tensor
+    hidden = model.hidden_mlp_matrices * model.mlp_dim / mesh.tensor
     items: float = model.model_dim
     if model.remat != "full":
-        items += 4 * heads + model.model_dim + hidden
+        items += heads + model.model_dim + hidden
     if model.remat == "none":
         items += 2 * model.model_dim + hidden
     return items * model.num_layers * tokens_per_chip(config, mesh) * _itemsize(model)
@@ -102,7 +101,33 @@ def tokens_per_chip(config: RunConfig, mesh: MeshConfig) -> float:
 
 def state_bytes(config: RunConfig, mesh: MeshConfig) -> float:
     """Parameters and optimizer state on a chip."""
-    return STATE_ITEMS * 4 * parameter_count(config.model) / (mesh.fsdp * mesh.tensor)
+    return 4 * sum(state_items(config)) / (mesh.fsdp * mesh.tensor)
+
+
+def state_items(config: RunConfig) -> tuple[int, int]:
+    """Float32 numbers of the parameters, and of the optimizer.
+
+    Adam has two moments of each, and Muon one of those that it updates.
+    """
+    model, count = config.model, parameter_count(config.model)
+    layers = count - model.vocab_size * model.model_dim
+    return count, 2 * count - (layers if config.optimizer.name == "muon" else 0)
+
+
+def muon_flops(config: RunConfig, mesh: MeshConfig) -> float:
+    """Of Muon's orthogonalisation on a chip; 0 for other optimizers.
+
+    A step of it on m rows and n >= m columns is X Xᵀ, its square, and a product with X. Whole
+    layers are spread over the chips that share parameters, so no chip has less than one.
+    """
+    if config.optimizer.name != "muon":
+        return 0.0
+    model, dim = config.model, config.model.model_dim
+    wide = 2 * [model.num_heads * model.head_dim] + 2 * [model.kv_heads * model.head_dim]
+    wide += (model.hidden_mlp_matrices + 1) * [model.mlp_dim]
+    pairs = [(min(dim, other), max(dim, other)) for other in wide]
+    layer = NEWTON_SCHULZ_STEPS * sum(4 * m * m * n + 2 * m**3 for m, n in pairs)
+    return layer * math.ceil(model.num_layers / (mesh.fsdp * mesh.tensor))
 
 
 def memory_bytes(config: RunConfig, mesh: MeshConfig) -> float:
@@ -121,14 +146,19 @@ def collective_bytes(config: RunConfig, mesh: MeshConfig) -> dict[str, float]:
     """Bytes that a chip receives in a step over each axis of the config's mesh.
 
     For every micro-batch weights come on both passes and gradients go once (fsdp), and a layer's
-    activations are all-reduced four times (tensor); a step sums float32 gradients over copies.
+    activations are all-reduced four times (tensor); a step sums float32 gradients over copies. Muon
+    gathers whole layers, at least one on a chip, and gives their update back, in float32.
     """
     model, accumulation = config.model, config.training.accumulation
     weights = parameter_count(model) * _itemsize(model) / mesh.tensor
     share = parameter_count(model) * 4 / (mesh.fsdp * mesh.tensor)
     activations = tokens_per_chip(config, mesh) * model.model_dim * _itemsize(model)
+    muon = 0.0
+    if config.optimizer.name == "muon" and mesh.fsdp > 1:
+        layer = 4 * (model.attention_weights + model.mlp_weights)
+        muon = layer * (math.ceil(model.num_layers / mesh.fsdp) + model.num_layers / mesh.fsdp)
     return {
-        "fsdp": 3 * accumulation * weights * (1 - 1 / mesh.fsdp),
+        "fsdp": 3 * accumulation * weights * (1 - 1 / mesh.fsdp) + muon,
         "data": 2 * share * (1 - 1 / mesh.data),
         "tensor": 8 * accumulation * model.num_layers * activations * (1 - 1 / mesh.tensor),
     }
@@ -150,7 +180,7 @@ def analytic_bound(
     links = 6 if chip.name in ("v4", "v5p") else 4  # of a chip: solid or flat torus
     received = sum(collective_bytes(config, mesh).values())
     return Bound(
-        compute=flops / devices / chip.flops,
+        compute=(flops / devices + muon_flops(config, mesh)) / chip.flops,
         memory=_ratio(memory_bytes(config, mesh), chip.hbm_bandwidth),
         interconnect=_ratio(received, links * chip.link_bandwidth),
     )
@@ -189,5 +219,6 @@ def _ratio(size: float, speed: float) -> float:
 
 def state_gib(config: RunConfig, mesh: MeshConfig) -> tuple[float, float]:
     """GiB of parameters and of optimizer state on a chip."""
-    per_item = state_bytes(config, mesh) / STATE_ITEMS / math.pow(2, 30)
-    return per_item, (STATE_ITEMS - 1) * per_item
+    parameters, optimizer = state_items(config)
+    a_chip = 4 / (mesh.fsdp * mesh.tensor) / math.pow(2, 30)
+    return parameters * a_chip, optimizer * a_chip

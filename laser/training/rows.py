@@ -6,6 +6,7 @@ know which one it trains on.
 
 import dataclasses
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Protocol
 import numpy as np
 from jax.sharding import Sharding
 
-from data import examples, loader
+from data import examples, loader, mixture
 from data.examples import Examples
 from data.order import row_ids
-from data.store import TokenStore
+from data.store import Split, TokenStore
 from data.tokenizer import Tokenizer
 from laser.training.config import RunConfig
 
@@ -51,50 +52,71 @@ class Rows(Protocol):
     ) -> loader.Prefetcher:
         """Batches of the steps from `start_step` to the end of the run."""
 
+    def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
+        """What is logged of the data of the first `steps` steps."""
+
     def validation_batches(self, config: RunConfig, sharding: Sharding) -> Iterator[loader.Batch]:
-        """The validation split, or its first training.eval_batches."""
+        """The validation split of every store, or its first training.eval_batches."""
 
     def bytes_of(self, tokens: float) -> int:
         """Bytes of text of the validation split if so many targets are all of it, or else 0."""
 
 
 class StoreRows:
-    """Packed rows of a prepared store."""
+    """Packed rows of a prepared store, or of several, each with its share of them."""
 
     def __init__(self, config: RunConfig):
-        """Opens data.store. Raises ValueError if it is no finished one or does not fit the rest."""
-        if not Path(config.data.store).is_dir():
-            raise ValueError(
-                f"data.store={config.data.store!r}: no such folder; see scripts/prepare_data.py"
-            )
-        self._store = TokenStore(config.data.store)
-        self.tokenizer_path = self._store.tokenizer_path
-        self.fingerprint = self._store.fingerprint
-        _check_vocabulary(config, self._store.vocab_size, config.data.store)
-        for name in ("train", "validation"):
-            tokens, length = self._store.split(name).num_tokens, config.data.seq_len
-            if tokens <= length:
+        """Opens data.store. Raises ValueError if one is no finished store, they do not fit the
+        rest, or have different tokenizers."""
+        self._parts = mixture.parse(config.data.store)
+        for part in self._parts:
+            if not Path(part.path).is_dir():
                 raise ValueError(
-                    f"data.seq_len={length}: the {name} split of {config.data.store} has only "
-                    f"{tokens} tokens; use shorter rows or more text"
+                    f"data.store={part.path!r}: no such folder; see scripts/prepare_data.py"
                 )
+        self._stores = [TokenStore(part.path) for part in self._parts]
+        self._store = self._stores[0]
+        self.tokenizer_path = self._store.tokenizer_path
+        for part, store in zip(self._parts, self._stores, strict=True):
+            _check_store(config, part.path, store, self._store)
+        self.fingerprint = self._store.fingerprint
+        self._train: Split | mixture.Mixture = self._store.split("train")
+        if len(self._stores) > 1:
+            whole = [(store.fingerprint, str(part.share)) for part, store in self._pairs()]
+            self.fingerprint = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+            splits = [store.split("train") for store in self._stores]
+            self._train = mixture.Mixture(splits, [part.share for part in self._parts])
+
+    def _pairs(self) -> Iterator[tuple[mixture.Part, TokenStore]]:
+        return zip(self._parts, self._stores, strict=True)
 
     def row_length(self, config: RunConfig) -> int:
         return config.data.seq_len
 
     def steps_per_epoch(self, config: RunConfig) -> int:
-        num_rows = self._store.split("train").num_rows(config.data.seq_len)
-        return max(1, num_rows // config.training.batch_size)
+        return max(1, self._train.num_rows(config.data.seq_len) // config.training.batch_size)
 
     def row_ids(self, config: RunConfig, step: int) -> np.ndarray:
-        num_rows = self._store.split("train").num_rows(config.data.seq_len)
-        return row_ids(config.data.shuffle_seed, step, config.training.batch_size, num_rows)
+        seed, rows, length = (
+            config.data.shuffle_seed, config.training.batch_size, config.data.seq_len,
+        )  # fmt: skip
+        if isinstance(self._train, mixture.Mixture):
+            return self._train.row_ids(seed, step, rows, length)
+        return row_ids(seed, step, rows, self._train.num_rows(length))
+
+    def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
+        if not isinstance(self._train, mixture.Mixture):
+            return {}
+        rows = steps * config.training.batch_size
+        counts = self._train.counts(rows)
+        names = mixture.names(self._parts)
+        return {f"share/{name}": int(n) / rows for name, n in zip(names, counts, strict=True)}
 
     def train_batches(
         self, config: RunConfig, start_step: int, sharding: Sharding
     ) -> loader.Prefetcher:
         return loader.train_batches(
-            self._store.split("train"),
+            self._train,
             seq_len=config.data.seq_len,
             batch_size=config.training.batch_size,
             seed=config.data.shuffle_seed,
@@ -107,20 +129,38 @@ class StoreRows:
         )
 
     def validation_batches(self, config: RunConfig, sharding: Sharding) -> Iterator[loader.Batch]:
-        return loader.eval_batches(
-            self._store.split("validation"),
-            seq_len=config.data.seq_len,
-            batch_size=config.training.batch_size,
-            segment_ids=config.data.segment_ids,
-            eos_id=self._store.eos_id,
-            pad_id=self._store.pad_id,
-            sharding=sharding,
-            max_batches=config.training.eval_batches,
-        )
+        for store in self._stores:
+            yield from loader.eval_batches(
+                store.split("validation"),
+                seq_len=config.data.seq_len,
+                batch_size=config.training.batch_size,
+                segment_ids=config.data.segment_ids,
+                eos_id=store.eos_id,
+                pad_id=store.pad_id,
+                sharding=sharding,
+                max_batches=config.training.eval_batches,
+            )
 
     def bytes_of(self, tokens: float) -> int:
-        split = self._store.split("validation")
-        return split.num_bytes if tokens == split.num_tokens - 1 else 0
+        splits = [store.split("validation") for store in self._stores]
+        whole = sum(split.num_tokens - 1 for split in splits)
+        return sum(split.num_bytes for split in splits) if tokens == whole else 0
+
+
+def _check_store(config: RunConfig, path: str, store: TokenStore, first: TokenStore) -> None:
+    _check_vocabulary(config, store.vocab_size, path)
+    if store.tokenizer_sha256 != first.tokenizer_sha256:
+        raise ValueError(
+            f"data.store={config.data.store}: the tokenizer of {path} is not that of {first.path}, "
+            f"so the same ids mean other text; prepare it with --tokenizer={first.tokenizer_path}"
+        )
+    for name in ("train", "validation"):
+        tokens, length = store.split(name).num_tokens, config.data.seq_len
+        if tokens <= length:
+            raise ValueError(
+                f"data.seq_len={length}: the {name} split of {path} has only "
+                f"{tokens} tokens; use shorter rows or more text"
+            )
 
 
 class ExampleRows:
@@ -160,6 +200,10 @@ class ExampleRows:
         return examples.example_ids(
             config.data.shuffle_seed, step, config.training.batch_size, len(self.train)
         )
+
+    def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
+        del config, steps
+        return {}
 
     def train_batches(
         self, config: RunConfig, start_step: int, sharding: Sharding

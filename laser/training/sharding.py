@@ -55,12 +55,12 @@ class Rule:
 
 
 # First match wins; a parameter that no row matches is an error. The first dim of `blocks` is
-# layers. Dims are (V, M), (L, M, H, D), (L, M, F), (L, F, M); a weight is gathered fastest along
-# its first.
+# layers. Dims are (V, M), (L, M, heads, D), (L, M, F), (L, F, M); a weight is gathered fastest
+# along its first.
 PARAMETER_RULES = (
     Rule(r"^embedding$", tensor=0, fsdp=(0, 1)),
     Rule(r"^blocks/attention/(query|key|value|output)$", tensor=2, fsdp=(1, 2, 3)),
-    Rule(r"^blocks/mlp/up$", tensor=2, fsdp=(1, 2)),
+    Rule(r"^blocks/mlp/(gate|up)$", tensor=2, fsdp=(1, 2)),
     Rule(r"^blocks/mlp/down$", tensor=1, fsdp=(1, 2)),
     Rule(r"^(blocks/.*|final_)norm/(scale|bias)$"),
     Rule(r"^blocks/attention/(lambda_|log_temperature|output_norm_scale)"),
@@ -234,12 +234,12 @@ def _check_divides(name: str, shape: tuple[int, ...], dim: int, size: int) -> No
 def parameter_specs(mesh: AnyMesh, params: Parameters) -> Parameters:
     """The layout of every parameter, in a tree of their structure."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: parameter_spec(mesh, _name(path), leaf.shape), params
+        lambda path, leaf: parameter_spec(mesh, name_of(path), leaf.shape), params
     )
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """A NamedSharding for every leaf of a TrainState, or of parameters; scalars are replicated.
+    """A NamedSharding for every leaf of a TrainState, or of parameters; counters are replicated.
 
     Args:
       mesh: of `make_mesh`.
@@ -250,19 +250,20 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     """
 
     def sharding(path, leaf):
-        if leaf.ndim == 0 and not _name(path):
+        if not name_of(path):
             return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, parameter_spec(mesh, _name(path), leaf.shape))
+        return NamedSharding(mesh, parameter_spec(mesh, name_of(path), leaf.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def _name(path: tuple) -> str:
+def name_of(path: tuple) -> str:
+    """Of a parameter at this tree path, such as 'blocks/mlp/up'; also of its moments."""
     return "/".join(key.key for key in path if hasattr(key, "key"))
 
 
 def _leaves(params: Parameters) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def unsharded(mesh: AnyMesh, params: Parameters) -> dict[str, int]:

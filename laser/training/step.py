@@ -2,7 +2,8 @@
 
 Losses are sums over target tokens and are divided once, by the number of tokens of the whole step,
 so that micro-batches, hosts and padding change nothing. A step whose loss or gradient is not finite
-leaves parameters and optimizer as they were and is counted.
+leaves parameters and optimizer as they were and is counted; on request also one whose gradient is
+far larger than the last ones.
 """
 
 import functools
@@ -22,6 +23,7 @@ from laser.training.share import Share, over_batch
 from models.decoder import Parameters, init_parameters, structure
 
 Array = jax.Array
+NORMS = 128  # of the last gradients, to tell what is usual
 Batch = dict[
     str, Array
 ]  # as made by data/loader.py: (B, T) inputs, targets, weights[, segment_ids]
@@ -35,6 +37,8 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     skipped: Array  # int32, steps without an update since the start
     skipped_in_a_row: Array  # int32
+    # With training.skip_gradient_norm one (NORMS,) float32, the newest last; inf before the start.
+    recent_norms: tuple[Array, ...] = ()
 
 
 class Sums(NamedTuple):
@@ -64,7 +68,8 @@ def init_state(config: RunConfig) -> TrainState:
     params = init_parameters(config.model, config.training.seed)
     zero = jnp.zeros((), jnp.int32)
     opt_state = optimizer.make_optimizer(config.optimizer).init(params)
-    return TrainState(zero, params, opt_state, zero, zero)
+    norms = (jnp.full(NORMS, jnp.inf),) if config.training.skip_gradient_norm else ()
+    return TrainState(zero, params, opt_state, zero, zero, norms)
 
 
 def make_loss(config: RunConfig) -> Callable[[Parameters, Batch, Share], tuple[Array, Sums]]:
@@ -137,6 +142,7 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
     gradient = make_gradient(config)
     update = optimizer.make_optimizer(config.optimizer).update
     schedule = optimizer.learning_rate(config.optimizer, config.training.steps)
+    limit = config.training.skip_gradient_norm
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         grads, sums = gradient(state.params, batch)
@@ -147,6 +153,7 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         good = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        good, norms = _judged(good, grad_norm, state.recent_norms, limit)
         keep = functools.partial(jnp.where, good)
         bad = 1 - good.astype(jnp.int32)
         state = TrainState(
@@ -155,6 +162,7 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+            recent_norms=norms,
         )
         metrics = {
             "loss": sums.nll / tokens,
@@ -168,6 +176,22 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         return state, jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
 
     return train_step
+
+
+def _judged(
+    good: Array, norm: Array, recent: tuple[Array, ...], limit: float
+) -> tuple[Array, tuple[Array, ...]]:
+    """Whether a step counts, also by the size of its gradient, and the last norms with it.
+
+    Up to `limit` times the median of the last ones it does, and as long as half of them are yet to
+    come. Those of skipped steps are among them: gradients that stay large become the usual ones.
+    """
+    if not limit:
+        return good, recent
+    (norms,) = recent
+    usual = jnp.sort(norms)[NORMS // 2]
+    newer = jnp.append(norms[1:], norm)
+    return good & (norm <= limit * usual), (jnp.where(jnp.isfinite(norm), newer, norms),)
 
 
 def _accumulate(gradient, params, batch: Batch, share: Share, micro_batches: int):

@@ -33,9 +33,21 @@ MODELS = {
     "starcoder2": dataclasses.replace(
         SMALL, head_dim=8, positions="rotary", attention=AttentionConfig(kind="standard")
     ),
+    "starcoder2_grouped": dataclasses.replace(
+        SMALL, num_heads=4, num_kv_heads=1, positions="rotary",
+        attention=AttentionConfig(kind="standard"),
+    ),
+    "llama": dataclasses.replace(
+        SMALL, num_heads=4, num_kv_heads=2, mlp="swiglu", norm="rmsnorm", positions="rotary",
+        attention=AttentionConfig(kind="standard"),
+    ),
     "laser": dataclasses.replace(SMALL, norm="rmsnorm", attention=EVERYTHING),
+    "laser_grouped": dataclasses.replace(
+        SMALL, num_heads=4, num_kv_heads=2, mlp="geglu", norm="rmsnorm", positions="rotary",
+        attention=dataclasses.replace(EVERYTHING, qk_norm=False),
+    ),
     "laser_scalar": dataclasses.replace(SMALL, attention=AttentionConfig(diff="scalar")),
-}
+}  # fmt: skip
 
 
 def origin_of(model):
@@ -81,6 +93,8 @@ def test_a_round_trip_is_bit_equal(name, store, tmp_path):
         ({"head_dim": 8}, "laser"),
         ({"logits_soft_cap": 30.0}, "laser"),
         ({"norm": "rmsnorm"}, "laser"),
+        ({"num_kv_heads": 1}, "laser"),
+        ({"positions": "rotary", "norm": "rmsnorm", "mlp": "geglu"}, "laser"),
         ({"attention": AttentionConfig(kind="standard", per_dim_temp=True)}, "laser"),
         ({"attention": AttentionConfig(kind="standard", implementation="reference")}, "gpt2"),
     ],

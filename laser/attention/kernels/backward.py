@@ -15,6 +15,9 @@ What bfloat16 rounds must not hide the small differences that gradients are made
   Σ_s w = y: Σ_d G·E - Σ_d G·y = Σ_d G·(E - μ) - Σ_d G·(y - μ).
 - that last sum is made, in float32, of the same rounded G as the first.
 
+Where several heads of queries share one of keys, the grid goes through the heads of a group one
+after the other, and the float32 sums of dK and dV are kept from the first to the last of them.
+
 A tile of logits is held transposed, keys along the rows, so that what belongs to a query is a row.
 """
 
@@ -24,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -131,13 +135,18 @@ def _hides(blocks: _Blocks, crosses: bool) -> bool:
     return crosses or blocks.key_segments is not None
 
 
-def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many: bool, raw: bool):
+def _step(
+    blocks: _Blocks, options: Options, first_row, first_key, *,
+    diagonal: bool, many: bool, more_heads: bool, raw: bool,
+):  # fmt: skip
     """Adds all tiles of one block of keys and one of queries to the sums.
 
     Args:
       first_row: of the block of queries in the sequence; of `dq_sum`.
+      first_key: of the block of keys in `dk_sum` and `dv_sum`.
       diagonal: the blocks are the same, of a causal mask.
       many: there are more blocks, and so sums to add to.
+      more_heads: other heads of queries add to the sums of dK and dV, too.
       raw: the residual is y in place of the output.
     """
     prepare, mu, center = _standard_queries, None, None
@@ -172,34 +181,57 @@ def _step(blocks: _Blocks, options: Options, first_row, *, diagonal: bool, many:
             at = pl.ds(first_row + query * options.tile, options.tile)
             d_queries = common.dot(d_logits.T.astype(keys.dtype), keys)
             _add(blocks.dq_sum, at, d_queries, to_what_is_there)
-        _add(blocks.dk_sum, rows, functools.reduce(jnp.add, dk), many)
-        _add(blocks.dv_sum, rows, functools.reduce(jnp.add, dv), many)
+        at = _rows_of_sums(options, first_key, key)
+        _add(blocks.dk_sum, at, functools.reduce(jnp.add, dk), many or more_heads)
+        _add(blocks.dv_sum, at, functools.reduce(jnp.add, dv), many or more_heads)
+
+
+def _rows_of_sums(options: Options, first_key, tile: int):
+    """Of a tile of keys in `dk_sum` and `dv_sum`."""
+    if isinstance(first_key, int):
+        return options.rows(tile)
+    return pl.ds(first_key + tile * options.tile, options.tile)
 
 
 def _add(ref, rows, more: Array, to_what_is_there):
     ref[rows, :] = ref[rows, :] + more if to_what_is_there else more
 
 
-def _kernel(*refs, options: Options, segments: bool, blocks: int, raw: bool):
+def _kernel(*refs, options: Options, segments: bool, blocks: int, group: int, raw: bool):
     named = _Blocks(refs, options, segments)
+    more_heads = group > 1
+    member = lax.rem(pl.program_id(1), group) if more_heads else 0
     if blocks == 1:
-        _step(named, options, 0, diagonal=options.causal, many=False, raw=raw)
+        if more_heads:
+            pl.when(member == 0)(functools.partial(_start_keys, named, options, ...))
+        _step(
+            named, options, 0, 0,
+            diagonal=options.causal, many=False, more_heads=more_heads, raw=raw,
+        )  # fmt: skip
         _finish_queries(named, options, 0)
-        _finish_keys(named, options, raw)
+        finish_keys = functools.partial(_finish_keys, named, options, 0, raw)
+        if more_heads:
+            pl.when(member == group - 1)(finish_keys)
+        else:
+            finish_keys()
         return
     key, query = pl.program_id(2), pl.program_id(3)
     first_row = pl.multiple_of(query * options.block, options.block)
+    first_key: Any = 0
+    rows: Any = ...
+    if more_heads:
+        first_key = pl.multiple_of(key * options.block, options.block)
+        rows = pl.ds(first_key, options.block)
 
     @pl.when((key == 0) & (query == 0))
     def _start_queries():
         named.dq_sum[...] = jnp.zeros(named.dq_sum.shape, jnp.float32)
 
-    @pl.when(query == 0)
-    def _start_keys():
-        named.dk_sum[...] = jnp.zeros(named.dk_sum.shape, jnp.float32)
-        named.dv_sum[...] = jnp.zeros(named.dv_sum.shape, jnp.float32)
-
-    step = functools.partial(_step, named, options, first_row, many=True, raw=raw)
+    first = (query == 0) & (member == 0) if more_heads else query == 0
+    pl.when(first)(functools.partial(_start_keys, named, options, rows))
+    step = functools.partial(
+        _step, named, options, first_row, first_key, many=True, more_heads=more_heads, raw=raw
+    )
     if options.causal:
         pl.when(query > key)(functools.partial(step, diagonal=False))
         pl.when(query == key)(functools.partial(step, diagonal=True))
@@ -208,7 +240,15 @@ def _kernel(*refs, options: Options, segments: bool, blocks: int, raw: bool):
     # Key blocks are visited in order: a causal query block has met all its keys on the diagonal.
     last = query == key if options.causal else key == blocks - 1
     pl.when(last)(functools.partial(_finish_queries, named, options, first_row))
-    pl.when(query == blocks - 1)(functools.partial(_finish_keys, named, options, raw))
+    last = query == blocks - 1
+    if more_heads:
+        last &= member == group - 1
+    pl.when(last)(functools.partial(_finish_keys, named, options, first_key, raw))
+
+
+def _start_keys(blocks: _Blocks, options: Options, rows):
+    for sums in (blocks.dk_sum, blocks.dv_sum):
+        sums[rows] = jnp.zeros((options.block, sums.shape[1]), jnp.float32)
 
 
 def _finish_queries(blocks: _Blocks, options: Options, first_row):
@@ -216,11 +256,13 @@ def _finish_queries(blocks: _Blocks, options: Options, first_row):
     blocks.dq[...] = (sums * options.scale).astype(blocks.dq.dtype)
 
 
-def _finish_keys(blocks: _Blocks, options: Options, raw: bool):
-    blocks.dk[...] = (blocks.dk_sum[...] * options.scale).astype(blocks.dk.dtype)
+def _finish_keys(blocks: _Blocks, options: Options, first_key, raw: bool):
+    whole = isinstance(first_key, int)
+    dk = blocks.dk_sum[...] if whole else blocks.dk_sum[pl.ds(first_key, options.block), :]
+    blocks.dk[...] = (dk * options.scale).astype(blocks.dk.dtype)
     for number in range(options.tiles):
         rows = options.rows(number)
-        dv = blocks.dv_sum[rows, :]
+        dv = blocks.dv_sum[_rows_of_sums(options, first_key, number), :]
         if options.laser:
             dv *= _exponentials(blocks, rows, raw)
         blocks.dv[rows, :] = dv.astype(blocks.dv.dtype)
@@ -236,7 +278,7 @@ def backward(
       out: (B, H, N, D_v), the output; with `raw` y, float32, relative to `reference`.
       d_out: (B, H, N, D_v) cotangent, in the dtype of `v`.
       log_sum: (B, H, 1, N) float32, of the forward kernel.
-      reference: (B, H, 2, D_v) float32 for LASER: log2 of the power of two, which only `raw` reads,
+      reference: (B, K, 2, D_v) float32 for LASER: log2 of the power of two, which only `raw` reads,
         and the smallest value; else None.
       raw: see `out`; elements whose y is not certified then have no part in the gradients.
 
@@ -247,9 +289,16 @@ def backward(
     batch, heads, length, d_qk = q.shape
     d_v, block = v.shape[-1], options.block
     blocks = length // block
+    group = heads // k.shape[1]
+    of_keys = common.head_of_keys(q, k)
 
     def key_map(b, h, j, i):
-        return b, h, j, 0
+        return b, of_keys(h), j, 0
+
+    def dk_map(b, h, j, i):  # written once, of the last head of a group
+        if group > 1:
+            j = jnp.where(lax.rem(h, group) == group - 1, j, 0)
+        return b, of_keys(h), j, 0
 
     def query_map(b, h, j, i):  # blocks above the diagonal are not fetched
         return b, h, jnp.maximum(i, j) if options.causal else i, 0
@@ -273,28 +322,36 @@ def backward(
         ]
         operands += [segment_ids, segment_ids]
     if options.laser:
-        in_specs.append(pl.BlockSpec((None, None, 2, d_v), lambda b, h, j, i: (b, h, 0, 0)))
+        per_head = pl.BlockSpec((None, None, 2, d_v), lambda b, h, j, i: (b, of_keys(h), 0, 0))
+        in_specs.append(per_head)
         operands.append(reference)
     for x in [v] * options.laser + [k] * _centred(options, k.dtype):
-        spec_of_some, rows = _some(x, block)
+        spec_of_some, rows = _some(x, block, of_keys)
         in_specs.append(spec_of_some)
         operands.append(rows)
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    sum_rows = block if group == 1 else length
+    of_heads: Any = "parallel" if group == 1 else "arbitrary"
     return pl.pallas_call(
         functools.partial(
-            _kernel, options=options, segments=segment_ids is not None, blocks=blocks, raw=raw
+            _kernel,
+            options=options,
+            segments=segment_ids is not None,
+            blocks=blocks,
+            group=group,
+            raw=raw,
         ),
         grid=(batch, heads, blocks, blocks),
         in_specs=in_specs,
-        out_specs=[spec(d_qk, dq_map), spec(d_qk, key_map), spec(d_v, key_map)],
+        out_specs=[spec(d_qk, dq_map), spec(d_qk, dk_map), spec(d_v, dk_map)],
         out_shape=out_shape,
         scratch_shapes=[
             pltpu.VMEM((length, d_qk), jnp.float32),
-            pltpu.VMEM((block, d_qk), jnp.float32),
-            pltpu.VMEM((block, d_v), jnp.float32),
+            pltpu.VMEM((sum_rows, d_qk), jnp.float32),
+            pltpu.VMEM((sum_rows, d_v), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            dimension_semantics=("parallel", of_heads, "arbitrary", "arbitrary"),
             vmem_limit_bytes=options.vmem_bytes,
         ),
         cost_estimate=cost(q.shape, d_v, options, operands, out_shape),
@@ -303,12 +360,12 @@ def backward(
     )(*operands)
 
 
-def _some(x: Array, block: int) -> tuple[pl.BlockSpec, Array]:
+def _some(x: Array, block: int, of_keys) -> tuple[pl.BlockSpec, Array]:
     """A sample of the rows of each head: some from each of many steps."""
     batch, heads, length, size = x.shape
     step = sampled_step(length, block)
     shape = (length // step, min(SAMPLED_ROWS, step), size)
-    spec = pl.BlockSpec((None, None, *shape), lambda b, h, j, i: (b, h, 0, 0, 0))
+    spec = pl.BlockSpec((None, None, *shape), lambda b, h, j, i: (b, of_keys(h), 0, 0, 0))
     return spec, x.reshape(batch, heads, length // step, step, size)
 
 

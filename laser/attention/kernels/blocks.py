@@ -67,7 +67,9 @@ def padded_length(length: int, sizes: BlockSizes) -> int:
     return -(-length // sizes.block) * sizes.block
 
 
-def block_sizes(length: int, d_qk: int, d_v: int, itemsize: int) -> BlockSizes:
+def block_sizes(
+    length: int, d_qk: int, d_v: int, itemsize: int, grouped: bool = False
+) -> BlockSizes:
     """The tiles of the table, in the block that pads the sequence least, the largest of them.
 
     Blocks below 512 are for short sequences, and for when no other fits the on-chip memory.
@@ -83,7 +85,7 @@ def block_sizes(length: int, d_qk: int, d_v: int, itemsize: int) -> BlockSizes:
     fitting = [
         sizes
         for sizes in candidates
-        if vmem_estimate(length, d_qk, d_v, sizes, itemsize) <= SMALLEST_VMEM_BYTES
+        if vmem_estimate(length, d_qk, d_v, sizes, itemsize, grouped) <= SMALLEST_VMEM_BYTES
     ]
     large = [sizes for sizes in fitting if sizes.block >= 512]
     if not large:
@@ -100,11 +102,14 @@ def sampled_step(length: int, block: int) -> int:
     return LANES if length == block and length % LANES == 0 else block
 
 
-def vmem_estimate(length: int, d_qk: int, d_v: int, sizes: BlockSizes, itemsize: int) -> int:
+def vmem_estimate(
+    length: int, d_qk: int, d_v: int, sizes: BlockSizes, itemsize: int, grouped: bool = False
+) -> int:
     """Bytes of on-chip memory that the backward kernel, the larger of the two, needs.
 
     Inputs and outputs of a grid step are held twice, so that one step's transfers overlap the work
-    of another; sums are float32, those of dQ for the whole sequence; five tiles of logits live.
+    of another; sums are float32, those of dQ for the whole sequence, and where heads are grouped
+    those of dK and dV, too; five tiles of logits live.
     """
     rows, d_qk, d_v = sizes.block, _lanes(d_qk), _lanes(d_v)
     transfers = 2 * rows * (4 * d_qk + 5 * d_v) * itemsize
@@ -113,7 +118,7 @@ def vmem_estimate(length: int, d_qk: int, d_v: int, sizes: BlockSizes, itemsize:
     padded = padded_length(length, sizes)
     sampled = SAMPLED_ROWS * padded // sampled_step(padded, rows)
     transfers += 2 * sampled * (d_qk + d_v) * itemsize
-    sums = 4 * (padded * d_qk + rows * (d_qk + d_v))
+    sums = 4 * (padded * d_qk + (padded if grouped else rows) * (d_qk + d_v))
     prepared = rows * d_v * (itemsize + 4) + 4 * sizes.tile * (2 * d_v + d_qk)
     logits = 5 * 4 * sizes.tile * sizes.block
     needed = transfers + sums + prepared + logits

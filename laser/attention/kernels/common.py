@@ -7,6 +7,8 @@ Shapes: B batch, H heads, N padded length, D size, M rows of a block, R rows of 
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +88,15 @@ class Options:
         if not diagonal:
             return range(self.tiles)
         return range(tile, self.tiles) if queries_of_key else range(tile + 1)
+
+
+def head_of_keys(q: Array, k: Array) -> Callable[[Any], Any]:
+    """From a head of queries, of (B, H, N, D), to that of the keys (B, K, N, D) that it meets.
+
+    A group's heads are neighbours: its block of keys stays where it is from one to the next.
+    """
+    group = q.shape[1] // k.shape[1]
+    return lambda head: head if group == 1 else lax.div(head, group)
 
 
 def kernel_name(what: str, options: Options, raw: bool) -> str:

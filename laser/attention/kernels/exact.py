@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from laser.attention.chunked import log_space_mean
-from laser.attention.kernels.common import SMALLEST_CERTIFIED, Options
+from laser.attention.kernels.common import SMALLEST_CERTIFIED, Options, head_of_keys
 
 Array = jax.Array
 
@@ -62,6 +62,15 @@ def _put(x_BHND: Array, rows: Array, at, options: Options) -> Array:
     return lax.dynamic_update_slice(x_BHND, rows, (b, h, i * options.block, 0))
 
 
+def _keys(x_BKND: Array, at, q: Array) -> Array:
+    """(N, D) keys or values of the head of queries at (batch, head, block)."""
+    return x_BKND[_head_of_keys(x_BKND, at, q)]
+
+
+def _head_of_keys(x_BKND: Array, at, q: Array) -> tuple[Array, Array]:
+    return at[0], head_of_keys(q, x_BKND)(at[1])
+
+
 def _head_segments(segment_ids: Array | None, at) -> Array | None:
     return None if segment_ids is None else segment_ids[at[0]]
 
@@ -78,10 +87,9 @@ def repair(out, q, k, v, segment_ids, failed, options: Options) -> Array:
     def body(state):
         out, flags = state
         at, flags = next_flag(flags)
-        head = at[:2]
         exact = _rows(
-            _block(q, at, options), k[head], v[head], at[2], _head_segments(segment_ids, at),
-            options,
+            _block(q, at, options), _keys(k, at, q), _keys(v, at, q), at[2],
+            _head_segments(segment_ids, at), options,
         )  # fmt: skip
         rows = _block(out, at, options)
         rows = jnp.where(rows == -jnp.inf, exact.astype(out.dtype), rows)
@@ -107,7 +115,7 @@ def add_gradients(gradients, y, d_out, q, k, v, segment_ids, options: Options):
     def body(state):
         (dq, dk, dv), flags = state
         at, flags = next_flag(flags)
-        head = at[:2]
+        head = _head_of_keys(k, at, q)
         uncertified = ~(_block(y, at, options) >= SMALLEST_CERTIFIED)
         d_rows = jnp.where(uncertified, _block(d_out, at, options).astype(jnp.float32), 0.0)
 

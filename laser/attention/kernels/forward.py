@@ -318,11 +318,12 @@ def forward(q, k, v, segment_ids, options: Options, *, reference=None, raw: bool
     """Attention of padded arrays.
 
     Args:
-      q, k: (B, H, N, D_qk), float32 or bfloat16.
-      v: (B, H, N, D_v).
+      q: (B, H, N, D_qk), float32 or bfloat16.
+      k: (B, K, N, D_qk); K divides H.
+      v: (B, K, N, D_v).
       segment_ids: (B, 1, N) int32 or None.
       options: sizes and switches; `options.block` divides N.
-      reference: (B, H, 1, D_v) float32, the largest value of the sequence, to set the reference of
+      reference: (B, K, 1, D_v) float32, the largest value of the sequence, to set the reference of
         all exponentials in place of the running one; LASER only.
       raw: return y = softmax(logits) exp(V) / 2^power, float32, instead of its logarithm.
 
@@ -334,12 +335,13 @@ def forward(q, k, v, segment_ids, options: Options, *, reference=None, raw: bool
     batch, heads, length, d_qk = q.shape
     d_v, block = v.shape[-1], options.block
     blocks = length // block
+    of_keys = common.head_of_keys(q, k)
 
     def query_map(b, h, i, j):
         return b, h, i, 0
 
     def key_map(b, h, i, j):  # blocks above the diagonal are not fetched
-        return b, h, jnp.minimum(i, j) if options.causal else j, 0
+        return b, of_keys(h), jnp.minimum(i, j) if options.causal else j, 0
 
     in_specs = [
         pl.BlockSpec((None, None, block, d_qk), query_map),
@@ -354,14 +356,15 @@ def forward(q, k, v, segment_ids, options: Options, *, reference=None, raw: bool
         ]
         operands += [segment_ids, segment_ids]
     if reference is not None:
-        in_specs.append(pl.BlockSpec((None, None, 1, d_v), lambda b, h, i, j: (b, h, 0, 0)))
+        per_head = pl.BlockSpec((None, None, 1, d_v), lambda b, h, i, j: (b, of_keys(h), 0, 0))
+        in_specs.append(per_head)
         operands.append(reference)
     out_specs = [
         pl.BlockSpec((None, None, block, d_v), query_map),
         pl.BlockSpec((None, None, 1, block), lambda b, h, i, j: (b, h, 0, i)),
     ]
     out_shape = [
-        jax.ShapeDtypeStruct(v.shape, jnp.float32 if raw else v.dtype),
+        jax.ShapeDtypeStruct((*q.shape[:3], d_v), jnp.float32 if raw else v.dtype),
         jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
     ]
     scratch = []

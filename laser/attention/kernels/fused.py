@@ -7,7 +7,7 @@ of a second residual, which is as good as long as the output is neither far belo
 nor too large for its dtype to say the logarithm precisely; else it runs the forward kernel again
 for the float32 sums. None of this costs anything where it is not needed.
 
-Shapes: B batch, T length, N padded length, H heads, D size.
+Shapes: B batch, T length, N padded length, H heads of queries, K of keys and values, D size.
 """
 
 import dataclasses
@@ -60,15 +60,16 @@ def check(query: Array, value: Array) -> None:
             f"and {d_v}; use 'chunked'"
         )
     itemsize = query.dtype.itemsize
-    sizes = blocks.block_sizes(length, d_qk, d_v, itemsize)
-    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, itemsize)
+    grouped = query.shape[2] > value.shape[2]
+    sizes = blocks.block_sizes(length, d_qk, d_v, itemsize, grouped)
+    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, itemsize, grouped)
     if needed > blocks.SMALLEST_VMEM_BYTES:
         raise ValueError(
             f"implementation='pallas' needs {needed / blocks.MEBI:.0f} MiB of on-chip memory at "
             f"length {length} and head sizes {d_qk} and {d_v}; the limit is "
             f"{blocks.SMALLEST_VMEM_BYTES // blocks.MEBI}; use 'chunked'"
         )
-    for what, size, names in zip(("batch", "heads"), query.shape[::2], _mesh_axes(), strict=True):
+    for what, size, names in zip(("batch", "heads"), value.shape[::2], _mesh_axes(), strict=True):
         devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
         if size % devices:
             raise ValueError(
@@ -106,10 +107,11 @@ def attention(
       ValueError: see `check`.
     """
     length, d_qk, d_v = query.shape[1], query.shape[-1], value.shape[-1]
+    grouped = query.shape[2] > value.shape[2]
     if sizes is None:
         check(query, value)
-        sizes = blocks.block_sizes(length, d_qk, d_v, query.dtype.itemsize)
-    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, query.dtype.itemsize)
+        sizes = blocks.block_sizes(length, d_qk, d_v, query.dtype.itemsize, grouped)
+    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, query.dtype.itemsize, grouped)
     options = Options(
         laser=kind == "laser",
         causal=causal,
@@ -172,7 +174,7 @@ def _padded(query, key, value, segment_ids, *, options: Options):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, segment_ids, options: Options):
-    """Attention of (B, H, N, D), and the range (B, H)."""
+    """Attention of (B, H, N, D) over (B, K, N, D), and the range (B, H)."""
     return _attend_fwd(q, k, v, segment_ids, options)[0]
 
 
@@ -195,7 +197,10 @@ def _attend_fwd(q, k, v, segment_ids, options: Options):
             return out, log_sum, statistics
 
         found = _redone(found, ~_certified(found[2]), wide_form, q, k, v, segment_ids)
-        range_BH, residual = _range(found[2]), _residual(found[0], found[2])
+        range_BH, residual = (
+            _range(found[2]),
+            _residual(found[0], found[2], q.shape[1] // k.shape[1]),
+        )
     # A dim of size 1 that is next to last would take the space of 8 in memory.
     named = (found[0], found[1][:, :, 0], residual)
     out, log_sum, residual = jax.tree.map(lambda x: checkpoint_name(x, OUTPUT_NAME), named)
@@ -279,7 +284,7 @@ class Residual(NamedTuple):
     """What else the backward pass of LASER needs of the forward pass.
 
     Attributes:
-      smallest: (B, H, D_v) float32, of all values.
+      smallest: (B, K, D_v) float32, of all values.
       precise: (B,) bool, where the output may be read in place of the sums.
     """
 
@@ -287,7 +292,7 @@ class Residual(NamedTuple):
     precise: Array
 
 
-def _residual(out: Array, statistics: Array) -> Residual:
+def _residual(out: Array, statistics: Array, group: int) -> Residual:
     # The last block of queries has met every key.
     smallest_value, largest_value = (
         _row(statistics, name)[:, :, -1] for name in ("smallest_value", "largest_value")
@@ -297,4 +302,6 @@ def _residual(out: Array, statistics: Array) -> Residual:
     # No output is larger than the largest value; if that is too large, the outputs are looked at.
     small = (largest_value <= limit).all((1, 2))
     small = lax.cond(small.all(), lambda _: small, lambda x: (x <= limit).all((1, 2, 3)), out)
+    if group > 1:  # whose heads of queries have the same values
+        smallest_value = smallest_value[:, ::group]
     return Residual(smallest_value, precise.all((1, 2, 3)) & small)
