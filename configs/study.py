@@ -61,12 +61,13 @@ class Comparison:
     Attributes:
       stage: that has the runs.
       one, other: settings that a run has; the difference reported is `one` minus `other`.
+      other_stage: that has the runs of `other`, where it is another one.
     """
 
     stage: str
     one: Mapping[str, Any]
     other: Mapping[str, Any]
-    other_stage: str = ""  # where it is another one
+    other_stage: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,11 @@ class Study:
     Attributes:
       stages: the ones that decide most come first.
       compare: pairs of groups, for the table of differences.
+      sizes: stages whose runs differ in size, for the power law of loss and size.
       held_out: folder of text in .jsonl files, one for each domain; "" = none.
     """
 
     stages: Sequence[Stage]
     compare: Sequence[Comparison] = ()
+    sizes: Sequence[str] = ()
     held_out: str = ""

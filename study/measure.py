@@ -1,7 +1,8 @@
 """Measures a trained run: `python -m study.measure --run=RUN --held_out=DIR domains`.
 
 domains        bits per byte of each file of the folder of held-out text, under the file's name
-continuations  how often the model tells how a held-out passage of the Bible goes on, eval/offline.py
+continuations  how often the model tells how a held-out passage of the Bible goes on, see
+               eval/offline.py
 
 A process of its own, because it imports jax. Writes measured.json into the run's folder.
 """

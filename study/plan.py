@@ -118,7 +118,8 @@ class Plan:
         self, stage: Stage, key: str, best: Best, settings: Mapping[str, Any], loss_of: LossOf
     ) -> list[Any] | None:
         """The values that a `Best` stands for; None while runs that it depends on are missing."""
-        wanted = {name: settings[name] for name in best.by if name in settings} | best.where
+        by = {name: settings[name] for name in best.by if name in settings}
+        wanted = {**by, **best.where}
         losses: dict[Any, list[float]] = {}
         tried: set[Any] | None = None
         for name in best.of:

@@ -29,6 +29,7 @@ def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[st
     final = [line for line in lines if "eval/loss" in line][-1]
     record = load_record(str(folder))
     batch = record["config"]["training"]["batch_size"] * record["config"]["data"]["seq_len"]
+    model = record["config"]["model"]
     speeds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
     skipped = [line["skipped_steps"] for line in lines if "skipped_steps" in line]
     result = _identity(cell) | {
@@ -40,6 +41,7 @@ def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[st
         "skipped_steps": int(skipped[-1]) if skipped else 0,
         "steps": final["step"],
         "tokens": final["step"] * batch,
+        "parameters": beside_embedding(model),
         "seconds_per_step": statistics.median(speeds),
         "gradient_norm": [
             [line["step"], line["gradient_norm"]] for line in lines if "gradient_norm" in line
@@ -89,6 +91,12 @@ def count_spikes(losses: list[float | None]) -> int:
         count += is_above and not above
         above = is_above
     return count
+
+
+def beside_embedding(model: Mapping[str, Any]) -> int:
+    """Parameters of the matrices in the blocks."""
+    heads = model["num_heads"] * model["head_dim"]
+    return model["num_layers"] * model["model_dim"] * (4 * heads + 2 * model["mlp_dim"])
 
 
 def _identity(cell: Cell) -> dict[str, Any]:

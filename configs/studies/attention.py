@@ -1,7 +1,8 @@
 """LASER against standard attention, at three sizes that two cores can train.
 
     python scripts/fetch_text.py --output=texts/packages
-    python scripts/prepare_data.py --source=texts/packages --output=stores/packages --vocab_size=4096
+    python scripts/prepare_data.py --source=texts/packages --output=stores/packages \\
+        --vocab_size=4096
     python scripts/study.py --study=configs/studies/attention.py --output=studies/attention
 
 `size` is 1m, 4m or 12m, parameters beside the embedding; `attention` as in configs/c4.py.
@@ -28,6 +29,7 @@ MILLION = 1_000_000 // TOKENS_PER_STEP  # steps
 
 ARMS = ("standard", "laser")
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+LONGER = tuple(round(8 * times * MILLION) for times in (1.15, 1.3))
 MODIFIERS = ("per_dim_temp", "temp=0.5", "diff")
 RATE, SEED, STEPS, EVERY = (
     "optimizer.learning_rate",
@@ -76,15 +78,15 @@ def get_study() -> Study:
     stages = [
         Stage(
             "small_rates",
-            {RATE: RATES, "attention": ARMS},
-            {"size": "1m", **_length(1, 2)},
-            "the learning rate of each arm, 1m, 1 M tokens",
+            {RATE: RATES[2:], "attention": ARMS},
+            {"size": "1m", **_length(0.5, 1)},
+            "the learning rate of each arm, 1m, 0.5 M tokens",
         ),
         Stage(
             "small",
             {SEED: range(5), "attention": ARMS, **small_rate},
-            {"size": "1m", **_length(2)},
-            "1m, 2 M tokens, each arm at its own rate",
+            {"size": "1m", **_length(1, 2)},
+            "1m, 1 M tokens, each arm at its own rate",
             all_measures,
         ),
         Stage(
@@ -108,7 +110,7 @@ def get_study() -> Study:
         ),
         Stage(
             "longer",
-            {SEED: range(3), STEPS: [round(8 * f * MILLION) for f in (1.15, 1.3)], **own_rate},
+            {SEED: range(3), STEPS: LONGER, **own_rate},
             {"attention": "standard", EVERY: MILLION},
             "standard attention for 1.15 and 1.3 times as long: what nats are in steps",
         ),
@@ -148,7 +150,13 @@ def get_study() -> Study:
         for stage, modifiers in (("qk_norm", ["qk_norm"]), ("modifiers", MODIFIERS))
         for m in modifiers
     ]
+    standard = {"attention": "standard"}
     compare += [
-        Comparison("sizes", *({"size": size, **arm} for arm in both)) for size in ("1m", "12m")
+        Comparison("main", standard, {**standard, STEPS: steps}, "longer") for steps in LONGER
     ]
-    return Study(stages, compare, held_out="texts/packages/validation")
+    compare += [Comparison("main", standard, {**standard, "model.head_dim": 72}, "wider")]
+    compare += [
+        Comparison("sizes", {"size": size, **both[0]}, {"size": size, **both[1]})
+        for size in ("1m", "12m")
+    ]
+    return Study(stages, compare, sizes=("main", "sizes"), held_out="texts/packages/validation")
