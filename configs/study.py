@@ -7,13 +7,16 @@ by itself. Its `get_study()` says which runs of it make the study:
         seeds = {"training.seed": [0, 1]}
         return Study([Stage("main", {**seeds, "attention": ["standard", "laser"]})])
 
-A name without a dot is an argument of the file's `get_config`, one with a dot a field of its
+Runs are trained by `train.py --config=FILE:ARGUMENTS --config.FIELD=VALUE`. A name without a dot is
+an argument of the file's `get_config`, one with a dot a field of its
 config. scripts/study.py trains the runs and reports.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+Names = str | tuple[str, ...]  # several change together, and their values are tuples
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Stage:
     """
 
     name: str
-    vary: Mapping[str, Sequence[Any] | Best]
+    vary: Mapping[Names, Sequence[Any] | Best]
     hold: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
     measures: Sequence[str] = ()

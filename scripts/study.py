@@ -4,15 +4,15 @@
     python scripts/study.py --study=... --output=... --report
     python scripts/study.py --study=... --output=... -- --config.data.store=/data/packages
 
-What stands after `--` goes on to train.py, for every run. The same command goes on where it was,
-however it ended; delete a run's folder to train it again. Several machines may work on one output
+It ends with the report, in OUTPUT/report.md; --report alone writes it from what is there. What
+stands after `--` goes on to train.py, for every run. The same command goes on where it was, however
+it ended; delete a run's folder to train it again. Several machines may work on one output
 folder, as --share=1/3, --share=2/3 and --share=3/3.
 Exit codes: 0 done, 2 mistake in the study or the command line, 75 stopped by a signal (start it
 again), 1 anything else.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from laser.training.console import start_logging
 from study.estimate import estimate
 from study.plan import Plan
-from study.run import Folder, Runner
-
-log = logging.getLogger(__name__)
+from study.report import write_report
+from study.run import Folder, Runner, recorded_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(given[:cut])
     start_logging()
     try:
-        folder = Folder(arguments.output, Plan(arguments.study, given[cut + 1 :]))
+        extra = given[cut + 1 :] or recorded_flags(arguments.output)
+        folder = Folder(arguments.output, Plan(arguments.study, extra))
         if arguments.report:
-            from study.report import write_report
-
             print(write_report(folder))
             return 0
         print(estimate(folder), flush=True)
@@ -44,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         folder.begin()
         code = Runner(folder, share=arguments.share, at_once=arguments.at_once).run()
+        if code == 0:
+            print(write_report(folder))
     except ValueError as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
-    if code == 0:
-        print(f"all runs of this share are done; what they say: {_report_command(arguments)}")
     return code
 
 
@@ -76,10 +74,6 @@ def _share(text: str) -> tuple[int, int]:
     if not (slash and index.isdigit() and of.isdigit() and 1 <= int(index) <= int(of)):
         raise argparse.ArgumentTypeError(f"{text!r}: write it as 1/3, 2/3 or 3/3")
     return int(index) - 1, int(of)
-
-
-def _report_command(arguments: argparse.Namespace) -> str:
-    return f"python scripts/study.py --study={arguments.study} --output={arguments.output} --report"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from configs.study import Best, Stage, Study
+from configs.study import Best, Names, Stage, Study
 from laser.training.config import RunConfig, nearest
 from laser.training.flags import call_in_file, parse
 
@@ -99,14 +99,14 @@ class Plan:
         for values in itertools.product(*plain.values()):
             fixed = dict(zip(plain, values))
             options = [
-                self.choose(stage, key, best, {**stage.hold, **fixed}, loss_of)
+                self.choose(stage, key, best, {**stage.hold, **flat(fixed)}, loss_of)
                 for key, best in choices.items()
             ]
             if None in options:
                 return None
             for choice in itertools.product(*filter(None, options)):
-                varied = {**fixed, **dict(zip(choices, choice))}
-                varied = {key: varied[key] for key in stage.vary}
+                drawn = {**fixed, **dict(zip(choices, choice))}
+                varied = flat({key: drawn[key] for key in stage.vary})
                 name = _name(varied)
                 if name in found:
                     raise ValueError(f"stage {stage.name}: two runs are called {name}")
@@ -115,7 +115,7 @@ class Plan:
         return list(found.values())
 
     def choose(
-        self, stage: Stage, key: str, best: Best, settings: Mapping[str, Any], loss_of: LossOf
+        self, stage: Stage, key: Names, best: Best, settings: Mapping[str, Any], loss_of: LossOf
     ) -> list[Any] | None:
         """The values that a `Best` stands for; None while runs that it depends on are missing."""
         by = {name: settings[name] for name in best.by if name in settings}
@@ -131,8 +131,8 @@ class Plan:
                 loss = loss_of(cell)
                 if loss is None:
                     return None
-                losses.setdefault(cell.settings[key], []).append(loss)
-            values = {cell.settings[key] for cell in chosen}
+                losses.setdefault(value_of(cell.settings, key), []).append(loss)
+            values = {value_of(cell.settings, key) for cell in chosen}
             tried = values if tried is None else tried & values
         ranked = sorted(
             (value for value in losses if value in (tried or ())),
@@ -159,8 +159,9 @@ class Plan:
         if "domains" in stage.measures and not self.study.held_out:
             raise ValueError(f"{where}: measures domains, but the study has no held_out")
         for key, values in stage.vary.items():
-            if key in stage.hold:
-                raise ValueError(f"{where}: {key} is both varied and held")
+            for name in names_of(key):
+                if name in stage.hold:
+                    raise ValueError(f"{where}: {name} is both varied and held")
             if not isinstance(values, Best):
                 if not list(values):
                     raise ValueError(f"{where}: no values of {key}")
@@ -171,8 +172,9 @@ class Plan:
                 if name not in self._stages:
                     near = nearest(name, self._stages)
                     raise ValueError(f"{where}: the best {key}: no earlier stage {name!r}{near}")
-                if key not in self._stages[name].vary:
-                    raise ValueError(f"{where}: the best {key}: stage {name} does not vary it")
+                varied = [n for k in self._stages[name].vary for n in names_of(k)]
+                for missing in set(names_of(key)) - {*varied}:
+                    raise ValueError(f"{where}: the best {missing}: stage {name} does not vary it")
 
 
 def number_of_runs(stage: Stage) -> int:
@@ -181,6 +183,24 @@ def number_of_runs(stage: Stage) -> int:
     for values in stage.vary.values():
         count *= values.keep if isinstance(values, Best) else len(list(values))
     return count
+
+
+def names_of(key: Names) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key
+
+
+def value_of(settings: Mapping[str, Any], key: Names) -> Any:
+    """Of an argument or field; of several, a tuple."""
+    return settings[key] if isinstance(key, str) else tuple(settings[name] for name in key)
+
+
+def flat(varied: Mapping[Names, Any]) -> dict[str, Any]:
+    """By single names."""
+    return {
+        name: value
+        for key, values in varied.items()
+        for name, value in zip(names_of(key), [values] if isinstance(key, str) else values)
+    }
 
 
 def has(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

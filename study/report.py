@@ -13,7 +13,7 @@ from configs.study import Best
 from data.sealed import seal, unseal
 from laser.training.run_folder import write_atomically
 from study import figures, tables
-from study.plan import number_of_runs
+from study.plan import names_of, number_of_runs
 from study.run import Folder
 
 NUMBERS, REPORT = "numbers.json", "report.md"
@@ -49,7 +49,12 @@ def collect(folder: Folder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "name": stage.name,
             "why": stage.why,
             "runs": number_of_runs(stage),
-            "listed": [k for k, v in stage.vary.items() if not isinstance(v, Best)],
+            "listed": [
+                name
+                for key, values in stage.vary.items()
+                if not isinstance(values, Best)
+                for name in names_of(key)
+            ],
         })  # fmt: skip
         for cell in cells or ():
             if result := folder.result(cell):

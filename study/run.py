@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STUDY, LOG = "study.json", "train.log"
 DONE, MISTAKE, PREEMPTED = 0, 2, 75
 OTHER_TRAINS = "another process trains here"
-POLL, TELL, WAIT = 0.2, 60.0, 10.0  # seconds
+POLL, TELL, WAIT = 1.0, 60.0, 10.0  # seconds
 KILLS = 2  # of one run without a result: then it has failed
 _PR_SET_PDEATHSIG = 1
 
@@ -62,12 +62,10 @@ class Folder:
         if not mark.exists() and path.exists() and any(path.iterdir()):
             raise ValueError(f"output={path}: is not empty and holds no study; choose another one")
         if mark.exists():
-            begun = json.loads(mark.read_text())
-            if begun != self._record():
-                raise ValueError(
-                    f"output={path}: holds the study {begun['study']} {' '.join(begun['flags'])}; "
-                    "choose another folder"
-                )
+            begun, asked = json.loads(mark.read_text()), self._record()
+            if begun["study"] != asked["study"] or _comparable(begun) != _comparable(asked):
+                there = " ".join([begun["study"], *begun["flags"]])
+                raise ValueError(f"output={path}: holds the study {there}; choose another folder")
         self._check_results()
 
     def begin(self) -> None:
@@ -93,8 +91,7 @@ class Folder:
             yield stage, self.plan.cells(stage, self.loss_of)
 
     def _record(self) -> dict[str, Any]:
-        flags = [flag for flag in self.plan.extra if not flag.startswith("--config.data.store=")]
-        return {"study": Path(self.plan.file).as_posix(), "flags": flags}
+        return {"study": Path(self.plan.file).as_posix(), "flags": list(self.plan.extra)}
 
     def _check_results(self) -> None:
         """Raises ValueError where a result is not that of the run which the study now has."""
@@ -244,6 +241,17 @@ class Runner:
         if time.monotonic() - self._told > TELL:
             self._told = time.monotonic()
             log.info("%s", words)
+
+
+def recorded_flags(output: Path) -> list[str]:
+    """Further flags of train.py that a study was begun with; none where there is none yet."""
+    mark = output / STUDY
+    return json.loads(mark.read_text())["flags"] if mark.exists() else []
+
+
+def _comparable(record: dict[str, Any]) -> list[str]:
+    """The flags that make a difference: the same data may lie elsewhere."""
+    return [flag for flag in record["flags"] if not flag.startswith("--config.data.store=")]
 
 
 def _launch(arguments: list[str], log_file: Path) -> subprocess.Popen:
