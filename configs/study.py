@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Names = str | tuple[str, ...]  # several change together, and their values are tuples
-
 
 @dataclass(frozen=True)
 class Best:
@@ -43,7 +41,8 @@ class Stage:
 
     Attributes:
       name: of its folder in the output.
-      vary: argument or field → its values, or a `Best`; the first one changes slowest.
+      vary: argument or field → its values, or a `Best`; the first one changes slowest. A tuple of
+        names stands for several that change together, and its values are tuples.
       hold: argument or field → its value, where it is not that of the recipe.
       why: what the stage is for, in a line for the report.
       measures: what is measured of every run at the end beside its loss: "domains", bits per byte
@@ -51,7 +50,7 @@ class Stage:
     """
 
     name: str
-    vary: Mapping[Names, Sequence[Any] | Best]
+    vary: Mapping[Any, Sequence[Any] | Best]
     hold: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
     measures: Sequence[str] = ()

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(given[:cut])
     start_logging()
     try:
-        extra = given[cut + 1 :] or recorded_flags(arguments.output)
+        extra = given[cut + 1 :] or recorded_flags(arguments.output, arguments.study)
         folder = Folder(arguments.output, Plan(arguments.study, extra))
         if arguments.report:
             print(write_report(folder))

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from configs.study import Best, Names, Stage, Study
+from configs.study import Best, Stage, Study
 from laser.training.config import RunConfig, nearest
 from laser.training.flags import call_in_file, parse
 
 MEASURES = ("domains", "continuations")
 NAME = re.compile(r"[a-z0-9_]+")
+Names = str | tuple[str, ...]  # of one argument or field, or of several that change together
 LossOf = Callable[["Cell"], float | None]  # of a run that is done; infinite if it failed
 
 

@@ -11,6 +11,7 @@ import ctypes
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import signal
 import subprocess
@@ -175,7 +176,7 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         done, total = self._count()
         log.info("%s: run %d of %d", cell.key, done + len(self._running) + 1, total)
-        command = ["train.py", *cell.flags(), f"--workdir={folder.resolve()}"]
+        command = [str(ROOT / "train.py"), *cell.flags(), f"--workdir={folder}"]
         self._running[cell.key] = Progress(cell, _launch(command, folder / LOG))
 
     def _count(self) -> tuple[int, int]:
@@ -201,7 +202,7 @@ class Runner:
         reason = _last_line(folder / LOG)
         if code == DONE and (measures := self._measures(cell)) and not progress.measuring:
             if not self._stop:
-                process = _launch([*measures, str(folder.resolve())], folder / LOG)
+                process = _launch([*measures, f"--run={folder}"], folder / LOG)
                 self._running[cell.key] = Progress(cell, process, measuring=True)
         elif code == DONE:
             result = results.write_done(cell, folder, self._versions)
@@ -227,7 +228,7 @@ class Runner:
         if not stage.measures:
             return []
         held_out = f"--held_out={self._folder.plan.study.held_out}"
-        return ["-m", "study.measure", held_out, *stage.measures, "--run"]
+        return ["-m", "study.measure", held_out, *stage.measures]
 
     def _state(self, progress: Progress) -> str:
         path = self._folder.path / progress.cell.key / METRICS_FILE
@@ -243,10 +244,13 @@ class Runner:
             log.info("%s", words)
 
 
-def recorded_flags(output: Path) -> list[str]:
-    """Further flags of train.py that a study was begun with; none where there is none yet."""
+def recorded_flags(output: Path, file: str) -> list[str]:
+    """Further flags of train.py that a study was begun with; none where it was not yet."""
     mark = output / STUDY
-    return json.loads(mark.read_text())["flags"] if mark.exists() else []
+    begun: dict[str, Any] = {"study": "", "flags": []}
+    if mark.exists():
+        begun = json.loads(mark.read_text())
+    return begun["flags"] if begun["study"] == Path(file).as_posix() else []
 
 
 def _comparable(record: dict[str, Any]) -> list[str]:
@@ -255,11 +259,12 @@ def _comparable(record: dict[str, Any]) -> list[str]:
 
 
 def _launch(arguments: list[str], log_file: Path) -> subprocess.Popen:
-    """Python in the repository's root, its output in a log; ends with this process."""
+    """Python with its output in a log; it ends with this process."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     with log_file.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, *arguments],
-            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,152 @@
+"""What the attention of a trained model looks like, on text that it was not trained on.
+
+The queries, keys and values of every layer are those of the run's own forward pass, in float32.
+Shapes: B batch, T positions, H heads, D head size.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from laser.attention import attention, reference
+from laser.training import sharding
+from laser.training.config import RunConfig
+from laser.training.step import make_gradient
+from models.config import ModelConfig
+from models.decoder import Parameters, embed, positions
+from models.layers import Block
+
+SMALL = (1e-3, 1e-7)
+BINS = 60
+PROJECTIONS = ("query", "key", "value")
+Captured = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def capture(model: ModelConfig, params: Parameters, tokens_BT: np.ndarray) -> list[list[Captured]]:
+    """(query, key, value) of each map of attention of each layer, each (B, T, H, ·)."""
+    model = dataclasses.replace(model, dtype="float32")
+    where = positions(tokens_BT.shape, None, None)
+    x_BTM = embed(model, jnp.asarray(params["embedding"]), jnp.asarray(tokens_BT), where)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Block(model, nnx.Rngs(params=0))))
+    found = []
+    for layer in range(model.num_layers):
+        block = nnx.merge(graph, jax.tree.map(lambda x, i=layer: x[i], params["blocks"]))
+        queries, keys, value = block.attention.project(block.attention_norm(x_BTM), where)
+        found.append([(query, key, value) for query, key in zip(queries, keys)])
+        x_BTM = block(x_BTM, jnp.asarray(layer), where, None, None)[0]
+    return found
+
+
+def log_probabilities(model: ModelConfig, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Of every pair that a causal query sees, flat."""
+    options = _options(model)
+    log_probs = reference.log_probabilities(query, key, **options)
+    seen = reference.visible(query.shape[1], True, None)
+    return log_probs[jnp.broadcast_to(seen, log_probs.shape)]
+
+
+def probabilities(model: ModelConfig, captured: Sequence[Sequence[Captured]]) -> dict[str, Any]:
+    """Shares of small probabilities, and histograms of a and of a (1 - a) by their logarithm."""
+    edges = np.linspace(-12, 0, BINS + 1)
+    counts = {"a": np.zeros(BINS), "a (1 - a)": np.zeros(BINS)}
+    small = np.zeros(len(SMALL))
+    slopes = np.zeros(len(SMALL))
+    total = 0
+    for maps in captured:
+        for query, key, _ in maps:
+            a = np.exp(np.asarray(log_probabilities(model, query, key), np.float64))
+            total += a.size
+            for name, values in (("a", a), ("a (1 - a)", a * (1 - a))):
+                logs = np.log10(np.maximum(values, 1e-12))
+                counts[name] += np.histogram(logs, edges)[0]
+            small += [np.count_nonzero(a < limit) for limit in SMALL]
+            slopes += [np.count_nonzero(a * (1 - a) < limit) for limit in SMALL]
+    return {
+        "pairs": total,
+        "a": dict(zip(map(str, SMALL), (small / total).tolist())),
+        "a (1 - a)": dict(zip(map(str, SMALL), (slopes / total).tolist())),
+        "edges": edges.tolist(),
+        "histogram": {name: (count / total).tolist() for name, count in counts.items()},
+    }
+
+
+def reconstruction(
+    model: ModelConfig, captured: Sequence[Sequence[Captured]]
+) -> dict[str, tuple[float, float]]:
+    """Relative error of attention outputs in bfloat16 (paper, appendix A.5, does not say of what
+    norm): ‖rounded - exact‖ / ‖exact‖, Frobenius, mean and deviation over layers and maps.
+
+    Rounded are queries, keys and values, and for the first three what the formula computes with
+    them; exact is the oracle in float32 of the unrounded ones.
+    """
+    errors: dict[str, list[float]] = {}
+    for maps in captured:
+        for arrays in maps:
+            for name, error in _errors(model, arrays).items():
+                errors.setdefault(name, []).append(error)
+    return {name: (float(np.mean(e)), float(np.std(e))) for name, e in errors.items()}
+
+
+def _errors(model: ModelConfig, arrays: Captured) -> dict[str, float]:
+    options = _options(model)
+    log_probs = reference.log_probabilities(*arrays[:2], **options)
+    exact = {
+        "standard": reference.standard(log_probs, arrays[2]),
+        "laser": _laser(model, arrays),
+    }
+    query, key, value = (x.astype(jnp.bfloat16) for x in arrays)
+    rounded_logits = reference.log_probabilities(
+        query.astype(jnp.float32), key.astype(jnp.float32), **options
+    )
+    probs = jnp.exp(rounded_logits).astype(jnp.bfloat16)
+
+    def mean(values):
+        return jnp.einsum("bhts,bshd->bthd", probs, values)
+
+    top = value.max(axis=1, keepdims=True)
+    found = {
+        "standard": ("standard", mean(value)),
+        "laser without the trick": ("laser", jnp.log(mean(jnp.exp(value)))),
+        "laser with the trick": ("laser", jnp.log(mean(jnp.exp(value - top))) + top),
+        "laser, this repository": ("laser", _laser(model, (query, key, value))),
+    }
+    return {
+        name: float(
+            jnp.linalg.norm(output.astype(jnp.float32) - exact[kind]) / jnp.linalg.norm(exact[kind])
+        )
+        for name, (kind, output) in found.items()
+    }
+
+
+def _laser(model: ModelConfig, arrays: Captured) -> jax.Array:
+    scale = _options(model)["logits_scale"]
+    return attention(*arrays, kind="laser", causal=True, logits_scale=scale)
+
+
+def gradient_norms(config: RunConfig, params: Parameters, batch: Mapping[str, Any]) -> dict:
+    """Norms of the gradient of the mean loss: of all, and of each layer's Q, K and V weights."""
+    mesh = sharding.make_mesh(config)
+    gradient = jax.jit(sharding.on_mesh(mesh, make_gradient(config)))
+    grads, sums = gradient(params, batch)
+    tokens = float(sums.tokens)
+    attention_grads = grads["blocks"]["attention"]
+    by_layer = {
+        name: [float(jnp.linalg.norm(layer)) / tokens for layer in attention_grads[name]]
+        for name in PROJECTIONS
+    }
+    squares = sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(grads))
+    return {"all": squares**0.5 / tokens, "layers": by_layer}
+
+
+def _options(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "logits_scale": 1 / (model.attention.temperature * model.query_dim**0.5),
+        "causal": True,
+        "segment_ids": None,
+        "logits_soft_cap": model.attention.soft_cap,
+    }
