@@ -23,7 +23,7 @@ from laser.training.console import start_logging
 from study.estimate import estimate
 from study.plan import Plan
 from study.report import write_report
-from study.run import Folder, Runner, recorded_flags
+from study.run import Folder, Runner, commands, recorded_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Folder(arguments.output, Plan(arguments.study, extra))
         if arguments.report:
             print(write_report(folder))
+            return 0
+        if arguments.commands:
+            print("\n".join(commands(folder)))
             return 0
         print(estimate(folder), flush=True)
         if arguments.estimate:
@@ -57,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--study", required=True, help="a file with get_study()")
     parser.add_argument("--output", required=True, type=Path, help="folder of all its runs")
     parser.add_argument("--estimate", action="store_true", help="only say what is left, and go")
+    parser.add_argument(
+        "--commands",
+        action="store_true",
+        help="only print train.py's flags for what can be trained",
+    )
     parser.add_argument("--report", action="store_true", help="only report on what is there")
     parser.add_argument("--at_once", type=_positive, default=1, help="runs at a time (default 1)")
     parser.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="of the runs")

@@ -12,7 +12,7 @@ from typing import Any
 
 from data.sealed import seal, unseal
 from laser.training.metrics import METRICS_FILE, read_metrics
-from laser.training.run_folder import load_record, write_atomically
+from laser.training.run_folder import load_record, saved_step_folders, write_atomically
 from study.plan import Cell
 
 RESULT, MEASURED = "result.json", "measured.json"
@@ -57,6 +57,16 @@ def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[st
 def write_failed(cell: Cell, folder: Path, reason: str, versions: Mapping[str, str]) -> dict:
     """Of a run that cannot go on, as one that has diverged."""
     return _write(folder, _identity(cell) | {"status": "failed", "reason": reason, **versions})
+
+
+def is_trained(folder: Path, steps: int) -> bool:
+    """Whether a run has its last checkpoint, and its numbers, already."""
+    if steps not in saved_step_folders(folder) or not (folder / METRICS_FILE).exists():
+        return False
+    return any(
+        line["step"] == steps and "eval/loss" in line
+        for line in read_metrics(folder / METRICS_FILE)
+    )
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ class Progress:
     """A run that is being trained."""
 
     cell: Cell
-    process: subprocess.Popen
+    process: subprocess.Popen | None = None  # None: it was trained before
     measuring: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -108,6 +109,16 @@ class Folder:
                     )
 
 
+def commands(folder: Folder) -> list[str]:
+    """Flags of train.py for each run without a result whose choices are settled."""
+    return [
+        shlex.join([*cell.flags(), f"--workdir={folder.path / cell.key}"])
+        for _, cells in folder.stages()
+        for cell in cells or ()
+        if folder.result(cell) is None
+    ]
+
+
 class Runner:
     """Works on a share of a study's runs, some at a time."""
 
@@ -140,9 +151,9 @@ class Runner:
                     self._tell(f"waiting for {waiting}")
                 time.sleep(POLL)
         finally:
-            for progress in self._running.values():  # a mistake was found in one of them
-                progress.process.terminate()
-                progress.process.wait()
+            for process in self._processes():  # a mistake was found in one of them
+                process.terminate()
+                process.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -150,8 +161,11 @@ class Runner:
         del frame
         if not self._stop:
             self._stop = signal.Signals(number).name
-            for progress in self._running.values():
-                progress.process.send_signal(signal.SIGTERM)
+            for process in self._processes():
+                process.send_signal(signal.SIGTERM)
+
+    def _processes(self) -> list[subprocess.Popen]:
+        return [p.process for p in self._running.values() if p.process is not None]
 
     def _start_more(self) -> str:
         """Starts what there is room for. Returns what is waited for, or "" if all is done."""
@@ -174,6 +188,9 @@ class Runner:
     def _start(self, cell: Cell) -> None:
         folder = self._folder.path / cell.key
         folder.mkdir(parents=True, exist_ok=True)
+        if results.is_trained(folder, cell.config().training.steps):
+            self._ended(Progress(cell), DONE)
+            return
         done, total = self._count()
         log.info("%s: run %d of %d", cell.key, done + len(self._running) + 1, total)
         command = [str(ROOT / "train.py"), *cell.flags(), f"--workdir={folder}"]
@@ -189,6 +206,7 @@ class Runner:
 
     def _collect(self) -> None:
         for key, progress in list(self._running.items()):
+            assert progress.process is not None
             code = progress.process.poll()
             if code is None:
                 self._tell(self._state(progress))
@@ -212,7 +230,7 @@ class Runner:
             pass
         elif code == MISTAKE and OTHER_TRAINS in reason:
             self._busy[cell.key] = time.monotonic() + WAIT
-        elif code == MISTAKE:
+        elif code == MISTAKE or (progress.measuring and code > 0):
             raise ValueError(f"{cell.key}: {reason}")
         elif code < 0 and self._kills.get(cell.key, 0) + 1 < KILLS:
             self._kills[cell.key] = self._kills.get(cell.key, 0) + 1
@@ -278,7 +296,7 @@ def _end_with_parent() -> None:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1][:300] if lines else "no message"
 
 

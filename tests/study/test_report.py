@@ -1,6 +1,7 @@
 """From made-up runs to results, choices, tables and figures; failures among them are results."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -150,3 +151,21 @@ def test_results_of_another_config_are_refused(fake, tmp_path, capsys):
     assert main(arguments) == 2
     assert "model.mlp_dim: 1024 -> 8" in capsys.readouterr().err
     assert sorted(out.rglob("*")) == before
+
+
+def test_runs_that_were_trained_elsewhere_are_collected(fake, capsys):
+    arguments, started, _, out = fake
+    assert main([*arguments, "--commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4  # those of `main` wait for the rates
+    assert not out.exists()
+    key = "rates/learning_rate=0.001,attention=standard"
+    assert shlex.split(lines[0])[-1] == f"--workdir={out / key}"
+    (out / key / "checkpoints" / "500").mkdir(parents=True)
+    _write_run(out / key, run.Plan(arguments[0].partition("=")[2]), key)
+    (out / "study.json").write_text(
+        json.dumps({"study": arguments[0].partition("=")[2], "flags": []})
+    )
+    assert main(arguments) == 0
+    assert len(started) == 9
+    assert key not in started
