@@ -3,12 +3,13 @@
     python scripts/results_page.py            # writes the page
     python scripts/results_page.py --check    # exits with 1 if a table is not that of its numbers
 
-A study's numbers are its numbers.json, which scripts/study.py --report writes. On the page, what
-stands between `<!-- tables of NAME.json -->` and `<!-- end -->` is made from
-docs/results/NAME.json; the rest is written by hand.
+On the page, what stands between `<!-- tables of NAME.json -->` and `<!-- end -->` is made from
+docs/results/NAME.json, a study's numbers.json as scripts/study.py --report writes it; and so is
+`<!-- inspection of NAME.json -->`, from scripts/inspect_attention.py. The rest is written by hand.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -18,10 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from laser.training.run_folder import write_atomically
+from scripts.inspect_attention import report
 from study.report import read_numbers
 from study.tables import all_tables
 
-MARKED = re.compile(r"(<!-- tables of (?P<name>[\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- (?P<kind>tables|inspection) of (?P<name>[\w-]+\.json) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +57,10 @@ def remade(page: str, numbers: Path) -> str:
         raise ValueError("no line `<!-- tables of NAME.json -->` on the page")
 
     def tables(match: re.Match[str]) -> str:
-        made = all_tables(read_numbers(numbers / match["name"]))
+        if match["kind"] == "tables":
+            made = all_tables(read_numbers(numbers / match["name"]))
+        else:
+            made = f"```\n{report(json.loads((numbers / match['name']).read_text()))}\n```"
         return f"{match[1]}\n{made}\n\n{match[3]}"
 
     return MARKED.sub(tables, page)

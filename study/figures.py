@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from study.statistics import mean_interval
-from study.tables import fits, grouped, label, pairs, sized
+from study.tables import RATE, fits, grouped, label, pairs, sized
 
-RATE = "optimizer.learning_rate"
 Record = Mapping[str, Any]
 
 

@@ -15,7 +15,7 @@ from study.statistics import (
     step_at,
 )
 
-SEED = "training.seed"
+RATE = "optimizer.learning_rate"
 Record = Mapping[str, Any]
 # What a difference of losses says, one side minus the other.
 LOWER, HIGHER = "{one} ends lower", "{one} ends higher"
@@ -26,6 +26,7 @@ def all_tables(record: Record) -> str:
     """Every table that the runs give, with a heading each."""
     sections = {
         "Differences of the final validation loss": differences(record),
+        "Best learning rates": best_rates(record),
         "Runs by stage": overview(record),
         "All groups": groups(record),
         "Bits per byte by domain": domains(record),
@@ -83,6 +84,27 @@ def differences(record: Record) -> str:
         ])  # fmt: skip
     heads = ["stage", "difference", "pairs", "nats", "95 %", "of the loss",
              "steps to the other's loss", "seconds to it", "verdict"]  # fmt: skip
+    return table(heads, rows) if rows else ""
+
+
+def best_rates(record: Record) -> str:
+    """Of each attention in each stage that lists them, and whether the best lies at the edge."""
+    rows = []
+    for stage in record["stages"]:
+        runs = [run for run in _done(record["runs"]) if run["stage"] == stage["name"]]
+        if RATE not in stage["listed"]:
+            continue
+        for arm in dict.fromkeys(str(run["settings"].get("attention", "")) for run in runs):
+            losses = {
+                run["settings"][RATE]: run["eval_loss"]
+                for run in runs
+                if str(run["settings"].get("attention", "")) == arm
+            }
+            best = min(losses, key=lambda rate: losses[rate])
+            told = "; ".join(f"{rate:g}: {losses[rate]:.4f}" for rate in sorted(losses))
+            is_edge = best in (min(losses), max(losses))
+            rows.append([stage["name"], arm, f"{best:g}", told, "yes" if is_edge else "no"])
+    heads = ["stage", "attention", "best", "losses, nats", "at the edge of those tried"]
     return table(heads, rows) if rows else ""
 
 
