@@ -74,12 +74,8 @@ def inspect(run: Path, text: str, rows: int) -> dict[str, Any]:
         "weights": np.ones((rows, length), np.float32),
     }
     captured = inspection.capture(config.model, model.params, batch["inputs"])
-    gradients = {
-        step: inspection.gradient_norms(
-            config, model.params if step == model.step else open_model(run, step).params, batch
-        )
-        for step in steps
-    }
+    norms = inspection.make_gradient_norms(config, batch)
+    gradients = {step: norms(open_model(run, step).params) for step in steps}
     return {
         "run": str(run),
         "step": model.step,

@@ -5,7 +5,8 @@ Shapes: B batch, T positions, H heads, D head size.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,12 +34,18 @@ def capture(model: ModelConfig, params: Parameters, tokens_BT: np.ndarray) -> li
     where = positions(tokens_BT.shape, None, None)
     x_BTM = embed(model, jnp.asarray(params["embedding"]), jnp.asarray(tokens_BT), where)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Block(model, nnx.Rngs(params=0))))
+
+    @jax.jit
+    def run(x_BTM, layer, weights):
+        block = nnx.merge(graph, weights)
+        projected = block.attention.project(block.attention_norm(x_BTM), where)
+        return block(x_BTM, layer, where, None, None)[0], projected
+
     found = []
     for layer in range(model.num_layers):
-        block = nnx.merge(graph, jax.tree.map(lambda x, i=layer: x[i], params["blocks"]))
-        queries, keys, value = block.attention.project(block.attention_norm(x_BTM), where)
+        weights = jax.tree.map(lambda x, i=layer: x[i], params["blocks"])
+        x_BTM, (queries, keys, value) = run(x_BTM, jnp.asarray(layer), weights)
         found.append([(query, key, value) for query, key in zip(queries, keys)])
-        x_BTM = block(x_BTM, jnp.asarray(layer), where, None, None)[0]
     return found
 
 
@@ -85,14 +92,15 @@ def reconstruction(
     them; exact is the oracle in float32 of the unrounded ones.
     """
     errors: dict[str, list[float]] = {}
+    measure = jax.jit(functools.partial(_errors, model))
     for maps in captured:
         for arrays in maps:
-            for name, error in _errors(model, arrays).items():
-                errors.setdefault(name, []).append(error)
+            for name, error in measure(arrays).items():
+                errors.setdefault(name, []).append(float(error))
     return {name: (float(np.mean(e)), float(np.std(e))) for name, e in errors.items()}
 
 
-def _errors(model: ModelConfig, arrays: Captured) -> dict[str, float]:
+def _errors(model: ModelConfig, arrays: Captured) -> dict[str, jax.Array]:
     options = _options(model)
     log_probs = reference.log_probabilities(*arrays[:2], **options)
     exact = {
@@ -116,9 +124,8 @@ def _errors(model: ModelConfig, arrays: Captured) -> dict[str, float]:
         "laser, this repository": ("laser", _laser(model, (query, key, value))),
     }
     return {
-        name: float(
-            jnp.linalg.norm(output.astype(jnp.float32) - exact[kind]) / jnp.linalg.norm(exact[kind])
-        )
+        name: jnp.linalg.norm(output.astype(jnp.float32) - exact[kind])
+        / jnp.linalg.norm(exact[kind])
         for name, (kind, output) in found.items()
     }
 
@@ -128,19 +135,25 @@ def _laser(model: ModelConfig, arrays: Captured) -> jax.Array:
     return attention(*arrays, kind="laser", causal=True, logits_scale=scale)
 
 
-def gradient_norms(config: RunConfig, params: Parameters, batch: Mapping[str, Any]) -> dict:
-    """Norms of the gradient of the mean loss: of all, and of each layer's Q, K and V weights."""
+def make_gradient_norms(
+    config: RunConfig, batch: Mapping[str, Any]
+) -> Callable[[Parameters], dict[str, Any]]:
+    """From parameters to norms of the gradient of the mean loss on a batch: of all parameters, and
+    of each layer's Q, K and V weights."""
     mesh = sharding.make_mesh(config)
     gradient = jax.jit(sharding.on_mesh(mesh, make_gradient(config)))
-    grads, sums = gradient(params, batch)
-    tokens = float(sums.tokens)
-    attention_grads = grads["blocks"]["attention"]
-    by_layer = {
-        name: [float(jnp.linalg.norm(layer)) / tokens for layer in attention_grads[name]]
-        for name in PROJECTIONS
-    }
-    squares = sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(grads))
-    return {"all": squares**0.5 / tokens, "layers": by_layer}
+
+    def norms(params: Parameters) -> dict[str, Any]:
+        grads, sums = jax.device_get(gradient(params, batch))
+        grads = jax.tree.map(lambda x: x / sums.tokens, grads)
+        weights = grads["blocks"]["attention"]
+        layers = {
+            name: [float(np.linalg.norm(layer)) for layer in weights[name]] for name in PROJECTIONS
+        }
+        squares = sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(grads))
+        return {"all": squares**0.5, "layers": layers}
+
+    return norms
 
 
 def _options(model: ModelConfig) -> dict[str, Any]:
