@@ -24,7 +24,7 @@ from study.report import read_numbers
 from study.tables import all_tables
 
 MARKED = re.compile(
-    r"(<!-- (?P<kind>tables|inspection) of (?P<name>[\w-]+\.json) -->\n).*?(<!-- end -->)",
+    r"(<!-- (?P<kind>tables|inspection) of (?P<name>[\w-]+\.json) -->\n).*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
 
@@ -61,7 +61,7 @@ def remade(page: str, numbers: Path) -> str:
             made = all_tables(read_numbers(numbers / match["name"]))
         else:
             made = f"```\n{report(json.loads((numbers / match['name']).read_text()))}\n```"
-        return f"{match[1]}\n{made}\n\n{match[3]}"
+        return f"{match[1]}\n{made}\n\n{match['end']}"
 
     return MARKED.sub(tables, page)
 

@@ -88,8 +88,9 @@ def reconstruction(
     """Relative error of attention outputs in bfloat16 (paper, appendix A.5, does not say of what
     norm): ‖rounded - exact‖ / ‖exact‖, Frobenius, mean and deviation over layers and maps.
 
-    Rounded are queries, keys and values, and for the first three what the formula computes with
-    them; exact is the oracle in float32 of the unrounded ones.
+    Rounded are queries, keys and values and what the formula computes from them, as XLA compiles
+    it, which may keep more precision between operations that it fuses. Exact is the oracle in
+    float32 of what was not rounded.
     """
     errors: dict[str, list[float]] = {}
     measure = jax.jit(functools.partial(_errors, model))
