@@ -16,13 +16,18 @@ PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-
 ONLY_NEWS := sed -u -n -E -e 's/^Collecting /  fetching /p' -e '/^(Installing collected|Success)/p' \
 	-e '/^(ERROR|WARNING)/p'
 
-.PHONY: help quickstart tpu test check lint types format clean
+.PHONY: help quickstart study tpu test check lint types format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
 quickstart: .venv/.runtime  ## train a small model on an embedded text and show what it learned
 	.venv/bin/python scripts/quickstart.py
+
+study: .venv/.runtime  ## a small study of minutes, to its report: 2 attentions, 2 seeds
+	.venv/bin/python scripts/prepare_data.py --source=bible --output=stores/bible --vocab_size=4096
+	.venv/bin/python scripts/study.py --study=configs/studies/demonstration.py \
+		--output=studies/demonstration
 
 tpu: .venv/.tpu  ## install what training on this TPU VM needs
 

@@ -121,7 +121,7 @@ class Attention(nnx.Module):
         shared_segment: int | None = None,
     ) -> tuple[Array, Array]:
         """Returns (B, T, M) and the attention range in nats, see `laser.attention.attention`."""
-        queries, keys, value = self._project(x_BTM, positions_BT)
+        queries, keys, value = self.project(x_BTM, positions_BT)
         outputs, ranges = zip(
             *(
                 attn.attention(
@@ -154,7 +154,7 @@ class Attention(nnx.Module):
         Returns (B, T, M) and the cache with them. `visible_BTS` as in
         `laser.attention.cached_attention`.
         """
-        queries, keys, value = self._project(x_BTM, positions_BT)
+        queries, keys, value = self.project(x_BTM, positions_BT)
 
         def write(cached_BHSD, new_BTHD):
             return jax.lax.dynamic_update_slice_in_dim(
@@ -174,7 +174,7 @@ class Attention(nnx.Module):
         )
         return self._output(outputs, layer), cache
 
-    def _project(self, x_BTM: Array, positions_BT: Array) -> tuple[list[Array], list[Array], Array]:
+    def project(self, x_BTM: Array, positions_BT: Array) -> tuple[list[Array], list[Array], Array]:
         """Queries and keys, two of each for differential attention, and the value.
 
         Queries are (B, T, H, Q), keys and the value (B, T, K, ·).

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import c4
 from configs.arguments import parse_arguments
+from configs.study import Comparison, Stage, Study
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -15,3 +16,11 @@ def get_config(arguments: str = "") -> ConfigDict:
     config = c4.get_config(f"size=2p2b,attention={chosen['attention']}")
     config.training.steps = 22_888  # 24 B tokens at 1024 x 1024 a step
     return config
+
+
+def get_study() -> Study:
+    arms = ("standard", "laser", "standard+diff", "laser+diff")
+    main = Stage("main", {"attention": arms}, why="with and without two maps of attention")
+    pairs = [("laser", "standard"), ("laser+diff", "standard+diff"), ("laser+diff", "standard")]
+    compare = [Comparison("main", {"attention": a}, {"attention": b}) for a, b in pairs]
+    return Study([main], compare)

@@ -11,8 +11,14 @@ from ml_collections import ConfigDict
 
 from configs import c4
 from configs.arguments import parse_arguments
+from configs.study import Comparison, Stage, Study
 
 
 def get_config(arguments: str = "") -> ConfigDict:
     chosen = parse_arguments(arguments, {"attention": "laser"})
     return c4.get_config(f"size=301m,optimizer=lamb,attention={chosen['attention']}")
+
+
+def get_study() -> Study:
+    main = Stage("main", {"attention": ("standard", "laser")}, why="both by LAMB")
+    return Study([main], [Comparison("main", {"attention": "laser"}, {"attention": "standard"})])

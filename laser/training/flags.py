@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -28,6 +28,7 @@ CONFIG_HELP = """\
   --config: file of a recipe, such as configs/c4.py:size=2p2b, with its arguments after the colon
   --config.SECTION.FIELD: one field of it; all are in configs/base.py"""
 DefineFlags = Callable[[flags.FlagValues], None]
+T = TypeVar("T")
 
 
 def parse_or_exit(
@@ -81,14 +82,22 @@ def parse(argv: Sequence[str], define_flags: DefineFlags) -> tuple[RunConfig, fl
 def read_config_file(path: str) -> ConfigDict:
     """Runs get_config() of `file.py` or `file.py:arguments`. Raises ValueError with one line."""
     file, colon, arguments = path.partition(":")
+    return call_in_file(file, "get_config", [arguments] if colon else [], ConfigDict)
+
+
+def call_in_file(file: str, name: str, arguments: Sequence[str], kind: type[T]) -> T:
+    """What a function of a config file returns, a `kind`. Raises ValueError with one line."""
     if not Path(file).is_file():
         known = [str(found) for found in sorted(Path("configs").rglob("*.py"))]
         raise ValueError(f"no config file {file!r}{nearest(file, known)}")
     try:
-        get_config = _run(file).get_config
-        if colon and not inspect.signature(get_config).parameters:
-            raise ValueError(f"it takes no arguments, got {arguments!r}")
-        config = get_config(*([arguments] if colon else []))
+        module = _run(file)
+        if not hasattr(module, name):
+            raise ValueError(f"it has no {name}()")
+        function = getattr(module, name)
+        if arguments and not inspect.signature(function).parameters:
+            raise ValueError(f"it takes no arguments, got {arguments[0]!r}")
+        result = function(*arguments)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     except Exception as error:
@@ -96,9 +105,10 @@ def read_config_file(path: str) -> ConfigDict:
         line = [str(frame.lineno) for frame in frames if frame.filename == file][-1:]
         where = ":".join([file, *line])
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"{file}: get_config() returned {type(config).__name__}, not a ConfigDict")
-    return config
+    if not isinstance(result, kind):
+        returned = type(result).__name__
+        raise ValueError(f"{file}: {name}() returned {returned}, not a {kind.__name__}")
+    return result
 
 
 def _run(file: str) -> ModuleType:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted(
     path
     for path in (ROOT / "configs").rglob("*.py")
-    # slices.py is no config, and finetune.py has the model of another run.
-    if path.name not in ("__init__.py", "arguments.py", "slices.py", "finetune.py")
+    # slices.py and study.py are no configs, and finetune.py has the model of another run.
+    if path.name not in ("__init__.py", "arguments.py", "slices.py", "study.py", "finetune.py")
 )
 SIZES = ("234m", "301m", "435m", "1p1b", "2p2b", "7p7b")
 MODIFIERS = ("per_dim_temp", "qk_norm", "diff", "temp=0.5")

@@ -1,0 +1,162 @@
+"""LASER against standard attention, at three sizes that two cores can train.
+
+    python scripts/fetch_text.py --output=texts/packages
+    python scripts/prepare_data.py --source=texts/packages --output=stores/packages \\
+        --vocab_size=4096
+    python scripts/study.py --study=configs/studies/attention.py --output=studies/attention
+
+`size` is 1m, 4m or 12m, parameters beside the embedding; `attention` as in configs/c4.py.
+
+The protocol was fixed before the first run. Both arms of a comparison start from the same
+parameters and read the same rows; each has its own learning rate, the best of five on its own.
+The 1m comes first because it costs least; the comparison that decides is the one of the 4m.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from configs.arguments import choose, parse_arguments, set_attention
+from configs.study import Best, Comparison, Stage, Study
+
+# Layers, model dim, MLP dim, heads, head size; beside the embedding 0.98, 3.93 and 12.4 million.
+SIZES = {
+    "1m": (5, 128, 512, 4, 32),
+    "4m": (5, 256, 1024, 4, 64),
+    "12m": (7, 384, 1536, 6, 64),
+}
+TOKENS_PER_STEP = 16 * 256
+MILLION = 1_000_000 // TOKENS_PER_STEP  # steps
+
+ARMS = ("standard", "laser")
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+LONGER = tuple(round(8 * times * MILLION) for times in (1.15, 1.3))
+MODIFIERS = ("per_dim_temp", "temp=0.5", "diff")
+RATE, SEED, STEPS, EVERY = (
+    "optimizer.learning_rate",
+    "training.seed",
+    "training.steps",
+    "training.eval_every",
+)
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    chosen = parse_arguments(arguments, {"size": "4m", "attention": "laser"})
+
+    config = base.get_config()
+    model = config.model
+    layers, model_dim, mlp_dim, heads, head_dim = choose("size", chosen["size"], SIZES)
+    model.num_layers, model.model_dim, model.mlp_dim = layers, model_dim, mlp_dim
+    model.num_heads, model.head_dim = heads, head_dim
+    model.vocab_size = 4096
+    model.remat = "none"
+    model.unroll = True
+    set_attention(config.attention, chosen["attention"])
+
+    config.data.store = "stores/packages"
+    config.data.seq_len = 256
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 50
+    config.training.batch_size = 16
+    config.training.steps = 8 * MILLION
+    config.training.eval_every = MILLION
+    config.checkpoint.every = 100
+    config.checkpoint.keep = 1
+    return config
+
+
+def _length(millions: float, evaluations: int = 8) -> dict[str, int]:
+    steps = round(millions * MILLION)
+    return {STEPS: steps, EVERY: -(-steps // evaluations)}
+
+
+def get_study() -> Study:
+    own_rate = {RATE: Best(("rates", "rates_again"))}
+    small_rate = {RATE: Best(("small_rates",))}
+    standards_rate = {RATE: Best(("rates", "rates_again"), where={"attention": "standard"})}
+    seeds = {SEED: range(10)}
+    all_measures = ("domains", "continuations")
+    stages = [
+        Stage(
+            "small_rates",
+            {RATE: RATES[2:], "attention": ARMS},
+            {"size": "1m", **_length(0.5, 1)},
+            "the learning rate of each arm, 1m, 0.5 M tokens",
+        ),
+        Stage(
+            "small",
+            {SEED: range(5), "attention": ARMS, **small_rate},
+            {"size": "1m", **_length(1, 2)},
+            "1m, 1 M tokens, each arm at its own rate",
+            all_measures,
+        ),
+        Stage(
+            "rates",
+            {RATE: RATES, "attention": ARMS},
+            _length(4, 2),
+            "the learning rate of each arm, 4m, 4 M tokens",
+        ),
+        Stage(
+            "rates_again",
+            {SEED: (1, 2), "attention": ARMS, RATE: Best(("rates",), keep=2)},
+            _length(4, 2),
+            "the best two rates of each arm with two more seeds",
+        ),
+        Stage(
+            "main",
+            {**seeds, "attention": ARMS, **own_rate},
+            _length(8),
+            "4m, 8 M tokens, each arm at its own rate",
+            all_measures,
+        ),
+        Stage(
+            "longer",
+            {SEED: range(3), STEPS: LONGER, **own_rate},
+            {"attention": "standard", EVERY: MILLION},
+            "standard attention for 1.15 and 1.3 times as long: what nats are in steps",
+        ),
+        Stage(
+            "qk_norm",
+            {SEED: range(3), "attention": [f"{arm}+qk_norm" for arm in ARMS], **standards_rate},
+            _length(8),
+            "both with QK-norm, at the rate of standard attention",
+        ),
+        Stage(
+            "wider",
+            {SEED: range(3), **own_rate},
+            {"attention": "standard", "model.head_dim": 72, **_length(8)},
+            "control: standard attention with heads an eighth wider",
+        ),
+        Stage(
+            "modifiers",
+            {
+                SEED: range(3),
+                "attention": [f"{arm}+{modifier}" for modifier in MODIFIERS for arm in ARMS],
+                **standards_rate,
+            },
+            _length(8),
+            "the other modifiers, at the rate of standard attention",
+        ),
+        Stage(
+            "sizes",
+            {"size": ("1m", "12m"), SEED: range(3), "attention": ARMS, **own_rate},
+            _length(8),
+            "other sizes, 8 M tokens, at the rates of the 4m",
+        ),
+    ]
+    both = {"attention": "laser"}, {"attention": "standard"}
+    compare = [Comparison("small", *both), Comparison("main", *both)]
+    compare += [
+        Comparison(stage, {"attention": f"laser+{m}"}, {"attention": f"standard+{m}"})
+        for stage, modifiers in (("qk_norm", ["qk_norm"]), ("modifiers", MODIFIERS))
+        for m in modifiers
+    ]
+    standard = {"attention": "standard"}
+    compare += [
+        Comparison("main", standard, {**standard, STEPS: steps}, "longer") for steps in LONGER
+    ]
+    compare += [Comparison("main", standard, {**standard, "model.head_dim": 72}, "wider")]
+    compare += [
+        Comparison("sizes", {"size": size, **both[0]}, {"size": size, **both[1]})
+        for size in ("1m", "12m")
+    ]
+    return Study(stages, compare, sizes=("main", "sizes"), held_out="texts/packages/validation")

@@ -1,0 +1,88 @@
+"""Trains the runs of a study and reports what they say.
+
+    python scripts/study.py --study=configs/studies/attention.py --output=studies/attention
+    python scripts/study.py --study=... --output=... --report
+    python scripts/study.py --study=... --output=... -- --config.data.store=/data/packages
+
+It ends with the report, in OUTPUT/report.md; --report alone writes it from what is there. What
+stands after `--` goes on to train.py, for every run. The same command goes on where it was, however
+it ended; delete a run's folder to train it again. Several machines may work on one output
+folder, as --share=1/3, --share=2/3 and --share=3/3.
+Exit codes: 0 done, 2 mistake in the study or the command line, 75 stopped by a signal (start it
+again), 1 anything else.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from laser.training.console import start_logging
+from study.estimate import estimate
+from study.plan import Plan
+from study.report import write_report
+from study.run import Folder, Runner, commands, recorded_flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    cut = given.index("--") if "--" in given else len(given)
+    arguments = _parser().parse_args(given[:cut])
+    start_logging()
+    try:
+        extra = given[cut + 1 :] or recorded_flags(arguments.output, arguments.study)
+        folder = Folder(arguments.output, Plan(arguments.study, extra))
+        if arguments.report:
+            print(write_report(folder))
+            return 0
+        if arguments.commands:
+            print("\n".join(commands(folder)))
+            return 0
+        print(estimate(folder), flush=True)
+        if arguments.estimate:
+            return 0
+        folder.begin()
+        code = Runner(folder, share=arguments.share, at_once=arguments.at_once).run()
+        if code == 0:
+            print(write_report(folder))
+    except ValueError as error:
+        print(f"study.py: error: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--study", required=True, help="a file with get_study()")
+    parser.add_argument("--output", required=True, type=Path, help="folder of all its runs")
+    parser.add_argument("--estimate", action="store_true", help="only say what is left, and go")
+    parser.add_argument(
+        "--commands",
+        action="store_true",
+        help="only print train.py's flags for what can be trained",
+    )
+    parser.add_argument("--report", action="store_true", help="only report on what is there")
+    parser.add_argument("--at_once", type=_positive, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="of the runs")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be at least 1")
+    return int(text)
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, slash, of = text.partition("/")
+    if not (slash and index.isdigit() and of.isdigit() and 1 <= int(index) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as 1/3, 2/3 or 3/3")
+    return int(index) - 1, int(of)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

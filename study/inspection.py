@@ -1,0 +1,166 @@
+"""What the attention of a trained model looks like, on text that it was not trained on.
+
+The queries, keys and values of every layer are those of the run's own forward pass, in float32.
+Shapes: B batch, T positions, H heads, D head size.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from laser.attention import attention, reference
+from laser.training import sharding
+from laser.training.config import RunConfig
+from laser.training.step import make_gradient
+from models.config import ModelConfig
+from models.decoder import Parameters, embed, positions
+from models.layers import Block
+
+SMALL = (1e-3, 1e-7)
+BINS = 60
+PROJECTIONS = ("query", "key", "value")
+Captured = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def capture(model: ModelConfig, params: Parameters, tokens_BT: np.ndarray) -> list[list[Captured]]:
+    """(query, key, value) of each map of attention of each layer, each (B, T, H, ·)."""
+    model = dataclasses.replace(model, dtype="float32")
+    where = positions(tokens_BT.shape, None, None)
+    x_BTM = embed(model, jnp.asarray(params["embedding"]), jnp.asarray(tokens_BT), where)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Block(model, nnx.Rngs(params=0))))
+
+    @jax.jit
+    def run(x_BTM, layer, weights):
+        block = nnx.merge(graph, weights)
+        projected = block.attention.project(block.attention_norm(x_BTM), where)
+        return block(x_BTM, layer, where, None, None)[0], projected
+
+    found = []
+    for layer in range(model.num_layers):
+        weights = jax.tree.map(lambda x, i=layer: x[i], params["blocks"])
+        x_BTM, (queries, keys, value) = run(x_BTM, jnp.asarray(layer), weights)
+        found.append([(query, key, value) for query, key in zip(queries, keys)])
+    return found
+
+
+def log_probabilities(model: ModelConfig, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Of every pair that a causal query sees, flat."""
+    options = _options(model)
+    log_probs = reference.log_probabilities(query, key, **options)
+    seen = reference.visible(query.shape[1], True, None)
+    return log_probs[jnp.broadcast_to(seen, log_probs.shape)]
+
+
+def probabilities(model: ModelConfig, captured: Sequence[Sequence[Captured]]) -> dict[str, Any]:
+    """Shares of small probabilities, and histograms of a and of a (1 - a) by their logarithm."""
+    edges = np.linspace(-12, 0, BINS + 1)
+    counts = {"a": np.zeros(BINS), "a (1 - a)": np.zeros(BINS)}
+    small = np.zeros(len(SMALL))
+    slopes = np.zeros(len(SMALL))
+    total = 0
+    for maps in captured:
+        for query, key, _ in maps:
+            a = np.exp(np.asarray(log_probabilities(model, query, key), np.float64))
+            total += a.size
+            for name, values in (("a", a), ("a (1 - a)", a * (1 - a))):
+                logs = np.log10(np.maximum(values, 1e-12))
+                counts[name] += np.histogram(logs, edges)[0]
+            small += [np.count_nonzero(a < limit) for limit in SMALL]
+            slopes += [np.count_nonzero(a * (1 - a) < limit) for limit in SMALL]
+    return {
+        "pairs": total,
+        "a": dict(zip(map(str, SMALL), (small / total).tolist())),
+        "a (1 - a)": dict(zip(map(str, SMALL), (slopes / total).tolist())),
+        "edges": edges.tolist(),
+        "histogram": {name: (count / total).tolist() for name, count in counts.items()},
+    }
+
+
+def reconstruction(
+    model: ModelConfig, captured: Sequence[Sequence[Captured]]
+) -> dict[str, tuple[float, float]]:
+    """Relative error of attention outputs in bfloat16 (paper, appendix A.5, does not say of what
+    norm): ‖rounded - exact‖ / ‖exact‖, Frobenius, mean and deviation over layers and maps.
+
+    Rounded are queries, keys and values and what the formula computes from them, as XLA compiles
+    it, which may keep more precision between operations that it fuses. Exact is the oracle in
+    float32 of what was not rounded.
+    """
+    errors: dict[str, list[float]] = {}
+    measure = jax.jit(functools.partial(_errors, model))
+    for maps in captured:
+        for arrays in maps:
+            for name, error in measure(arrays).items():
+                errors.setdefault(name, []).append(float(error))
+    return {name: (float(np.mean(e)), float(np.std(e))) for name, e in errors.items()}
+
+
+def _errors(model: ModelConfig, arrays: Captured) -> dict[str, jax.Array]:
+    options = _options(model)
+    log_probs = reference.log_probabilities(*arrays[:2], **options)
+    exact = {
+        "standard": reference.standard(log_probs, arrays[2]),
+        "laser": _laser(model, arrays),
+    }
+    query, key, value = (x.astype(jnp.bfloat16) for x in arrays)
+    rounded_logits = reference.log_probabilities(
+        query.astype(jnp.float32), key.astype(jnp.float32), **options
+    )
+    probs = jnp.exp(rounded_logits).astype(jnp.bfloat16)
+
+    def mean(values):
+        return jnp.einsum("bhts,bshd->bthd", probs, values)
+
+    top = value.max(axis=1, keepdims=True)
+    found = {
+        "standard": ("standard", mean(value)),
+        "laser without the trick": ("laser", jnp.log(mean(jnp.exp(value)))),
+        "laser with the trick": ("laser", jnp.log(mean(jnp.exp(value - top))) + top),
+        "laser, this repository": ("laser", _laser(model, (query, key, value))),
+    }
+    return {
+        name: jnp.linalg.norm(output.astype(jnp.float32) - exact[kind])
+        / jnp.linalg.norm(exact[kind])
+        for name, (kind, output) in found.items()
+    }
+
+
+def _laser(model: ModelConfig, arrays: Captured) -> jax.Array:
+    scale = _options(model)["logits_scale"]
+    return attention(*arrays, kind="laser", causal=True, logits_scale=scale)
+
+
+def make_gradient_norms(
+    config: RunConfig, batch: Mapping[str, Any]
+) -> Callable[[Parameters], dict[str, Any]]:
+    """From parameters to norms of the gradient of the mean loss on a batch: of all parameters, and
+    of each layer's Q, K and V weights."""
+    mesh = sharding.make_mesh(config)
+    gradient = jax.jit(sharding.on_mesh(mesh, make_gradient(config)))
+
+    def norms(params: Parameters) -> dict[str, Any]:
+        grads, sums = jax.device_get(gradient(params, batch))
+        grads = jax.tree.map(lambda x: x / sums.tokens, grads)
+        weights = grads["blocks"]["attention"]
+        layers = {
+            name: [float(np.linalg.norm(layer)) for layer in weights[name]] for name in PROJECTIONS
+        }
+        squares = sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(grads))
+        return {"all": squares**0.5, "layers": layers}
+
+    return norms
+
+
+def _options(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "logits_scale": 1 / (model.attention.temperature * model.query_dim**0.5),
+        "causal": True,
+        "segment_ids": None,
+        "logits_soft_cap": model.attention.soft_cap,
+    }

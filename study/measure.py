@@ -1,0 +1,82 @@
+"""Measures a trained run: `python -m study.measure --run=RUN --held_out=DIR domains`.
+
+domains        bits per byte of each file of the folder of held-out text, under the file's name
+continuations  how often the model tells how a held-out passage of the Bible goes on, see
+               eval/offline.py
+
+A process of its own, because it imports jax. Writes measured.json into the run's folder.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from laser.training.hardware import tune_cpu
+from laser.training.run_folder import write_atomically
+from study.results import MEASURED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("measures", nargs="+")
+    parser.add_argument("--held_out", type=Path)
+    arguments = parser.parse_args(argv)
+    tune_cpu()
+    from eval.run import offline_score, open_model
+
+    model = open_model(arguments.run)
+    measured: dict = {}
+    if "continuations" in arguments.measures:
+        measured["continuations"], measured["passages"] = offline_score(model)
+    if "domains" in arguments.measures:
+        measured["domains"] = {
+            path.stem: bits_per_byte(model, path)
+            for path in sorted(arguments.held_out.glob("*.jsonl"))
+        }
+    write_atomically(arguments.run / MEASURED, json.dumps(measured) + "\n")
+    return 0
+
+
+def bits_per_byte(model, path: Path) -> float:
+    """Of the documents in a file, read as one stream with EOS between them, in the rows that the
+    model was trained with."""
+    import jax
+
+    from laser.training import sharding
+    from laser.training.step import make_eval_step
+
+    config = model.config
+    texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
+    tokens = [model.tokenizer.eos_id]
+    for ids in model.tokenizer.encode_batch(texts):
+        tokens += [*ids, model.tokenizer.eos_id]
+    mesh = sharding.make_mesh(config)
+    step = jax.jit(sharding.on_mesh(mesh, make_eval_step(config)))
+    nll = sum(
+        float(step(model.params, batch).nll)
+        for batch in _batches(tokens, config.training.batch_size, config.data.seq_len)
+    )
+    return nll / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def _batches(tokens: Sequence[int], batch: int, length: int) -> Iterator[dict]:
+    import numpy as np
+
+    targets = len(tokens) - 1
+    rows = -(-targets // length)
+    rows += -rows % batch
+    stream = np.zeros(rows * length + 1, np.int32)
+    stream[: len(tokens)] = tokens
+    weights = np.arange(rows * length) < targets
+    arrays = {"inputs": stream[:-1], "targets": stream[1:], "weights": weights.astype(np.float32)}
+    shaped = {name: x.reshape(-1, batch, length) for name, x in arrays.items()}
+    for i in range(rows // batch):
+        yield {name: x[i] for name, x in shaped.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

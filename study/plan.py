@@ -1,0 +1,218 @@
+"""From a study's file to its runs: which there are, what they are called, what starts them.
+
+Everything that can be wrong in a file is found here, before anything runs: an unknown field or
+argument, a config that does not fit together, two runs of one name, a choice among runs that do
+not exist.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from configs.study import Best, Stage, Study
+from laser.training.config import RunConfig, nearest
+from laser.training.flags import call_in_file, parse
+
+MEASURES = ("domains", "continuations")
+NAME = re.compile(r"[a-z0-9_]+")
+Names = str | tuple[str, ...]  # of one argument or field, or of several that change together
+LossOf = Callable[["Cell"], float | None]  # of a run that is done; infinite if it failed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+      stage: its stage's name.
+      name: of its folder in the stage's: what it varies.
+      settings: argument or field → value, held ones included.
+      file: the recipe.
+      extra: further flags of train.py, the same for all runs.
+    """
+
+    stage: str
+    name: str
+    settings: Mapping[str, Any]
+    file: str
+    extra: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.stage}/{self.name}"
+
+    def flags(self) -> list[str]:
+        """The flags of train.py, but for --workdir."""
+        arguments = ",".join(f"{k}={v}" for k, v in self.settings.items() if "." not in k)
+        recipe = f"{self.file}:{arguments}" if arguments else self.file
+        fields = [f"--config.{k}={v}" for k, v in self.settings.items() if "." in k]
+        return [f"--config={recipe}", *fields, *self.extra]
+
+    def config(self) -> RunConfig:
+        """Raises ValueError if the run could not start."""
+        try:
+            return parse(["train.py", *self.flags()], lambda values: None)[0]
+        except ValueError as error:
+            raise ValueError(f"{self.key}: {error}") from None
+
+
+def load_study(file: str) -> Study:
+    """Runs get_study() of a file. Raises ValueError with one line."""
+    return call_in_file(file, "get_study", [], Study)
+
+
+class Plan:
+    """A study's runs.
+
+    Attributes:
+      study, file: and the recipe that it stands in.
+      extra: further flags of train.py, the same for all runs.
+    """
+
+    def __init__(self, file: str, extra: Sequence[str] = ()):
+        """Raises ValueError for the first thing that is wrong with the study or its flags."""
+        self.file = file
+        self.extra = tuple(extra)
+        self.study = load_study(file)
+        self._stages: dict[str, Stage] = {}
+        if not self.study.stages:
+            raise ValueError(f"{file}: the study has no stages")
+        for stage in self.study.stages:
+            self._check_names(stage)
+            self._stages[stage.name] = stage
+            for cell in self.cells(stage, lambda _: 0.0) or ():
+                cell.config()
+        for comparison in self.study.compare:
+            for name in filter(None, (comparison.stage, comparison.other_stage)):
+                if name not in self._stages:
+                    raise ValueError(f"compare: no stage {name!r}{nearest(name, self._stages)}")
+
+    def cells(self, stage: Stage, loss_of: LossOf) -> list[Cell] | None:
+        """The runs of a stage, in order; None while a choice waits for others.
+
+        Raises ValueError if two have one name, or if there is nothing to choose among.
+        """
+        found: dict[str, Cell] = {}
+        plain = {k: tuple(v) for k, v in stage.vary.items() if not isinstance(v, Best)}
+        choices = {k: v for k, v in stage.vary.items() if isinstance(v, Best)}
+        for values in itertools.product(*plain.values()):
+            fixed = dict(zip(plain, values))
+            options = [
+                self.choose(stage, key, best, {**stage.hold, **flat(fixed)}, loss_of)
+                for key, best in choices.items()
+            ]
+            if None in options:
+                return None
+            for choice in itertools.product(*filter(None, options)):
+                drawn = {**fixed, **dict(zip(choices, choice))}
+                varied = flat({key: drawn[key] for key in stage.vary})
+                name = _name(varied)
+                if name in found:
+                    raise ValueError(f"stage {stage.name}: two runs are called {name}")
+                settings = {**stage.hold, **varied}
+                found[name] = Cell(stage.name, name, settings, self.file, self.extra)
+        return list(found.values())
+
+    def choose(
+        self, stage: Stage, key: Names, best: Best, settings: Mapping[str, Any], loss_of: LossOf
+    ) -> list[Any] | None:
+        """The values that a `Best` stands for; None while runs that it depends on are missing."""
+        by = {name: settings[name] for name in best.by if name in settings}
+        wanted = {**by, **best.where}
+        losses: dict[Any, list[float]] = {}
+        tried: set[Any] | None = None
+        for name in best.of:
+            cells = self.cells(self._stages[name], loss_of)
+            if cells is None:
+                return None
+            chosen = [cell for cell in cells if has(cell.settings, wanted)]
+            for cell in chosen:
+                loss = loss_of(cell)
+                if loss is None:
+                    return None
+                losses.setdefault(value_of(cell.settings, key), []).append(loss)
+            values = {value_of(cell.settings, key) for cell in chosen}
+            tried = values if tried is None else tried & values
+        ranked = sorted(
+            (value for value in losses if value in (tried or ())),
+            key=lambda value: sum(losses[value]) / len(losses[value]),
+        )
+        if len(ranked) < best.keep:
+            of = ", ".join(best.of)
+            raise ValueError(
+                f"stage {stage.name}: the best {best.keep} of {key}: {of} tried only "
+                f"{len(ranked)} with {wanted}"
+            )
+        return ranked[: best.keep]
+
+    def _check_names(self, stage: Stage) -> None:
+        if not NAME.fullmatch(stage.name):
+            raise ValueError(f"stage {stage.name!r}: use small letters, digits and _")
+        if stage.name in self._stages:
+            raise ValueError(f"stage {stage.name!r}: there are two of that name")
+        where = f"stage {stage.name}"
+        for measure in stage.measures:
+            if measure not in MEASURES:
+                near = nearest(measure, MEASURES)
+                raise ValueError(f"{where}: unknown measure {measure!r}{near}")
+        if "domains" in stage.measures and not self.study.held_out:
+            raise ValueError(f"{where}: measures domains, but the study has no held_out")
+        for key, values in stage.vary.items():
+            for name in names_of(key):
+                if name in stage.hold:
+                    raise ValueError(f"{where}: {name} is both varied and held")
+            if not isinstance(values, Best):
+                if not list(values):
+                    raise ValueError(f"{where}: no values of {key}")
+                continue
+            if not values.of or values.keep < 1:
+                raise ValueError(f"{where}: the best {key} of {values.of}, keep {values.keep}")
+            for name in values.of:
+                if name not in self._stages:
+                    near = nearest(name, self._stages)
+                    raise ValueError(f"{where}: the best {key}: no earlier stage {name!r}{near}")
+                varied = [n for k in self._stages[name].vary for n in names_of(k)]
+                for missing in set(names_of(key)) - {*varied}:
+                    raise ValueError(f"{where}: the best {missing}: stage {name} does not vary it")
+
+
+def number_of_runs(stage: Stage) -> int:
+    """Of a stage, choices open or not."""
+    count = 1
+    for values in stage.vary.values():
+        count *= values.keep if isinstance(values, Best) else len(list(values))
+    return count
+
+
+def names_of(key: Names) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key
+
+
+def value_of(settings: Mapping[str, Any], key: Names) -> Any:
+    """Of an argument or field; of several, a tuple."""
+    return settings[key] if isinstance(key, str) else tuple(settings[name] for name in key)
+
+
+def flat(varied: Mapping[Names, Any]) -> dict[str, Any]:
+    """By single names."""
+    return {
+        name: value
+        for key, values in varied.items()
+        for name, value in zip(names_of(key), [values] if isinstance(key, str) else values)
+    }
+
+
+def has(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a run has these settings."""
+    return all(key in settings and settings[key] == value for key, value in wanted.items())
+
+
+def _name(varied: Mapping[str, Any]) -> str:
+    """`seed=0,attention=laser`. Raises ValueError for a value that no folder can be called by."""
+    parts = [f"{key.rpartition('.')[2]}={value}" for key, value in varied.items()]
+    name = ",".join(parts) or "run"
+    if not re.fullmatch(r"[\w=,.+-]+", name):
+        raise ValueError(f"{name!r}: values of a study may have letters, digits and _ . + - alone")
+    return name

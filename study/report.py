@@ -1,0 +1,85 @@
+"""What a study's runs say: report.md with tables and figures, and all raw numbers in one file.
+
+report.md, *.png    for people
+numbers.json        every run's numbers; docs/results.md is made of such files
+"""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.study import Best
+from data.sealed import seal, unseal
+from laser.training.run_folder import write_atomically
+from study import figures, tables
+from study.plan import names_of, number_of_runs
+from study.run import Folder
+
+NUMBERS, REPORT = "numbers.json", "report.md"
+LEFT_OUT = ("config", "gradient_norm", "sha256")  # of a run's result: they stay in its folder
+
+
+def write_report(folder: Folder) -> str:
+    """Writes tables and figures of what is there. Returns the tables.
+
+    Raises:
+      ValueError: no run has a result yet, or a result is damaged.
+    """
+    record, full = collect(folder)
+    if not record["runs"]:
+        raise ValueError(f"output={folder.path}: no run has a result yet")
+    write_atomically(folder.path / NUMBERS, dumps(record))
+    pictures = figures.draw_all(record, full, folder.path)
+    text = tables.all_tables(record)
+    shown = "\n\n".join(f"![{path.stem}]({path.name})" for path in pictures)
+    today = datetime.date.today().isoformat()
+    done, total = len(record["runs"]), sum(stage["runs"] for stage in record["stages"])
+    head = f"# {folder.plan.file}\n\n{done} of {total} runs, {today}"
+    write_atomically(folder.path / REPORT, f"{head}\n\n{text}\n\n{shown}\n")
+    return f"{text}\n\n{folder.path / REPORT}"
+
+
+def collect(folder: Folder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The study's plan with its runs' numbers, and the whole results besides."""
+    study = folder.plan.study
+    stages, runs, full = [], [], []
+    for stage, cells in folder.stages():
+        stages.append({
+            "name": stage.name,
+            "why": stage.why,
+            "runs": number_of_runs(stage),
+            "listed": [
+                name
+                for key, values in stage.vary.items()
+                if not isinstance(values, Best)
+                for name in names_of(key)
+            ],
+        })  # fmt: skip
+        for cell in cells or ():
+            if result := folder.result(cell):
+                full.append(result)
+                small = {k: v for k, v in result.items() if k not in LEFT_OUT}
+                runs.append({**small, "flags": list(cell.flags())})
+    compare = [
+        {"stage": c.stage, "one": dict(c.one), "other": dict(c.other), "other_stage": c.other_stage}
+        for c in study.compare
+    ]
+    record = {"study": folder.plan.file, "stages": stages, "compare": compare, "runs": runs}
+    record["sizes"] = list(study.sizes)
+    return seal(record), full
+
+
+def dumps(record: dict[str, Any]) -> str:
+    """One line for each run, so that a change of one shows as a change of one."""
+    head = {key: value for key, value in record.items() if key != "runs"}
+    runs = ",\n  ".join(json.dumps(run, sort_keys=True) for run in record["runs"])
+    return f'{json.dumps(head)[:-1]}, "runs": [\n  {runs}\n]}}\n'
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """Raises ValueError if the file is damaged or no study's."""
+    try:
+        return unseal(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; make it again by scripts/study.py --report") from error

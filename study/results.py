@@ -1,0 +1,119 @@
+"""What came of a study's runs: `result.json` in the folder of each, and what is read from it.
+
+A run that failed has a result, too. Numbers are those of metrics.jsonl and of study/measure.py.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.sealed import seal, unseal
+from laser.training.metrics import METRICS_FILE, read_metrics
+from laser.training.run_folder import load_record, saved_step_folders, write_atomically
+from study.plan import Cell
+
+RESULT, MEASURED = "result.json", "measured.json"
+SPIKE = 0.3  # nats above the median of the WINDOW losses before it
+WINDOW = 10
+
+
+def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[str, Any]:
+    """Of a run that has ended as it should."""
+    lines = read_metrics(folder / METRICS_FILE)
+    evals = [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    measured = json.loads((folder / MEASURED).read_text()) if (folder / MEASURED).exists() else {}
+    final = [line for line in lines if "eval/loss" in line][-1]
+    record = load_record(str(folder))
+    batch = record["config"]["training"]["batch_size"] * record["config"]["data"]["seq_len"]
+    model = record["config"]["model"]
+    speeds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
+    skipped = [line["skipped_steps"] for line in lines if "skipped_steps" in line]
+    result = _identity(cell) | {
+        "status": "done",
+        "eval_loss": final["eval/loss"],
+        "bits_per_byte": final.get("eval/bits_per_byte"),
+        "curve": evals,
+        "spikes": count_spikes([loss for _, loss in losses]),
+        "skipped_steps": int(skipped[-1]) if skipped else 0,
+        "steps": final["step"],
+        "tokens": final["step"] * batch,
+        "parameters": beside_embedding(model),
+        "seconds_per_step": statistics.median(speeds),
+        "gradient_norm": [
+            [line["step"], line["gradient_norm"]] for line in lines if "gradient_norm" in line
+        ][:: max(1, len(losses) // 50)],
+        "config": record["config"],
+        "data": record["data"]["fingerprint"],
+        **measured,
+        **versions,
+    }
+    return _write(folder, result)
+
+
+def write_failed(cell: Cell, folder: Path, reason: str, versions: Mapping[str, str]) -> dict:
+    """Of a run that cannot go on, as one that has diverged."""
+    return _write(folder, _identity(cell) | {"status": "failed", "reason": reason, **versions})
+
+
+def is_trained(folder: Path, steps: int) -> bool:
+    """Whether a run has its last checkpoint, and its numbers, already."""
+    if steps not in saved_step_folders(folder) or not (folder / METRICS_FILE).exists():
+        return False
+    return any(
+        line["step"] == steps and "eval/loss" in line
+        for line in read_metrics(folder / METRICS_FILE)
+    )
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """A run's result, if it has one. Raises ValueError if it is damaged."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        return unseal(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete it, and the study measures the run again") from (
+            error
+        )
+
+
+def final_loss(result: Mapping[str, Any]) -> float:
+    """On the validation split; infinite for a run that failed or ended with no number."""
+    loss = result.get("eval_loss")
+    return math.inf if loss is None else loss
+
+
+def count_spikes(losses: list[float | None]) -> int:
+    """Times that the recorded training loss goes SPIKE above the median of those before it.
+
+    Losses that stay above count once; one that is not finite is a spike.
+    """
+    count, above = 0, False
+    for i in range(WINDOW, len(losses)):
+        before = [x for x in losses[i - WINDOW : i] if x is not None]
+        loss = losses[i]
+        is_above = loss is None or (bool(before) and loss > statistics.median(before) + SPIKE)
+        count += is_above and not above
+        above = is_above
+    return count
+
+
+def beside_embedding(model: Mapping[str, Any]) -> int:
+    """Parameters of the matrices in the blocks."""
+    heads = model["num_heads"] * model["head_dim"]
+    return model["num_layers"] * model["model_dim"] * (4 * heads + 2 * model["mlp_dim"])
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    return {"stage": cell.stage, "name": cell.name, "settings": dict(cell.settings)}
+
+
+def _write(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    sealed = seal(result)
+    write_atomically(folder / RESULT, json.dumps(sealed) + "\n")
+    return sealed

@@ -1,0 +1,321 @@
+"""Trains the runs of a study, each by train.py, until all have a result.
+
+    OUTPUT/study.json            the study that the folder belongs to
+    OUTPUT/STAGE/NAME/           an ordinary run's folder, with train.log and result.json besides
+
+Killed at any moment and started again, it goes on with the run that was cut short, from its newest
+checkpoint. Several machines may work on one folder, each on its share of the runs.
+"""
+
+import ctypes
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from configs.study import Stage
+from laser.training.config import diff_configs, to_dict
+from laser.training.metrics import METRICS_FILE, format_duration, read_metrics
+from laser.training.run_folder import write_atomically
+from study import results
+from study.plan import Cell, Plan, number_of_runs
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDY, LOG = "study.json", "train.log"
+DONE, MISTAKE, PREEMPTED = 0, 2, 75
+OTHER_TRAINS = "another process trains here"
+POLL, TELL, WAIT = 1.0, 60.0, 10.0  # seconds
+KILLS = 2  # of one run without a result: then it has failed
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Progress:
+    """A run that is being trained."""
+
+    cell: Cell
+    process: subprocess.Popen | None = None  # None: it was trained before
+    measuring: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+
+class Folder:
+    """The output of a study."""
+
+    def __init__(self, path: Path, plan: Plan):
+        """Raises ValueError if it holds another study, or runs that this one does not have."""
+        self.path = path
+        self.plan = plan
+        self._results: dict[str, dict[str, Any]] = {}
+        mark = path / STUDY
+        if not mark.exists() and path.exists() and any(path.iterdir()):
+            raise ValueError(f"output={path}: is not empty and holds no study; choose another one")
+        if mark.exists():
+            begun, asked = json.loads(mark.read_text()), self._record()
+            if begun["study"] != asked["study"] or _comparable(begun) != _comparable(asked):
+                there = " ".join([begun["study"], *begun["flags"]])
+                raise ValueError(f"output={path}: holds the study {there}; choose another folder")
+        self._check_results()
+
+    def begin(self) -> None:
+        """Makes the folder, if it is not there yet."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / STUDY, json.dumps(self._record(), indent=2) + "\n")
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        if cell.key not in self._results:
+            result = results.read(self.path / cell.key)
+            if result is None:
+                return None
+            self._results[cell.key] = result
+        return self._results[cell.key]
+
+    def loss_of(self, cell: Cell) -> float | None:
+        result = self.result(cell)
+        return None if result is None else results.final_loss(result)
+
+    def stages(self) -> Iterator[tuple[Stage, list[Cell] | None]]:
+        """With their runs; None where a choice waits for others."""
+        for stage in self.plan.study.stages:
+            yield stage, self.plan.cells(stage, self.loss_of)
+
+    def _record(self) -> dict[str, Any]:
+        return {"study": Path(self.plan.file).as_posix(), "flags": list(self.plan.extra)}
+
+    def _check_results(self) -> None:
+        """Raises ValueError where a result is not that of the run which the study now has."""
+        for _, cells in self.stages():
+            for cell in cells or ():
+                saved = (self.result(cell) or {}).get("config")
+                lines = diff_configs(saved, to_dict(cell.config())) if saved else []
+                lines = [line for line in lines if not line.startswith("data.store:")]
+                if lines:
+                    raise ValueError(
+                        f"output={self.path}: {cell.key} was trained with another config "
+                        f"({'; '.join(lines)}); choose another folder, or delete that run"
+                    )
+
+
+def commands(folder: Folder) -> list[str]:
+    """Flags of train.py for each run without a result whose choices are settled."""
+    return [
+        shlex.join([*cell.flags(), f"--workdir={folder.path / cell.key}"])
+        for _, cells in folder.stages()
+        for cell in cells or ()
+        if folder.result(cell) is None
+    ]
+
+
+class Runner:
+    """Works on a share of a study's runs, some at a time."""
+
+    def __init__(self, folder: Folder, *, share: tuple[int, int] = (0, 1), at_once: int = 1):
+        self._folder = folder
+        self._share, self._at_once = share, at_once
+        self._running: dict[str, Progress] = {}
+        self._kills: dict[str, int] = {}
+        self._busy: dict[str, float] = {}  # key → when to try again what another process trains
+        self._stop = ""
+        self._versions = _versions()
+        self._told = 0.0
+
+    def run(self) -> int:
+        """Returns 0 when all runs of the share have a result, or 75 after a signal."""
+        before = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            while True:
+                self._collect()
+                waiting = self._start_more()
+                if not self._running:
+                    if self._stop:
+                        log.warning("%s: stopped; the same command goes on", self._stop)
+                        return PREEMPTED
+                    if not waiting:
+                        return DONE
+                    self._tell(f"waiting for {waiting}")
+                time.sleep(POLL)
+        finally:
+            for process in self._processes():  # a mistake was found in one of them
+                process.terminate()
+                process.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if not self._stop:
+            self._stop = signal.Signals(number).name
+            for process in self._processes():
+                process.send_signal(signal.SIGTERM)
+
+    def _processes(self) -> list[subprocess.Popen]:
+        return [p.process for p in self._running.values() if p.process is not None]
+
+    def _start_more(self) -> str:
+        """Starts what there is room for. Returns what is waited for, or "" if all is done."""
+        waiting = ""
+        index, of = self._share
+        for stage, cells in self._folder.stages():
+            if cells is None:
+                waiting = waiting or f"the runs that stage {stage.name} depends on"
+                continue
+            for i, cell in enumerate(cells):
+                if self._folder.result(cell) is not None or i % of != index:
+                    continue
+                waiting = waiting or cell.key
+                room = len(self._running) < self._at_once and not self._stop
+                is_free = self._busy.get(cell.key, 0.0) < time.monotonic()
+                if room and is_free and cell.key not in self._running:
+                    self._start(cell)
+        return waiting
+
+    def _start(self, cell: Cell) -> None:
+        folder = self._folder.path / cell.key
+        folder.mkdir(parents=True, exist_ok=True)
+        if results.is_trained(folder, cell.config().training.steps):
+            self._ended(Progress(cell), DONE)
+            return
+        done, total = self._count()
+        log.info("%s: run %d of %d", cell.key, done + len(self._running) + 1, total)
+        command = [str(ROOT / "train.py"), *cell.flags(), f"--workdir={folder}"]
+        self._running[cell.key] = Progress(cell, _launch(command, folder / LOG))
+
+    def _count(self) -> tuple[int, int]:
+        """Runs with a result, and all of them."""
+        done = total = 0
+        for stage, cells in self._folder.stages():
+            total += number_of_runs(stage) if cells is None else len(cells)
+            done += sum(self._folder.result(cell) is not None for cell in cells or ())
+        return done, total
+
+    def _collect(self) -> None:
+        for key, progress in list(self._running.items()):
+            assert progress.process is not None
+            code = progress.process.poll()
+            if code is None:
+                self._tell(self._state(progress))
+                continue
+            del self._running[key]
+            self._ended(progress, code)
+
+    def _ended(self, progress: Progress, code: int) -> None:
+        cell = progress.cell
+        folder = self._folder.path / cell.key
+        reason = _last_line(folder / LOG)
+        if code == DONE and (measures := self._measures(cell)) and not progress.measuring:
+            if not self._stop:
+                process = _launch([*measures, f"--run={folder}"], folder / LOG)
+                self._running[cell.key] = Progress(cell, process, measuring=True)
+        elif code == DONE:
+            result = results.write_done(cell, folder, self._versions)
+            took = format_duration(time.monotonic() - progress.started)
+            log.info("%s: loss %.4f (%s)", cell.key, results.final_loss(result), took)
+        elif code == PREEMPTED or self._stop:
+            pass
+        elif code == MISTAKE and OTHER_TRAINS in reason:
+            self._busy[cell.key] = time.monotonic() + WAIT
+        elif code == MISTAKE or (progress.measuring and code > 0):
+            raise ValueError(f"{cell.key}: {reason}")
+        elif code < 0 and self._kills.get(cell.key, 0) + 1 < KILLS:
+            self._kills[cell.key] = self._kills.get(cell.key, 0) + 1
+            log.warning("%s: killed by signal %d; it goes on", cell.key, -code)
+        else:
+            if code < 0:
+                reason = f"killed by signal {-code}, {KILLS} times (9: out of memory?)"
+            results.write_failed(cell, folder, reason, self._versions)
+            log.warning("%s: failed, which is a result: %s", cell.key, reason)
+
+    def _measures(self, cell: Cell) -> list[str]:
+        stage = next(s for s in self._folder.plan.study.stages if s.name == cell.stage)
+        if not stage.measures:
+            return []
+        held_out = f"--held_out={self._folder.plan.study.held_out}"
+        return ["-m", "study.measure", held_out, *stage.measures]
+
+    def _state(self, progress: Progress) -> str:
+        path = self._folder.path / progress.cell.key / METRICS_FILE
+        lines = read_metrics(path) if path.exists() else []
+        step = lines[-1]["step"] if lines else 0
+        done, total = self._count()
+        what = "measuring" if progress.measuring else f"step {step:,}"
+        return f"{progress.cell.key}: {what}; {done} of {total} runs done"
+
+    def _tell(self, words: str) -> None:
+        if time.monotonic() - self._told > TELL:
+            self._told = time.monotonic()
+            log.info("%s", words)
+
+
+def recorded_flags(output: Path, file: str) -> list[str]:
+    """Further flags of train.py that a study was begun with; none where it was not yet."""
+    mark = output / STUDY
+    begun: dict[str, Any] = {"study": "", "flags": []}
+    if mark.exists():
+        begun = json.loads(mark.read_text())
+    return begun["flags"] if begun["study"] == Path(file).as_posix() else []
+
+
+def _comparable(record: dict[str, Any]) -> list[str]:
+    """The flags that make a difference: the same data may lie elsewhere."""
+    return [flag for flag in record["flags"] if not flag.startswith("--config.data.store=")]
+
+
+def _launch(arguments: list[str], log_file: Path) -> subprocess.Popen:
+    """Python with its output in a log; it ends with this process."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    with log_file.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _end_with_parent() -> None:
+    """The kernel sends SIGTERM when this process's parent is gone, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1][:300] if lines else "no message"
+
+
+def _versions() -> dict[str, Any]:
+    """What a result may depend on besides its config."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return {
+        "commit": git.stdout.strip() or "unknown",
+        "packages": packages,
+        "machine": f"{platform.machine()}, {_processor()}",
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

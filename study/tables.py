@@ -1,0 +1,248 @@
+"""Tables in Markdown from the numbers of a study: always the same text from the same numbers."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from study.plan import has
+from study.statistics import (
+    Estimate,
+    PowerLaw,
+    deviation,
+    fit_power_law,
+    mean_interval,
+    step_at,
+)
+
+RATE = "optimizer.learning_rate"
+Record = Mapping[str, Any]
+# What a difference of losses says, one side minus the other.
+LOWER, HIGHER = "{one} ends lower", "{one} ends higher"
+UNTOLD, SINGLE = "no difference that these runs can tell", "a single pair tells nothing"
+
+
+def all_tables(record: Record) -> str:
+    """Every table that the runs give, with a heading each."""
+    sections = {
+        "Differences of the final validation loss": differences(record),
+        "Best learning rates": best_rates(record),
+        "Runs by stage": overview(record),
+        "All groups": groups(record),
+        "Bits per byte by domain": domains(record),
+        "Loss and size": power_laws(record),
+        "Failed runs": failures(record),
+    }
+    return "\n\n".join(f"### {title}\n\n{text}" for title, text in sections.items() if text)
+
+
+def overview(record: Record) -> str:
+    rows = []
+    for stage in record["stages"]:
+        runs = [run for run in record["runs"] if run["stage"] == stage["name"]]
+        done = _done(runs)
+        hours = sum(run["seconds_per_step"] * run["steps"] for run in done) / 3600
+        rows.append([stage["name"], stage["why"], f"{len(done)} of {stage['runs']}",
+                     str(len(runs) - len(done)), f"{hours:.2f}"])  # fmt: skip
+    return table(["stage", "what", "done", "failed", "hours of training"], rows)
+
+
+def groups(record: Record) -> str:
+    """Mean and deviation over the seeds of each group of runs that differ in nothing else."""
+    rows = []
+    for stage in record["stages"]:
+        for name, runs in grouped(record, stage["name"]).items():
+            losses = [run["eval_loss"] for run in runs]
+            rows.append([
+                stage["name"], name, str(len(runs)),
+                spread(losses, 4),
+                spread([run["bits_per_byte"] for run in runs], 4),
+                spread([run["continuations"] for run in runs if "continuations" in run], 3),
+                str(sum(run["spikes"] for run in runs)),
+                f"{statistics.median(run['seconds_per_step'] for run in runs):.3f}",
+            ])  # fmt: skip
+    heads = ["stage", "runs of", "n", "loss, nats", "bits per byte", "continuations", "spikes",
+             "s a step"]  # fmt: skip
+    return table(heads, rows) if rows else ""
+
+
+def differences(record: Record) -> str:
+    rows = []
+    for comparison in record["compare"]:
+        found = pairs(record, comparison)
+        if not found:
+            continue
+        one, other = label(comparison["one"]), label(comparison["other"])
+        delta = mean_interval([a["eval_loss"] - b["eval_loss"] for a, b in found])
+        base = statistics.fmean(b["eval_loss"] for _, b in found)
+        reached = [step_at(a["curve"], b["eval_loss"]) for a, b in found]
+        rows.append([
+            comparison["stage"], f"{one} − {other}", str(len(found)),
+            f"{delta.value:+.4f}", interval(delta, 4), f"{100 * delta.value / base:+.2f} %",
+            _share_of_steps(found, reached), _share_of_seconds(found, reached),
+            verdict(delta, one),
+        ])  # fmt: skip
+    heads = ["stage", "difference", "pairs", "nats", "95 %", "of the loss",
+             "steps to the other's loss", "seconds to it", "verdict"]  # fmt: skip
+    return table(heads, rows) if rows else ""
+
+
+def best_rates(record: Record) -> str:
+    """Of each attention in each stage that lists them, and whether the best lies at the edge."""
+    rows = []
+    for stage in record["stages"]:
+        runs = [run for run in _done(record["runs"]) if run["stage"] == stage["name"]]
+        if RATE not in stage["listed"]:
+            continue
+        for arm in dict.fromkeys(str(run["settings"].get("attention", "")) for run in runs):
+            losses = {
+                run["settings"][RATE]: run["eval_loss"]
+                for run in runs
+                if str(run["settings"].get("attention", "")) == arm
+            }
+            best = min(losses, key=lambda rate: losses[rate])
+            told = "; ".join(f"{rate:g}: {losses[rate]:.4f}" for rate in sorted(losses))
+            is_edge = best in (min(losses), max(losses))
+            rows.append([stage["name"], arm, f"{best:g}", told, "yes" if is_edge else "no"])
+    heads = ["stage", "attention", "best", "losses, nats", "at the edge of those tried"]
+    return table(heads, rows) if rows else ""
+
+
+def domains(record: Record) -> str:
+    names = sorted({name for run in record["runs"] for name in run.get("domains", ())})
+    rows = []
+    for stage in record["stages"]:
+        for group, runs in grouped(record, stage["name"]).items():
+            measured = [run["domains"] for run in runs if "domains" in run]
+            if measured:
+                values = [spread([d[name] for d in measured], 3) for name in names]
+                rows.append([stage["name"], group, str(len(measured)), *values])
+    return table(["stage", "runs of", "n", *names], rows) if rows else ""
+
+
+def power_laws(record: Record) -> str:
+    rows = [
+        [attention, str(fit.b.count), f"{fit.a.value:.3f}", interval(fit.a, 3),
+         f"{fit.b.value:.4f}", interval(fit.b, 4)]
+        for attention, fit in fits(record).items()
+    ]  # fmt: skip
+    heads = ["loss = a · n^b", "runs", "a", "95 %", "b", "95 %"]
+    return table(heads, rows) if rows else ""
+
+
+def failures(record: Record) -> str:
+    failed = [run for run in record["runs"] if run["status"] != "done"]
+    rows = [[run["stage"], run["name"], run["reason"].replace("|", "/")] for run in failed]
+    return table(["stage", "run", "reason"], rows) if rows else ""
+
+
+def fits(record: Record) -> dict[str, PowerLaw]:
+    """For each attention, where there are runs enough."""
+    laws = {
+        attention: fit_power_law([r["parameters"] for r in runs], [r["eval_loss"] for r in runs])
+        for attention, runs in sized(record).items()
+    }
+    return {attention: law for attention, law in laws.items() if law}
+
+
+def sized(record: Record) -> dict[str, list[Record]]:
+    """The finished runs that a power law is fitted to, by attention."""
+    found: dict[str, list[Record]] = {}
+    for run in _done(record["runs"]):
+        if run["stage"] in record["sizes"]:
+            found.setdefault(run["settings"]["attention"], []).append(run)
+    return found
+
+
+def pairs(record: Record, comparison: Record) -> list[tuple[Record, Record]]:
+    """Finished runs of both sides that agree in what else their stages list, seeds above all."""
+    stages = {stage["name"]: stage for stage in record["stages"]}
+    names = comparison["stage"], comparison["other_stage"] or comparison["stage"]
+    fixed = {*comparison["one"], *comparison["other"]}
+    shared = [set(stages[name]["listed"]) - fixed for name in names]
+    keys = sorted(shared[0] & shared[1])
+
+    def runs(name: str, wanted: Record) -> dict[tuple, Record]:
+        chosen = [
+            run
+            for run in _done(record["runs"])
+            if run["stage"] == name and has(run["settings"], wanted)
+        ]
+        return {tuple(run["settings"][key] for key in keys): run for run in chosen}
+
+    ones, others = runs(names[0], comparison["one"]), runs(names[1], comparison["other"])
+    return [(ones[key], others[key]) for key in ones if key in others]
+
+
+def grouped(record: Record, stage: str) -> dict[str, list[Record]]:
+    """The finished runs of a stage by what they vary besides the seed."""
+    found: dict[str, list[Record]] = {}
+    for run in _done(record["runs"]):
+        if run["stage"] == stage:
+            parts = run["name"].split(",")
+            name = ", ".join(part for part in parts if not part.startswith("seed="))
+            found.setdefault(name or "all", []).append(run)
+    return dict(sorted(found.items(), key=lambda item: _first_place(record, item[1])))
+
+
+def label(settings: Record) -> str:
+    """`12m laser`: the values that single out a side of a comparison."""
+    return " ".join(str(value) for value in settings.values())
+
+
+def verdict(delta: Estimate, one: str) -> str:
+    """In words, from the interval alone."""
+    if delta.count < 2:
+        return SINGLE
+    if delta.low <= 0 <= delta.high:
+        return UNTOLD
+    return (LOWER if delta.value < 0 else HIGHER).format(one=one)
+
+
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """`3.1234 ± 0.0021`: mean and deviation; the mean alone of a single run."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return f"{mean} ± {deviation(known):.{digits}f}" if len(known) > 1 else mean
+
+
+def interval(estimate: Estimate, digits: int) -> str:
+    if math.isinf(estimate.low):
+        return "–"
+    return f"{estimate.low:+.{digits}f} to {estimate.high:+.{digits}f}"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _share_of_steps(found: Sequence[tuple], reached: Sequence[float | None]) -> str:
+    shares = [step / b["steps"] for (_, b), step in zip(found, reached) if step is not None]
+    return _percent(shares, len(found))
+
+
+def _share_of_seconds(found: Sequence[tuple], reached: Sequence[float | None]) -> str:
+    shares = [
+        step * a["seconds_per_step"] / (b["steps"] * b["seconds_per_step"])
+        for (a, b), step in zip(found, reached)
+        if step is not None
+    ]
+    return _percent(shares, len(found))
+
+
+def _percent(shares: Sequence[float], of: int) -> str:
+    if not shares:
+        return f"never in {of}"
+    never = f", never in {of - len(shares)}" if len(shares) < of else ""
+    return f"{100 * statistics.fmean(shares):.1f} %{never}"
+
+
+def _done(runs: Iterable[Record]) -> list[Record]:
+    return [run for run in runs if run["status"] == "done"]
+
+
+def _first_place(record: Record, runs: Sequence[Record]) -> int:
+    return min(record["runs"].index(run) for run in runs)

@@ -1,0 +1,155 @@
+"""A study of real runs that is killed twice on its way to the report, and what looks at a run."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from scripts import inspect_attention
+from study import measure
+from study.plan import Plan
+from study.results import read
+from tests.training.runs import QUICK_TO_COMPILE, ROOT, train
+
+STUDY = """
+from configs import quickstart
+from configs.study import Comparison, Stage, Study
+
+def get_config(arguments=""):
+    config = quickstart.get_config(arguments)
+    for name, value in {fields}.items():
+        section, field = name.split(".")
+        config[section][field] = value
+    return config
+
+def get_study():
+    stages = [
+        Stage("main", {{"attention": ("standard", "laser")}}),
+        Stage("wild", {{"optimizer.learning_rate": (1e38,)}}, {{"training.max_skipped_steps": 1}}),
+    ]
+    compare = Comparison("main", {{"attention": "laser"}}, {{"attention": "standard"}})
+    return Study(stages, [compare])
+"""
+FIRST, SECOND = "main/attention=standard", "main/attention=laser"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, module_arguments):
+    """The file of a study of tiny runs."""
+    pairs = [flag.removeprefix("--config.").split("=") for flag in module_arguments[1:]]
+    fields = {name: value if "store" in name else json.loads(value) for name, value in pairs}
+    file = tmp_path_factory.mktemp("study") / "tiny.py"
+    file.write_text(STUDY.format(fields=fields | {"checkpoint.every": 5, "checkpoint.keep": 2}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def alone(study, tmp_path_factory):
+    """The second run of the study, trained by its command without the study."""
+    plan = Plan(str(study))
+    cell = plan.cells(plan.study.stages[0], lambda cell: None)[1]
+    assert cell.key == SECOND
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert train(cell.flags(), folder).returncode == 0
+    return folder
+
+
+def _wait_for(path, process):
+    deadline = time.monotonic() + 600
+    while not path.exists():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _final_loss(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["eval/loss"] for line in lines if "eval/loss" in line][-1]
+
+
+def test_killed_twice_on_the_way_to_its_report(study, alone, tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "scripts/study.py", f"--study={study}", f"--output={output}"]
+
+    def start():
+        environment = {**os.environ, "XLA_FLAGS": QUICK_TO_COMPILE}  # one device, as in `train`
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    first = start()
+    _wait_for(output / FIRST / "metrics.jsonl", first)
+    first.kill()
+    first.communicate()
+    second = start()
+    _wait_for(output / SECOND / "metrics.jsonl", second)
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=300)
+    assert second.returncode == 75
+    last = start()
+    said = last.communicate(timeout=600)[0]
+    assert last.returncode == 0, said
+
+    results = {path.parent.name: read(path.parent) for path in output.glob("*/*/result.json")}
+    failed = results.pop("learning_rate=1e+38")
+    assert failed["status"] == "failed"
+    assert "non-finite" in failed["reason"]
+    assert [result["status"] for result in results.values()] == ["done"] * 2
+    laser = results["attention=laser"]["eval_loss"]
+    assert laser == _final_loss(alone)
+    report = (output / "report.md").read_text()
+    difference = laser - results["attention=standard"]["eval_loss"]
+    assert f"| 1 | {difference:+.4f} | – |" in report
+    assert failed["reason"] in report
+
+
+def test_bits_per_byte_of_held_out_text(alone, tmp_path):
+    held_out = "In the beginning God created the heaven and the earth. "
+    for name, times in (("once", 1), ("often", 9)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": held_out * times}))
+    assert measure.main([f"--run={alone}", f"--held_out={tmp_path}", "domains"]) == 0
+    measured = json.loads((alone / "measured.json").read_text())["domains"]
+    assert list(measured) == ["often", "once"]
+    assert 1 < measured["often"] < 8
+    # A text of one row, by the logits of the model itself.
+    import jax
+    from flax import nnx
+
+    from eval.run import open_model
+    from models.decoder import structure
+
+    trained = open_model(alone)
+    ids = trained.tokenizer.encode(held_out)
+    tokens = np.array([[trained.tokenizer.eos_id, *ids, trained.tokenizer.eos_id]])
+    model = nnx.merge(structure(trained.config.model), trained.params)
+    log_probs = jax.nn.log_softmax(model.logits(model(tokens[:, :-1])[0]))
+    nats = -np.take_along_axis(np.asarray(log_probs), tokens[:, 1:, None], -1).sum()
+    assert tokens.shape[1] - 1 <= trained.config.data.seq_len
+    bits = nats / math.log(2) / len(held_out.encode())
+    assert measured["once"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_inspecting_attention(alone, capsys):
+    assert inspect_attention.main([str(alone), "--rows=8"]) == 0
+    said = capsys.readouterr().out
+    assert "laser, this repository" in said
+    found = json.loads((alone / "inspection.json").read_text())
+    shares = found["probabilities"]
+    assert shares["pairs"] == 2 * 2 * 8 * 32 * 33 / 2  # layers, heads, rows, pairs of 32 positions
+    assert sum(shares["histogram"]["a"]) == pytest.approx(1)
+    assert 0 <= shares["a"]["1e-07"] <= shares["a"]["0.001"] <= shares["a (1 - a)"]["0.001"] <= 1
+    errors = {name: mean for name, (mean, _) in found["reconstruction"].items()}
+    assert all(1e-4 < error < 0.05 for error in errors.values())
+    norms = found["gradients"]["20"]
+    assert list(found["gradients"]) == ["15", "20"]
+    parts = [value for values in norms["layers"].values() for value in values]
+    assert 0 < np.linalg.norm(parts) < norms["all"]
+    assert (alone / "inspection.png").read_bytes().startswith(b"\x89PNG")
+    assert inspect_attention.main([str(alone), "--rows=100000"]) == 2
+    assert "take at most" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""From made-up runs to results, choices, tables and figures; failures among them are results."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from data.sealed import file_sha256, seal
+from laser.training.config import to_dict
+from scripts.study import main
+from study import run
+
+STUDY = """
+from configs import quickstart
+from configs.study import Best, Comparison, Stage, Study
+
+def get_config(arguments=""):
+    return quickstart.get_config(arguments)
+
+def get_study():
+    rate, arms = "optimizer.learning_rate", ("standard", "laser")
+    rates = Stage("rates", {rate: (1e-3, 3e-3), "attention": arms}, why="rates")
+    main = Stage("main", {"training.seed": (0, 1, 2), "attention": arms, rate: Best(("rates",))})
+    compare = Comparison("main", {"attention": "laser"}, {"attention": "standard"})
+    return Study([rates, main], [compare], sizes=("main",))
+"""
+
+
+def _loss(settings):
+    """LASER's is lower by 0.1, 0.2 and 0.3 for seeds 0, 1, 2; 3e-3 is the better rate for it."""
+    seed, rate = settings.get("training.seed", 0), settings["optimizer.learning_rate"]
+    laser = settings["attention"] == "laser"
+    return 3.0 - (0.1 * (seed + 1) if laser else 0) + (0.5 if laser == (rate == 1e-3) else 0)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Runs that end at once; a list of what was started, and exit codes by key."""
+    started, codes = [], {}
+
+    def launch(command, log_file):
+        folder = log_file.parent
+        key = f"{folder.parent.name}/{folder.name}"
+        started.append(key)
+        code, words = codes.get(key, (0, "done"))
+        log_file.write_text(f"{words}\n")
+        if code == 0:
+            _write_run(folder, plans[0], key)
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+
+    file = tmp_path / "mine.py"
+    file.write_text(STUDY)
+    plans = [run.Plan(str(file))]
+    monkeypatch.setattr(run, "_launch", launch)
+    monkeypatch.setattr(run, "POLL", 0.01)
+    return [f"--study={file}", f"--output={tmp_path / 'out'}"], started, codes, tmp_path / "out"
+
+
+def _write_run(folder, plan, key):
+    for stage in plan.study.stages:
+        for loss in (lambda cell: 0.0, lambda cell: _loss(cell.settings)):
+            for cell in plan.cells(stage, loss):
+                if cell.key == key:
+                    settings, config = cell.settings, to_dict(cell.config())
+    (folder / "tokenizer.model").write_bytes(b"t")
+    record = {"config": config, "data": {"fingerprint": "f"}, "init_step": None,
+              "tokenizer": file_sha256(folder / "tokenizer.model")}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(seal(record)))
+    final = _loss(settings)
+    common = {"gradient_norm": 1.0, "seconds_per_step": 0.5, "skipped_steps": 0.0}
+    lines = [{"step": step, "loss": final + 1, **common} for step in range(10, 501, 10)]
+    for step, loss in ((250, final + 1.0), (500, final)):
+        line = {"step": step, "eval/loss": loss, "eval/bits_per_byte": loss / 2}
+        lines.insert(step // 10, line)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def _table(text, title):
+    section = text.partition(f"### {title}\n\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in section.splitlines()[2:]]
+
+
+def test_a_study_to_its_report(fake, capsys):
+    arguments, started, codes, out = fake
+    failing = "rates/learning_rate=0.001,attention=laser"
+    codes[failing] = (1, "10 steps in a row had a non-finite loss")
+    assert main(arguments) == 0
+    text = (out / "report.md").read_text()
+    (row,) = _table(text, "Differences of the final validation loss")
+    # mean of -0.1, -0.2, -0.3 and t(0.975, 2) = 4.3027 times 0.1 / sqrt(3)
+    assert row[:6] == ["main", "laser − standard", "3", "-0.2000", "-0.4484 to +0.0484", "-6.67 %"]
+    # on the last half of the curve, one nat in 250 steps
+    assert row[6:] == ["90.0 %", "90.0 %", "no difference that these runs can tell"]
+    assert ["rates", failing.partition("/")[2], codes[failing][1]] in _table(text, "Failed runs")
+    groups = {row[1]: row for row in _table(text, "All groups")}
+    assert groups["attention=laser, learning_rate=0.003"][2:5] == [
+        "3", "2.8000 ± 0.1000", "1.4000 ± 0.0500",
+    ]  # fmt: skip
+    assert "attention=standard, learning_rate=0.001" in groups  # its own best rate
+    for name in ("rates_rates", "curves_main", "differences"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    # Again: nothing is trained, and the tables follow from the numbers alone.
+    capsys.readouterr()
+    count = len(started)
+    assert main(arguments) == 0
+    assert len(started) == count == 10
+    from study import report, tables
+
+    assert tables.all_tables(report.read_numbers(out / "numbers.json")) in text
+
+
+def test_shares_have_each_run_once(fake, monkeypatch):
+    arguments, started, _, out = fake
+
+    def stop_waiting(runner, words):
+        if words.startswith("waiting"):
+            runner._receive(signal.SIGTERM, None)
+
+    monkeypatch.setattr(run.Runner, "_tell", stop_waiting)
+    assert main([*arguments, "--share=1/2"]) == 75  # its runs of `main` wait for the other's rates
+    assert started == [f"rates/learning_rate={rate},attention=standard" for rate in (0.001, 0.003)]
+    assert not (out / "report.md").exists()
+    assert main([*arguments, "--share=2/2"]) == 0
+    assert len(started) == 2 + 2 + 3
+    assert main([*arguments, "--share=1/2"]) == 0
+    assert len(started) == len(set(started)) == 10
+
+
+def test_a_mistake_that_a_run_finds_ends_the_study(fake, capsys):
+    arguments, started, codes, _ = fake
+    codes["rates/learning_rate=0.001,attention=standard"] = (2, "train.py: error: no store")
+    assert main(arguments) == 2
+    assert "no store" in capsys.readouterr().err
+    assert len(started) == 1
+
+
+def test_results_of_another_config_are_refused(fake, tmp_path, capsys):
+    arguments, _, _, out = fake
+    assert main(arguments) == 0
+    file = tmp_path / "mine.py"
+    changed = STUDY.replace("return quick", "config = quick")
+    changed = changed.replace(
+        "(arguments)\n\n", "(arguments)\n    config.model.mlp_dim = 8\n    return config\n\n"
+    )
+    file.write_text(changed)
+    before = sorted(out.rglob("*"))
+    assert main(arguments) == 2
+    assert "model.mlp_dim: 1024 -> 8" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
+
+
+def test_runs_that_were_trained_elsewhere_are_collected(fake, capsys):
+    arguments, started, _, out = fake
+    assert main([*arguments, "--commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4  # those of `main` wait for the rates
+    assert not out.exists()
+    key = "rates/learning_rate=0.001,attention=standard"
+    assert shlex.split(lines[0])[-1] == f"--workdir={out / key}"
+    (out / key / "checkpoints" / "500").mkdir(parents=True)
+    _write_run(out / key, run.Plan(arguments[0].partition("=")[2]), key)
+    (out / "study.json").write_text(
+        json.dumps({"study": arguments[0].partition("=")[2], "flags": []})
+    )
+    assert main(arguments) == 0
+    assert len(started) == 9
+    assert key not in started

@@ -1,0 +1,20 @@
+"""docs/results.md is what its raw numbers say, and the check notices when it is not."""
+
+import shutil
+
+from scripts.results_page import ROOT, main
+
+
+def test_the_page_is_that_of_its_numbers(tmp_path, capsys):
+    assert main(["--check"]) == 0
+    page = tmp_path / "results.md"
+    shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
+    written = (ROOT / "docs" / "results.md").read_text()
+    page.write_text(written.replace("| small_rates | learning_rate", "| rates | learning_rate", 1))
+    assert main([f"--page={page}", "--check"]) == 1
+    assert main([f"--page={page}"]) == 0
+    assert page.read_text() == written
+    numbers = tmp_path / "results" / "attention.json"
+    numbers.write_text(numbers.read_text().replace('"eval_loss": 5', '"eval_loss": 4', 1))
+    assert main([f"--page={page}"]) == 2
+    assert "checksum" in capsys.readouterr().err
