@@ -38,7 +38,9 @@ def capture(model: ModelConfig, params: Parameters, tokens_BT: np.ndarray) -> li
     @jax.jit
     def run(x_BTM, layer, weights):
         block = nnx.merge(graph, weights)
-        projected = block.attention.project(block.attention_norm(x_BTM), where)
+        queries, keys, value = block.attention.project(block.attention_norm(x_BTM), where)
+        each = functools.partial(jnp.repeat, repeats=model.num_heads // model.kv_heads, axis=2)
+        projected = queries, [each(key) for key in keys], each(value)
         return block(x_BTM, layer, where, None, None)[0], projected
 
     found = []

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data.sealed import seal, unseal
+from laser.training.config import load_config
 from laser.training.metrics import METRICS_FILE, read_metrics
 from laser.training.run_folder import load_record, saved_step_folders, write_atomically
+from models.config import ModelConfig
 from study.plan import Cell
 
 RESULT, MEASURED = "result.json", "measured.json"
@@ -29,7 +31,7 @@ def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[st
     final = [line for line in lines if "eval/loss" in line][-1]
     record = load_record(str(folder))
     batch = record["config"]["training"]["batch_size"] * record["config"]["data"]["seq_len"]
-    model = record["config"]["model"]
+    model = load_config(record["config"]).model
     speeds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
     skipped = [line["skipped_steps"] for line in lines if "skipped_steps" in line]
     result = _identity(cell) | {
@@ -103,10 +105,9 @@ def count_spikes(losses: list[float | None]) -> int:
     return count
 
 
-def beside_embedding(model: Mapping[str, Any]) -> int:
+def beside_embedding(model: ModelConfig) -> int:
     """Parameters of the matrices in the blocks."""
-    heads = model["num_heads"] * model["head_dim"]
-    return model["num_layers"] * model["model_dim"] * (4 * heads + 2 * model["mlp_dim"])
+    return model.num_layers * (model.attention_weights + model.mlp_weights)
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
