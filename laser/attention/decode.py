@@ -194,13 +194,13 @@ def _check(query, key, value, visible, kind) -> None:
         raise ValueError(f"kind={kind!r}: must be 'standard' or 'laser'")
     batch, queries, heads, size = query.shape
     kv_heads, slots = key.shape[1:3]
-    if key.shape != (batch, kv_heads, slots, size) or value.shape[:3] != key.shape[:3]:
+    fit = key.shape == (batch, kv_heads, slots, size) and value.shape[:3] == key.shape[:3]
+    if not fit or not kv_heads or heads % kv_heads:
         raise ValueError(
             "key and value must be (batch, heads, slots, size) with the batch and size of the "
-            f"query (batch, queries, heads, size); got {query.shape}, {key.shape}, {value.shape}"
+            "query (batch, queries, heads, size), and heads that divide its; got "
+            f"{query.shape}, {key.shape}, {value.shape}"
         )
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(f"{kv_heads} heads of keys must divide the {heads} heads of queries")
     if slots % BLOCK or visible.shape != (batch, queries, slots):
         raise ValueError(
             f"a cache of {slots} slots, visible {visible.shape}: slots must be a multiple of "
