@@ -194,7 +194,8 @@ class LaserForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids,
         attention_mask=None,
-        past_key_values=None,
+        past_key_values=None,  # what `cache` is called in some releases of transformers 5
+        cache=None,
         labels=None,
         use_cache=None,
         logits_to_keep=0,
@@ -202,9 +203,10 @@ class LaserForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         """As of any causal language model in transformers; padding may stand on either side."""
         model = self.config.laser_model
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        before = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        before = cache.get_seq_length() if cache is not None else 0
         batch, count = input_ids.shape
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, before + count)
@@ -223,7 +225,7 @@ class LaserForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             x = x + torch.cat([angle.sin(), angle.cos()], dim=-1).to(x.dtype)
         for block in self.blocks:
-            x = block(x, rotation, seen_B1TS, past_key_values)
+            x = block(x, rotation, seen_B1TS, cache)
         x = self.final_norm(x)
         kept = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         logits = (kept @ self.embedding.T).float()
@@ -232,4 +234,4 @@ class LaserForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
