@@ -207,7 +207,7 @@ def _work(pipe: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone, or has hung up
         job, threads = pipe.recv()
         while True:
             part = pipe.recv()

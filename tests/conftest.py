@@ -3,10 +3,9 @@
 XLA reads the number of devices when jax starts, so this file must run before anything imports jax;
 if something was faster, it says so in place of letting the sharding tests fail oddly.
 
-Most of the time goes into compiling small programs. So XLA leaves out LLVM's optimizations and
-makes its loops in the older, quicker way (a third of the time in all), and what is compiled is kept
-for as long as the session lasts, for all of its processes: pytest's workers and the programs that
-tests start. Two sessions share nothing.
+Most of the time goes into compiling small programs. So XLA does that in its quickest way, and what
+is compiled is kept for as long as the session lasts, for all of its processes: pytest's workers and
+the programs that tests start. Two sessions share nothing.
 """
 
 import itertools
@@ -23,14 +22,15 @@ if "jax" in sys.modules:
         "jax was imported before tests/conftest.py could ask for 8 CPU devices: find the pytest "
         "plugin or the -p option that imports it"
     )
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.quick import QUICK_TO_COMPILE
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + " --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-    + " --xla_cpu_parallel_codegen_split_count=2"
+    + f" --xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}"
 ).strip()
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import corpus
 from data.config import StoreConfig

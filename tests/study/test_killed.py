@@ -15,7 +15,8 @@ from scripts import inspect_attention
 from study import measure
 from study.plan import Plan
 from study.results import read
-from tests.training.runs import QUICK_TO_COMPILE, ROOT, train
+from tests.quick import QUICK_TO_COMPILE
+from tests.training.runs import ROOT, train
 
 STUDY = """
 from configs import quickstart

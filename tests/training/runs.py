@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.quick import QUICK_TO_COMPILE
+
 ROOT = Path(__file__).resolve().parents[2]
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"  # twenty steps are no time
 
 # What can happen in the middle of a run. `done` is the step that has just been dispatched.
 SIGTERM_AFTER_7 = """

@@ -20,7 +20,7 @@ def mesh_of(config, chips, torus=()):
 
 def local_bytes(mesh, params):
     def local(path, leaf):
-        spec = sharding.parameter_spec(mesh, sharding._name(path), leaf.shape)
+        spec = sharding.parameter_spec(mesh, sharding.name_of(path), leaf.shape)
         return leaf.size * 4 / math.prod(mesh.shape[name] for name in sharding.axes_of(spec))
 
     return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(local, params)))
