@@ -238,17 +238,9 @@ def _starcoder2(config: ModelConfig, max_length: int) -> dict[str, Any]:
     return {
         "architectures": ["Starcoder2ForCausalLM"],
         "model_type": "starcoder2",
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.model_dim,
-        "intermediate_size": config.mlp_dim,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": max_length,
+        **_rotary(config, max_length),
         "hidden_act": "gelu_pytorch_tanh",
         "norm_epsilon": 1e-6,
-        "rope_theta": 10_000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         "sliding_window": None,
         "use_bias": False,
     }
@@ -258,6 +250,17 @@ def _llama(config: ModelConfig, max_length: int) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        **_rotary(config, max_length),
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def _rotary(config: ModelConfig, max_length: int) -> dict[str, Any]:
+    """What StarCoder2 and Llama call alike."""
+    return {
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.model_dim,
         "intermediate_size": config.mlp_dim,
@@ -265,12 +268,8 @@ def _llama(config: ModelConfig, max_length: int) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": max_length,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
         "rope_theta": 10_000.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-        "attention_bias": False,
-        "mlp_bias": False,
     }
 
 

@@ -5,11 +5,11 @@ matrix product, as training reaches on CPUs. It does not touch an accelerator, w
 run tells.
 """
 
-import glob
 import statistics
 import time
 from collections.abc import Iterable
 
+from laser.training.hardware import has_accelerator
 from laser.training.metrics import format_duration
 from study.plan import Cell, number_of_runs
 from study.run import Folder
@@ -67,7 +67,7 @@ def _speed(folder: Folder) -> tuple[float, str]:
             _, flops = _cost(cell)
             speeds.append(flops / (result["seconds_per_step"] * result["steps"]))
         return statistics.median(speeds), f"at the speed of the last {len(speeds)} runs"
-    if glob.glob("/dev/accel*") or glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/vfio/[0-9]*"):
+    if has_accelerator():
         return 0.0, "the speed of an accelerator is not looked at"
     return OF_PEAK * _matrix_product(), "at half the speed of its matrix products"
 

@@ -209,7 +209,8 @@ class Runner:
             assert progress.process is not None
             code = progress.process.poll()
             if code is None:
-                self._tell(self._state(progress))
+                if self._is_time_to_tell():  # the state is read from all of the run's metrics
+                    self._tell(self._state(progress))
                 continue
             del self._running[key]
             self._ended(progress, code)
@@ -256,8 +257,11 @@ class Runner:
         what = "measuring" if progress.measuring else f"step {step:,}"
         return f"{progress.cell.key}: {what}; {done} of {total} runs done"
 
+    def _is_time_to_tell(self) -> bool:
+        return time.monotonic() - self._told > TELL
+
     def _tell(self, words: str) -> None:
-        if time.monotonic() - self._told > TELL:
+        if self._is_time_to_tell():
             self._told = time.monotonic()
             log.info("%s", words)
 

@@ -62,8 +62,7 @@ def tune_cpu() -> None:
     XLA give matrix products and reductions to a faster library. Its maximum passes over NaN; its
     sums do not, so a NaN still reaches the loss. Measured: see scripts/benchmark_train.py.
     """
-    files = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")  # of TPUs and GPUs
-    if not any(glob.glob(pattern) for pattern in files):
+    if not has_accelerator():
         # Where libtpu is there for planning alone, jax would look for its chips in vain, aloud.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if os.environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("libtpu") is None:
@@ -74,6 +73,12 @@ def tune_cpu() -> None:
             m_trim_threshold, m_mmap_max = -1, -4
             libc.mallopt(m_mmap_max, 0)
             libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has a TPU or a GPU, by its device files."""
+    files = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
+    return any(glob.glob(pattern) for pattern in files)
 
 
 def peak_flops() -> float:
