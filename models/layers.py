@@ -172,7 +172,11 @@ class Attention(nnx.Module):
             )
             for query, key in zip(queries, cache.keys, strict=True)
         )
-        return self._output(outputs, layer), cache
+        # Flat: with two dims to sum over, XLA on CPUs transposes the weight first, in ten times the
+        # time of the product of one token.
+        out_BTN = self._combined(outputs, layer).reshape(*x_BTM.shape[:2], -1)
+        weight_MN = self.output[...].astype(out_BTN.dtype).reshape(x_BTM.shape[-1], -1)
+        return jnp.einsum("btn,mn->btm", out_BTN, weight_MN), cache
 
     def project(self, x_BTM: Array, positions_BT: Array) -> tuple[list[Array], list[Array], Array]:
         """Queries and keys, two of each for differential attention, and the value.
@@ -213,8 +217,12 @@ class Attention(nnx.Module):
 
     def _output(self, outputs: tuple[Array, ...], layer: Array | int) -> Array:
         """One or two attention outputs (B, T, H, D) to (B, T, M)."""
-        out = outputs[0] if len(outputs) == 1 else self._difference(outputs, layer)
+        out = self._combined(outputs, layer)
         return jnp.einsum("bthd,mhd->btm", out, self.output[...].astype(out.dtype))
+
+    def _combined(self, outputs: tuple[Array, ...], layer: Array | int) -> Array:
+        """One or two attention outputs to one, (B, T, H, D)."""
+        return outputs[0] if len(outputs) == 1 else self._difference(outputs, layer)
 
     def _difference(self, outputs: tuple[Array, ...], layer: Array | int) -> Array:
         first, second = outputs
