@@ -20,16 +20,18 @@ from configs.slices import LAYOUTS
 from laser.planning import table
 
 ATTENTIONS = ("laser", "standard", "laser+diff", "standard+diff")
+MUON = [f"size=301m,attention=laser,slice={name},optimizer=muon" for name in ("v5e-64", "v5p-128")]
 
 
 def names() -> list[str]:
-    """Size, attention and slice of every row, as arguments of configs/c4.py."""
-    return [
+    """Size, attention, slice and perhaps optimizer of every row, as arguments of configs/c4.py."""
+    rows = [
         f"size={size},attention={attention},slice={name}"
         for attention in ATTENTIONS
         for size, name in LAYOUTS
         if size != llama.SIZE or "diff" not in attention
     ]
+    return rows + MUON
 
 
 def config(name: str) -> str:
@@ -43,7 +45,7 @@ def make(name: str) -> dict:
     """The plan of a row, in a process of its own: libtpu gives no memory back."""
     command = [
         sys.executable, str(ROOT / "scripts/plan.py"), "--json",
-        f"--config={config(name)}", f"--topology={name.rpartition('=')[2]}",
+        f"--config={config(name)}", f"--topology={table.arguments(name)['slice']}",
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:

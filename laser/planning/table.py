@@ -39,7 +39,7 @@ def renew(
 
     Args:
       path: docs/plans.json.
-      names: arguments of configs/c4.py, `size=2p2b,attention=laser,slice=v5e-256`.
+      names: arguments of configs/c4.py, as of `arguments`.
       make: from such a name to a plan.
       only: leave out names that do not contain it.
     """
@@ -53,6 +53,11 @@ def renew(
     document.write_text(insert(document.read_text(), render(rows)))
 
 
+def arguments(name: str) -> dict[str, str]:
+    """Of a row's name, `size=2p2b,attention=laser,slice=v5e-256[,optimizer=muon]`."""
+    return dict(part.split("=", 1) for part in name.split(","))
+
+
 def insert(document: str, table: str) -> str:
     """The document with another table between its two marks."""
     before, _, rest = document.partition(START)
@@ -63,12 +68,13 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
     lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     for name, plan in rows.items():
-        size, attention, slice_ = (part.partition("=")[2] for part in name.split(","))
+        chosen = arguments(name)
+        size = " ".join(chosen[key] for key in ("size", "optimizer") if key in chosen)
         mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
         state = plan["parameters_gib"] + plan["optimizer_gib"]
         bound = plan["bound"]
         cells = [
-            size, attention, slice_, mesh, str(plan["accumulation"]), plan["remat"],
+            size, chosen["attention"], chosen["slice"], mesh, str(plan["accumulation"]), plan["remat"],
             f"{state:.2f}, {plan['kept_gib']:.2f}, {plan['peak_gib']:.2f} "
             f"of {plan['capacity_gib']:.2f}",
             f"{100 * plan['recomputed_flops'] / plan['model_flops']:.1f} %",

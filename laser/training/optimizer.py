@@ -7,7 +7,8 @@ skipped.
 
 Muon orthogonalises whole matrices, and devices have parts of them. So before it a matrix' parts
 come together, the layers spread over as many devices as divide them, and what it makes goes back to
-the devices that own the parts: float32, once each way. Its momentum stays where the parameters are.
+the devices that own the parts: float32, once each way, over one axis of the mesh after the other.
+Its momentum stays where the parameters are.
 """
 
 import math
@@ -172,7 +173,7 @@ def _orthogonalised(updates, params):
     newton_schulz = optax.contrib.scale_by_muon(
         beta=0.0, nesterov=False, weight_dimension_numbers=_dimension_numbers
     )
-    whole = _moved(updates, sharding.parameter_spec, _whole_spec)
+    whole = _moved(updates, _to_whole)
     orthogonal, _ = newton_schulz.update(whole, newton_schulz.init(whole))
 
     def scaled(path, x):
@@ -180,7 +181,7 @@ def _orthogonalised(updates, params):
         return x * (MUON_RMS * math.sqrt(max(rows, columns)))
 
     scaled_updates = jax.tree_util.tree_map_with_path(scaled, orthogonal)
-    return _moved(scaled_updates, _whole_spec, sharding.parameter_spec)
+    return _moved(scaled_updates, lambda *where: _to_whole(*where)[::-1])
 
 
 def _matrix_dims(path: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -196,28 +197,53 @@ def _dimension_numbers(tree):
     )
 
 
-def _moved(tree, here: Callable[..., PartitionSpec], there: Callable[..., PartitionSpec]):
-    """The arrays from one layout, spec(mesh, path, shape), to another, on the mesh in context."""
+def _moved(tree, layouts: Callable[..., list[PartitionSpec]]):
+    """The arrays from the first of their layouts to the last, on the mesh in context.
+
+    `layouts` is called with the mesh, a parameter's path and its shape.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
 
     def move(path, x):
-        layouts = (spec(mesh, sharding.name_of(path), x.shape) for spec in (here, there))
-        before, after = (NamedSharding(mesh, spec) for spec in layouts)
+        first, *rest = (
+            NamedSharding(mesh, spec) for spec in layouts(mesh, sharding.name_of(path), x.shape)
+        )
         # Else XLA moves what the array is a sum of: twice as much.
-        x = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(x, before))
-        return jax.lax.with_sharding_constraint(x, after)
+        x = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(x, first))
+        for layout in rest:
+            x = jax.lax.with_sharding_constraint(x, layout)
+        return x
 
     return jax.tree_util.tree_map_with_path(move, tree)
 
 
-def _whole_spec(mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """Layers spread over the axes that divide them, but for those that hold copies."""
-    del path
-    names, left = [], shape[0]
-    for name in (*sharding.batch_axes(mesh)[1:], sharding.TENSOR):
+def _to_whole(mesh, path: str, shape: tuple[int, ...]) -> list[PartitionSpec]:
+    """Layouts from that of a stacked parameter to layers that are whole.
+
+    One axis leaves its dim at a time, the innermost first, as an all-to-all to the layers if it
+    divides what is left of them and an all-gather if not. XLA has no other way for two at once than
+    to gather the array on every device.
+    """
+    axes = [
+        [names] if isinstance(names, str) else list(names or ())
+        for names in sharding.parameter_spec(mesh, path, shape)
+    ]
+    layers, left = [], shape[0]
+    for name in reversed((*sharding.batch_axes(mesh)[1:], sharding.TENSOR)):
         if mesh.shape[name] > 1 and left % mesh.shape[name] == 0:
-            names.append(name)
+            layers.append(name)
             left //= mesh.shape[name]
-    return PartitionSpec(tuple(names) or None)
+    layouts = [_spec(axes)]
+    while split := [names for names in axes[1:] if names]:
+        # First those that spread: what is gathered afterwards has fewer layers.
+        name = next((names for names in split if names[-1] in layers), split[0]).pop()
+        axes[0] += [name] if name in layers else []
+        layouts.append(_spec(axes))
+    axes[0] += [name for name in layers if name not in axes[0]]  # of copies, each takes a part
+    return [*layouts, _spec(axes)]
+
+
+def _spec(axes: list[list[str]]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(names) or None for names in axes))
