@@ -24,6 +24,7 @@ if "jax" in sys.modules:
     )
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.once import once
 from tests.quick import QUICK_TO_COMPILE
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -69,13 +70,16 @@ def _programs_of_a_module():
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     """Folder of a small store of real text: 60 chapters, 400 pieces."""
-    folder = tmp_path_factory.mktemp("text")
-    chapters = itertools.islice(corpus.documents("train"), 60)
-    for i, chapter in enumerate(chapters):
-        (folder / f"{i:02}.txt").write_text(chapter)
-    output = tmp_path_factory.mktemp("stores") / "small"
-    prepare(StoreConfig(str(folder), vocab_size=400, validation_fraction=0.1), output)
-    return output
+
+    def make(folder):
+        text = folder / "text"
+        text.mkdir()
+        chapters = itertools.islice(corpus.documents("train"), 60)
+        for i, chapter in enumerate(chapters):
+            (text / f"{i:02}.txt").write_text(chapter)
+        prepare(StoreConfig(str(text), vocab_size=400, validation_fraction=0.1), folder / "small")
+
+    return once(tmp_path_factory, "stores-of-tests", make) / "small"
 
 
 @pytest.fixture

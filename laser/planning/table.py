@@ -68,13 +68,14 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
     lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     for name, plan in rows.items():
-        chosen = arguments(name)
-        size = " ".join(chosen[key] for key in ("size", "optimizer") if key in chosen)
+        which = arguments(name)
+        size = " ".join(which[key] for key in ("size", "optimizer") if key in which)
         mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
         state = plan["parameters_gib"] + plan["optimizer_gib"]
         bound = plan["bound"]
         cells = [
-            size, chosen["attention"], chosen["slice"], mesh, str(plan["accumulation"]), plan["remat"],
+            size, which["attention"], which["slice"], mesh, str(plan["accumulation"]),
+            plan["remat"],
             f"{state:.2f}, {plan['kept_gib']:.2f}, {plan['peak_gib']:.2f} "
             f"of {plan['capacity_gib']:.2f}",
             f"{100 * plan['recomputed_flops'] / plan['model_flops']:.1f} %",

@@ -15,6 +15,7 @@ from data.order import row_ids
 from data.store import TokenStore
 from eval.run import open_model
 from laser.training import hosts
+from tests.once import once
 from tests.training import runs
 
 STEPS = 12
@@ -37,11 +38,14 @@ def over_hosts(store, module_arguments):
 @pytest.fixture(scope="module")
 def whole(over_hosts, tmp_path_factory):
     """(workdir, record) of a run on 2 hosts with 4 devices each that nothing has disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    finished = runs.train_on_hosts(
-        over_hosts, folder / "run", hosts=2, devices=4, record=folder / "record"
-    )
-    assert [process.returncode for process in finished] == [0, 0], finished[0].stderr
+
+    def make(folder):
+        finished = runs.train_on_hosts(
+            over_hosts, folder / "run", hosts=2, devices=4, record=folder / "record"
+        )
+        assert [process.returncode for process in finished] == [0, 0], finished[0].stderr
+
+    folder = once(tmp_path_factory, "whole-run-of-hosts", make)
     return folder / "run", folder / "record"
 
 
@@ -54,14 +58,18 @@ def assert_ended_by_the_silence_of(host, survivor):
 @pytest.fixture(scope="module")
 def killed(over_hosts, tmp_path_factory):
     """Workdir of a run of the same two hosts, of which one was killed after step 7."""
-    workdir = tmp_path_factory.mktemp("killed") / "run"
-    event = SHORT_SILENCE + runs.KILL_HOST_1_AFTER_7
-    survivor, victim = runs.train_on_hosts(over_hosts, workdir, hosts=2, devices=4, event=event)
-    assert victim.returncode == -9
-    assert_ended_by_the_silence_of(1, survivor)
-    assert "start all again" in survivor.stdout
-    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
-    return workdir
+
+    def make(folder):
+        event = SHORT_SILENCE + runs.KILL_HOST_1_AFTER_7
+        survivor, victim = runs.train_on_hosts(
+            over_hosts, folder / "run", hosts=2, devices=4, event=event
+        )
+        assert victim.returncode == -9
+        assert_ended_by_the_silence_of(1, survivor)
+        assert "start all again" in survivor.stdout
+        assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["4"]
+
+    return once(tmp_path_factory, "killed-run-of-hosts", make) / "run"
 
 
 def final_parameters(workdir):
