@@ -16,7 +16,8 @@ What bfloat16 rounds must not hide the small differences that gradients are made
 - that last sum is made, in float32, of the same rounded G as the first.
 
 Where several heads of queries share one of keys, the grid goes through the heads of a group one
-after the other, and the float32 sums of dK and dV are kept from the first to the last of them.
+after the other, and the float32 sums of dK and dV are kept from the first to the last of them. With
+one block to a sequence each head writes the sums so far, without a branch; the last one's stay.
 
 A tile of logits is held transposed, keys along the rows, so that what belongs to a query is a row.
 """
@@ -27,7 +28,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -108,10 +108,12 @@ def _exponentials(blocks: _Blocks, rows: slice, raw: bool) -> Array:
     return jnp.exp2(log2 - blocks.reference[0:1, :] if raw else log2)
 
 
-def _values(blocks: _Blocks, mu: Array | None, rows: slice, raw: bool) -> Array:
-    """What stands for the values: V, or E - μ."""
-    v = blocks.v[rows, :]
-    return v if mu is None else (_exponentials(blocks, rows, raw) - mu).astype(v.dtype)
+def _values(blocks: _Blocks, mu: Array | None, rows: slice, raw: bool):
+    """What stands for the values, V or E - μ, and in the latter case E, float32."""
+    if mu is None:
+        return blocks.v[rows, :], None
+    exponentials = _exponentials(blocks, rows, raw)
+    return (exponentials - mu).astype(blocks.v.dtype), exponentials
 
 
 def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: bool):
@@ -137,7 +139,7 @@ def _hides(blocks: _Blocks, crosses: bool) -> bool:
 
 def _step(
     blocks: _Blocks, options: Options, first_row, first_key, *,
-    diagonal: bool, many: bool, more_heads: bool, raw: bool,
+    diagonal: bool, many: bool, member, raw: bool,
 ):  # fmt: skip
     """Adds all tiles of one block of keys and one of queries to the sums.
 
@@ -146,7 +148,8 @@ def _step(
       first_key: of the block of keys in `dk_sum` and `dv_sum`.
       diagonal: the blocks are the same, of a causal mask.
       many: there are more blocks, and so sums to add to.
-      more_heads: other heads of queries add to the sums of dK and dV, too.
+      member: which head of a group this is, whose heads add to the sums of dK and dV one after the
+        other; None where a head of queries has its own keys.
       raw: the residual is y in place of the output.
     """
     prepare, mu, center = _standard_queries, None, None
@@ -158,7 +161,8 @@ def _step(
     queries: dict[int, tuple[Array, Array]] = {}
     for key in range(options.tiles):
         rows = options.rows(key)
-        values, keys = _values(blocks, mu, rows, raw), blocks.k[rows, :]
+        values, exponentials = _values(blocks, mu, rows, raw)
+        keys = blocks.k[rows, :]
         if center is not None:
             keys = (keys.astype(jnp.float32) - center).astype(keys.dtype)
         dk, dv = [], []
@@ -182,8 +186,16 @@ def _step(
             d_queries = common.dot(d_logits.T.astype(keys.dtype), keys)
             _add(blocks.dq_sum, at, d_queries, to_what_is_there)
         at = _rows_of_sums(options, first_key, key)
-        _add(blocks.dk_sum, at, functools.reduce(jnp.add, dk), many or more_heads)
-        _add(blocks.dv_sum, at, functools.reduce(jnp.add, dv), many or more_heads)
+        adds_heads = member is not None and not many
+        if adds_heads:  # before the rest: 5 % fewer bundles than after it
+            dk.insert(0, jnp.where(member == 0, 0.0, blocks.dk_sum[at, :]))
+            dv.insert(0, jnp.where(member == 0, 0.0, blocks.dv_sum[at, :]))
+        dk_tile = functools.reduce(jnp.add, dk)
+        _add(blocks.dk_sum, at, dk_tile, many)
+        dv_tile = functools.reduce(jnp.add, dv)
+        _add(blocks.dv_sum, at, dv_tile, many)
+        if adds_heads:
+            _write_keys(blocks, options, rows, dk_tile, dv_tile, exponentials)
 
 
 def _rows_of_sums(options: Options, first_key, tile: int):
@@ -200,20 +212,14 @@ def _add(ref, rows, more: Array, to_what_is_there):
 def _kernel(*refs, options: Options, segments: bool, blocks: int, group: int, raw: bool):
     named = _Blocks(refs, options, segments)
     more_heads = group > 1
-    member = lax.rem(pl.program_id(1), group) if more_heads else 0
+    member = common.member_of_group(pl.program_id(1), group) if more_heads else None
     if blocks == 1:
-        if more_heads:
-            pl.when(member == 0)(functools.partial(_start_keys, named, options, ...))
         _step(
-            named, options, 0, 0,
-            diagonal=options.causal, many=False, more_heads=more_heads, raw=raw,
+            named, options, 0, 0, diagonal=options.causal, many=False, member=member, raw=raw
         )  # fmt: skip
         _finish_queries(named, options, 0)
-        finish_keys = functools.partial(_finish_keys, named, options, 0, raw)
-        if more_heads:
-            pl.when(member == group - 1)(finish_keys)
-        else:
-            finish_keys()
+        if not more_heads:
+            _finish_keys(named, options, 0, raw)
         return
     key, query = pl.program_id(2), pl.program_id(3)
     first_row = pl.multiple_of(query * options.block, options.block)
@@ -230,7 +236,7 @@ def _kernel(*refs, options: Options, segments: bool, blocks: int, group: int, ra
     first = (query == 0) & (member == 0) if more_heads else query == 0
     pl.when(first)(functools.partial(_start_keys, named, options, rows))
     step = functools.partial(
-        _step, named, options, first_row, first_key, many=True, more_heads=more_heads, raw=raw
+        _step, named, options, first_row, first_key, many=True, member=member, raw=raw
     )
     if options.causal:
         pl.when(query > key)(functools.partial(step, diagonal=False))
@@ -268,6 +274,13 @@ def _finish_keys(blocks: _Blocks, options: Options, first_key, raw: bool):
         blocks.dv[rows, :] = dv.astype(blocks.dv.dtype)
 
 
+def _write_keys(blocks: _Blocks, options: Options, rows: slice, dk: Array, dv: Array, exponentials):
+    """The gradients of a tile of keys and values, from their sums."""
+    blocks.dk[rows, :] = (dk * options.scale).astype(blocks.dk.dtype)
+    dv = dv if exponentials is None else dv * exponentials
+    blocks.dv[rows, :] = dv.astype(blocks.dv.dtype)
+
+
 def backward(
     q, k, v, out, d_out, log_sum, segment_ids, reference, options: Options, *, raw: bool = False
 ):
@@ -296,8 +309,8 @@ def backward(
         return b, of_keys(h), j, 0
 
     def dk_map(b, h, j, i):  # written once, of the last head of a group
-        if group > 1:
-            j = jnp.where(lax.rem(h, group) == group - 1, j, 0)
+        if group > 1 and blocks > 1:
+            j = jnp.where(common.member_of_group(h, group) == group - 1, j, 0)
         return b, of_keys(h), j, 0
 
     def query_map(b, h, j, i):  # blocks above the diagonal are not fetched
