@@ -16,7 +16,7 @@ PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-
 ONLY_NEWS := sed -u -n -E -e 's/^Collecting /  fetching /p' -e '/^(Installing collected|Success)/p' \
 	-e '/^(ERROR|WARNING)/p'
 
-.PHONY: help quickstart study tpu test check lint types format clean
+.PHONY: help quickstart study tpu test check docs lint types format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -40,6 +40,10 @@ test: lint types  ## ruff, mypy and every test, the slow ones too
 check: lint types  ## ruff, mypy and the quick tests
 	$(PYTEST) -m "not slow"
 
+docs: .venv/.docs  ## build the documentation into site/; a dead link is an error
+	.venv/bin/python -m sphinx -W --keep-going -q -b html docs site
+	@echo "Open site/index.html"
+
 lint: .venv/.dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -51,8 +55,8 @@ format: .venv/.dev  ## format the code and mend what ruff can mend
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-clean:  ## remove .venv and caches; runs/ and stores/ stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove .venv, site/ and caches; runs/ and stores/ stay
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -72,6 +76,11 @@ clean:  ## remove .venv and caches; runs/ and stores/ stay
 .venv/.dev: requirements-dev.txt .venv/.runtime
 	@echo "Installing requirements-dev.txt into .venv"
 	@$(PIP_INSTALL) -r requirements-dev.txt | $(ONLY_NEWS)
+	@touch $@
+
+.venv/.docs: requirements-docs.txt .venv/.runtime
+	@echo "Installing requirements-docs.txt into .venv"
+	@$(PIP_INSTALL) -r requirements-docs.txt | $(ONLY_NEWS)
 	@touch $@
 
 .venv/.tpu: requirements-tpu.txt .venv/.runtime

@@ -32,7 +32,7 @@ class Source:
     Attributes:
       rows: one record of any layout to the rows in it (eval/rows.py).
       files: split → patterns under the data folder, in the order of preference; {a,b} is either.
-      tfds: name in TFDS.
+      tfds: name in TFDS; empty if it is not there.
       where: address of the original data.
       get: what to do there, for who has no data.
       join: (place, record) pairs of files to those with what belongs together in one record.
@@ -52,7 +52,8 @@ class Source:
     @property
     def how(self) -> str:
         """How to get the data."""
-        return f"{self.get.format(self.where)}, or prepare {self.tfds} with tensorflow_datasets"
+        other = f", or prepare {self.tfds} with tensorflow_datasets" if self.tfds else ""
+        return self.get.format(self.where) + other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +87,8 @@ def load(source: Source, split: str, prompt: Prompt, data_dir: Path | None) -> L
     folder = find_tfds(source, data_dir)
     if folder is None:
         names = " or ".join(source.files.get(split, ()))
-        raise MissingData(
-            f"no {split} split of {source.tfds}{f' ({names})' if names else ''}: {source.how}"
-        )
+        what = f"{f' of {source.tfds}' if source.tfds else ''}{f' ({names})' if names else ''}"
+        raise MissingData(f"no {split} split{what}: {source.how}")
     return _load_tfds(source, split, prompt, folder)
 
 
@@ -121,7 +121,8 @@ def available_split(source: Source, wanted: str, data_dir: Path | None) -> str:
     if data_dir:
         names = source.files.get(wanted) or next(iter(source.files.values()))
         where = f" in {data_dir}, which has no {' or '.join(names)}"
-    raise MissingData(f"no data of {source.tfds}{where}: {source.how}")
+    what = f"no data of {source.tfds}" if source.tfds else "no data"
+    raise MissingData(f"{what}{where}: {source.how}")
 
 
 def find_files(source: Source, split: str, data_dir: Path | None) -> list[Path]:
@@ -167,7 +168,7 @@ def find_tfds(source: Source, data_dir: Path | None) -> Path | None:
     """The TFDS folder that has the dataset prepared: data_dir, TFDS_DATA_DIR or the default."""
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     for folder in (data_dir, Path(default).expanduser()):
-        if folder and list((folder / source.tfds).glob("*/dataset_info.json")):
+        if folder and source.tfds and list((folder / source.tfds).glob("*/dataset_info.json")):
             return folder
     return None
 

@@ -28,7 +28,16 @@ Take = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
 def choose_layout(config: ModelConfig) -> Layout:
-    """An existing architecture if one computes the same function."""
+    """An existing architecture if one computes the same function, else our own module.
+
+    Raises:
+      ValueError: that has no such attention either.
+    """
+    require(
+        config.attention.kind in ("standard", "laser"),
+        f"attention.kind={config.attention.kind}: export/remote/modeling_laser.py has no such "
+        "attention; write it there, and add it here",
+    )
     plain = AttentionConfig(kind="standard", implementation=config.attention.implementation)
     if config.attention != plain or config.logits_soft_cap:
         return "laser"

@@ -11,6 +11,7 @@ head dim, Q query dim.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,11 @@ from laser import attention as attn
 from models.config import ModelConfig
 
 Array = jax.Array
+
+# attention.kind → the function over whole rows, and the one of new tokens over a cache.
+FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Array]]] = dict.fromkeys(
+    ("standard", "laser"), (attn.attention, attn.cached_attention)
+)
 
 
 def dense_param(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
@@ -122,9 +128,10 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array]:
         """Returns (B, T, M) and the attention range in nats, see `laser.attention.attention`."""
         queries, keys, value = self.project(x_BTM, positions_BT)
+        attention, _ = FUNCTIONS[self.config.attention.kind]
         outputs, ranges = zip(
             *(
-                attn.attention(
+                attention(
                     query,
                     key,
                     value,
@@ -166,8 +173,9 @@ class Attention(nnx.Module):
             write(cache.value, value),
         )
         stop = slot + x_BTM.shape[1]
+        _, cached_attention = FUNCTIONS[self.config.attention.kind]
         outputs = tuple(
-            attn.cached_attention(
+            cached_attention(
                 query, key, cache.value, visible_BTS, stop, **self._readout_options()
             )
             for query, key in zip(queries, cache.keys, strict=True)

@@ -1,0 +1,63 @@
+"""How Sphinx makes a site of these pages: `make docs` writes it to site/.
+
+The pages are Markdown that reads as well on GitHub. docs/index.md is the one table of contents: its
+headings and lists of links become the site's navigation. A dead link, also to a file of the
+repository, or a docstring that does not parse is an error there.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+project = "LASER attention"
+html_title = project
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+html_theme = "furo"
+exclude_patterns = ["results"]
+
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # a test runs the notebooks; pages show what was committed
+
+default_role = "code"  # single backticks, as the docstrings have them
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints_format = "short"
+napoleon_use_rtype = False
+napoleon_use_ivar = True  # else an attribute with a default is there twice
+
+
+def _with_navigation(app, docname, source):
+    """Puts a hidden table of contents for each section of docs/index.md below it."""
+    if docname != "index":
+        return
+    trees = []
+    for section in re.split(r"^## ", source[0], flags=re.MULTILINE)[1:]:
+        caption, _, body = section.partition("\n")
+        links = re.findall(r"^- \[.*\]\(([^)]+)\.(?:md|rst|ipynb)\)", body, re.MULTILINE)
+        lines = [":hidden:", f":caption: {caption}", "", *links]
+        trees.append("\n".join(["```{toctree}", *lines, "```"]))
+    source[0] += "\n\n" + "\n\n".join(trees) + "\n"
+
+
+def _as_plain_text(app, what, name, obj, options, lines):
+    """Docstrings are written as text: a star is a star, and indented text of a module a listing."""
+    lines[:] = ["`".join(_stars_escaped(line.split("`"))) for line in lines]
+    if what != "module":
+        return
+    for i in range(len(lines) - 1, 0, -1):
+        if lines[i].startswith("    ") and not lines[i - 1].strip():
+            before = next((line for line in reversed(lines[:i]) if line.strip()), "")
+            if not before.startswith(" "):
+                lines[i:i] = ["::", ""]
+
+
+def _stars_escaped(parts):
+    return [part if i % 2 else part.replace("*", r"\*") for i, part in enumerate(parts)]
+
+
+def setup(app):
+    app.connect("source-read", _with_navigation)
+    app.connect("autodoc-process-docstring", _as_plain_text, priority=400)

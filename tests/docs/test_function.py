@@ -1,0 +1,133 @@
+"""What docs/function.md says of the function, its pictures, and the notebook."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from laser.attention import attention
+from tests.docs.pages import ROOT
+
+B, T, H, D = 1, 12, 2, 8
+FIGURES = ROOT / "docs/figures"
+NOTEBOOK = ROOT / "docs/notebooks/larger_gradient.ipynb"
+
+
+def inputs(value_std=1.0):
+    rng = np.random.default_rng(0)
+    query, key, value = rng.normal(size=(3, B, T, H, D)).astype(np.float32)
+    return query, key, value * np.float32(value_std)
+
+
+@jax.jit
+def both(query, key, value):
+    """Standard attention and LASER, and the variance of the values under the probabilities."""
+    mean = attention(query, key, value)
+    return mean, attention(query, key, value, kind="laser"), attention(
+        query, key, jnp.square(value)
+    ) - jnp.square(mean)  # fmt: skip
+
+
+def test_small_values_give_standard_attention_and_half_the_variance():
+    for std, tolerance in ((0.1, 2e-3), (0.05, 2.5e-4)):  # the third order: an eighth for a half
+        mean, laser, variance = both(*inputs(std))
+        np.testing.assert_allclose(laser, mean + variance / 2, rtol=0, atol=tolerance)
+        assert np.abs(laser - mean).max() > 4 * tolerance * (std == 0.05)
+
+
+def test_large_values_approach_the_largest_one_that_is_seen():
+    query, key, value = inputs()
+    largest = np.maximum.accumulate(value, axis=1)
+    distances = []
+    for scale in (1, 10, 1000):
+        _, laser, _ = both(query, key, scale * value)
+        distances.append(np.abs(laser / scale - largest).max())
+    assert distances[0] > distances[1] > distances[2] and distances[2] < 0.02
+
+
+def test_the_bounds():
+    query, key, value = inputs(3.0)
+    mean, laser, _ = map(np.asarray, both(query, key, value))
+    largest = np.maximum.accumulate(value, axis=1)
+    assert (laser >= mean - 1e-5).all() and (laser <= largest + 1e-5).all()
+    assert (laser > mean + 1e-3)[:, 1:].any()
+    np.testing.assert_allclose(laser[:, 0], value[:, 0], atol=1e-6)  # one visible key
+
+
+def test_a_constant_passes_through_and_a_sign_does_not():
+    query, key, value = inputs()
+    _, before, _ = both(query, key, value)
+    shift = np.linspace(-3, 3, D, dtype=np.float32)
+    _, after, _ = both(query, key, value + shift)
+    np.testing.assert_allclose(after, before + shift, atol=1e-5)
+    _, negative, _ = both(query, key, -value)
+    assert np.abs(negative + before).max() > 0.1
+
+
+def test_the_gradient_of_two_keys_is_the_paper_s():
+    """Lemma 3.1 and equation 7, by logits (0, s): the query sees both keys."""
+
+    def output(logit, values, kind):
+        query = jnp.ones((1, 2, 1, 1))
+        key = jnp.asarray([0.0, 1.0]).reshape(1, 2, 1, 1) * logit
+        value = jnp.asarray(values).reshape(1, 2, 1, 1)
+        return attention(query, key, value, kind=kind, logits_scale=1.0)[0, 1, 0, 0]
+
+    for logit, low, high in ((-6.0, 0.0, 9.0), (1.0, 2.0, -1.0)):
+        a = 1 / (1 + np.exp(-logit))
+        y = a * np.exp(high) + (1 - a) * np.exp(low)
+        expected = {
+            "standard": (high - low) * a * (1 - a),
+            "laser": (np.exp(high) - np.exp(low)) * a * (1 - a) / y,
+        }
+        for kind, derivative in expected.items():
+            found = jax.grad(output)(logit, (low, high), kind)
+            np.testing.assert_allclose(found, derivative, rtol=1e-4)
+    assert expected["laser"] < 0
+
+
+def test_pictures_of_the_page_are_there_and_all_are_made():
+    from scripts import function_figures
+
+    named = set(re.findall(r"figures/(\w+)\.svg", (ROOT / "docs/function.md").read_text()))
+    assert named == set(function_figures.FIGURES) == {p.stem for p in FIGURES.iterdir()}
+    sizes = [p.stat().st_size for p in FIGURES.iterdir()]
+    assert min(sizes) > 5_000 and max(sizes) < 120_000
+
+
+@pytest.mark.slow
+def test_the_script_makes_them(tmp_path):
+    from scripts import function_figures
+
+    assert function_figures.main([f"--output={tmp_path}"]) == 0
+    for name in function_figures.FIGURES:
+        made, kept = (
+            folder.joinpath(f"{name}.svg").read_text() for folder in (tmp_path, FIGURES)
+        )
+        assert _labels(made) == _labels(kept), f"{name}: python scripts/function_figures.py"
+    errors = function_figures.bfloat16_errors([0.125])
+    assert errors["LASER"][0] < 0.002 and errors["LASER, the paper's form"][0] > 0.01
+
+
+def _labels(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    """Its code cells, in one process of their own; and its text has the numbers that they print."""
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    environment = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", "\n\n".join(code)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "steps to" in result.stdout

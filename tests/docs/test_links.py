@@ -1,0 +1,50 @@
+"""No dead link in README and docs, and every page in the table of contents.
+
+`make docs` is stricter, since Sphinx parses what it builds; this needs no generator.
+"""
+
+import re
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, anchors, links, prose
+
+DOCS = ROOT / "docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        assert file.is_relative_to(ROOT), f"{page.name}: {target} leads out of the repository"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {target}: no such heading"
+
+
+def test_the_table_of_contents_has_every_page():
+    listed = set(links(DOCS / "index.md"))
+    pages = [p for kind in ("md", "rst", "ipynb") for p in DOCS.rglob(f"*.{kind}")]
+    there = {str(page.relative_to(DOCS)) for page in pages} - {"index.md"}
+    assert there == {target for target in listed if (DOCS / target) in pages}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_math_is_closed_and_stays_on_its_line(page):
+    """GitHub and the site take $...$ within a line, and $$...$$ as a paragraph of its own."""
+    for paragraph in prose(page).split("\n\n"):
+        assert paragraph.count("$$") % 2 == 0, paragraph
+        inline = re.sub(r"\$\$.*?\$\$", "", paragraph, flags=re.DOTALL)
+        assert all(line.count("$") % 2 == 0 for line in inline.splitlines()), paragraph
+
+
+def test_the_readme_is_two_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+def test_the_reference_names_modules_that_are_there():
+    for page in DOCS.glob("api/*.rst"):
+        for name in re.findall(r"automodule:: (\S+)", page.read_text()):
+            path = ROOT / name.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name
