@@ -91,7 +91,8 @@ def test_wheel_and_sdist_hold_what_they_should(built):
     assert files >= set(tracked)
     assert {"configs/c4_store.flags", "export/remote/modeling_laser.py"} <= files
     assert "laser/py.typed" in files
-    in_sdist = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     assert {"CHANGELOG.md", "LICENSE", "requirements-dev.txt", *files} <= in_sdist
     assert not [name for name in in_sdist | files if name.startswith("tests")]
 
