@@ -1,10 +1,12 @@
 """Standard and LASER attention, with the modifiers that the paper (arXiv 2411.03493) compares.
 
 This package imports jax and nothing else of this repository, so that it can be copied or imported
-on its own: `from laser.attention import attention`.
+on its own: `from laser.attention import attention`, or `dot_product_attention`, which takes what
+jax.nn's function of that name takes.
 """
 
 from laser.attention.decode import cached_attention
+from laser.attention.dot_product import dot_product_attention
 from laser.attention.interface import attention
 from laser.attention.variants import (
     differential,
@@ -20,6 +22,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "differential",
+    "dot_product_attention",
     "head_norm",
     "lambda_init",
     "lambda_official",

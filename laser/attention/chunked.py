@@ -17,12 +17,17 @@ whatever its value. A value is never added to a mask.
 
 Where several heads of queries share a head of keys, their queries are so many more rows of it.
 
-Shapes: B batch, H heads of keys, C queries of a chunk, T queries, S keys up to the chunk's end, D
-size.
+Of a window, the keys of a chunk are those that its queries can see, and no others are looked at.
+
+Shapes: B batch, H heads of keys, C queries of a chunk, T queries, S keys of a chunk, D size, R rows
+of a head of keys: its queries, of all heads that share it.
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +47,30 @@ RANGE_LIMIT_NATS = -SMALLEST_CERTIFIED_EXPONENT * LN_2
 LARGEST_CERTIFIED_OUTPUT = 1024.0
 LARGEST_EXPONENTIATED = LARGEST_CERTIFIED_OUTPUT + 128
 
+NOT_IN_USE = -(2**30)  # exponent of a key's values that no query of the chunk sees
+
+
+class Extras(NamedTuple):
+    """What else says which keys a query sees, and how well; see `laser.attention.attention`.
+
+    Attributes:
+      bias: added to the logits, of a shape that broadcasts to (B, heads of queries, T, S).
+      mask: bool, likewise; a query sees keys where it is True.
+      query_lengths: (B,) int; later queries see nothing.
+      key_lengths: (B,) int; later keys are not seen.
+    """
+
+    bias: Array | None = None
+    mask: Array | None = None
+    query_lengths: Array | None = None
+    key_lengths: Array | None = None
+
+    def given(self) -> bool:
+        return any(x is not None for x in self)
+
+
+NO_EXTRAS = Extras()
+
 
 def chunk_length(length: int) -> int:
     """Queries of a chunk: short chunks skip more of the causal square, long ones run faster."""
@@ -59,8 +88,10 @@ def attention(
     segment_ids: Array | None,
     logits_soft_cap: float | None,
     shared_segment: int | None = None,
+    window: tuple[int, int] | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> tuple[Array, Array]:
-    """The interface's contract; see `laser.attention.attention`.
+    """The interface's contract; see `laser.attention.dot_product_attention`.
 
     Returns:
       (B, T, H, D) in the dtype of `value`, and the float32 scalar range: the largest distance in
@@ -74,43 +105,85 @@ def attention(
         logits_soft_cap=logits_soft_cap,
         shared_segment=shared_segment,
         group=query.shape[2] // key.shape[2],
+        causal=causal,
+        window=window,
     )
 
-    @jax.checkpoint  # keeps query, key and value, and nothing that was made of them here
-    def run(query, key, value):
+    @jax.checkpoint  # keeps query, key, value and bias, and nothing that was made of them here
+    def run(query, key, value, bias):
         q_BHTD, k_BHSD, v_BHSD = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
         # Wide before it is cut, so that the chunks' gradients are added up in float32.
         k_BHSD, v_BHSD = k_BHSD.astype(jnp.float32), v_BHSD.astype(jnp.float32)
         exponent = _split_exponent(jax.lax.stop_gradient(v_BHSD)) if kind == "laser" else None
         length = query.shape[1]
+        extras_of_chunks = _cut(extras._replace(bias=bias), length)
         outputs, ranges = [], []
         for start in range(0, length, chunk_length(length)):
             stop = min(start + chunk_length(length), length)
-            seen = stop if causal else length
-            out, range_nats = jax.checkpoint(functools.partial(chunk, start=start, causal=causal))(
+            keys = _keys_in_reach(start, stop, key.shape[1], causal, window)
+            extra = _of_keys(next(extras_of_chunks), keys)
+            if keys.start >= keys.stop:
+                shape = (*query.shape[:1], query.shape[2], stop - start, value.shape[3])
+                outputs.append(jnp.zeros(shape, jnp.float32))
+                continue
+            out, range_nats = jax.checkpoint(
+                functools.partial(chunk, start=start, first_key=keys.start)
+            )(
                 _rows_of_keys(q_BHTD[:, :, start:stop], k_BHSD.shape[1]),
-                k_BHSD[:, :, :seen],
-                v_BHSD[:, :, :seen],
-                jax.tree.map(lambda x, seen=seen: x[:, :, :seen], exponent),
+                k_BHSD[:, :, keys],
+                v_BHSD[:, :, keys],
+                jax.tree.map(lambda x, keys=keys: x[:, :, keys], exponent),
                 None if segment_ids is None else segment_ids[:, start:stop],
-                None if segment_ids is None else segment_ids[:, :seen],
+                None if segment_ids is None else segment_ids[:, keys],
+                extra,
             )
             outputs.append(_rows_of_keys(out, query.shape[2]))
             ranges.append(range_nats)
         out_BTHD = jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3)
-        return out_BTHD.astype(value.dtype), jnp.stack(ranges).max()
+        range_nats = jnp.stack(ranges).max() if ranges else jnp.float32(0)
+        return out_BTHD.astype(value.dtype), range_nats
 
-    return run(query, key, value)
+    return run(query, key, value, extras.bias)
+
+
+def _keys_in_reach(
+    start: int, stop: int, keys: int, causal: bool, window: tuple[int, int] | None
+) -> slice:
+    """Those that queries from `start` to `stop` may see; of no length where there are none."""
+    before, after = (keys + stop, keys) if window is None else window
+    last = min(keys, stop if causal else keys, stop + after)
+    return slice(max(0, start - before), last)
+
+
+def _cut(extras: Extras, length: int) -> Iterator[Extras]:
+    """What there is for each chunk of queries. Lengths are given to every one of them."""
+    step = chunk_length(length)
+    sizes = [min(step, length - start) for start in range(0, length, step)]
+
+    def chunks(x):
+        if x is None or x.shape[2] == 1:
+            return itertools.repeat(x)
+        return jax.lax.split(x, sizes, axis=2)  # whose gradient is one array, not a sum of so many
+
+    for bias, mask in zip(chunks(extras.bias), chunks(extras.mask)):
+        yield extras._replace(bias=bias, mask=mask)
+
+
+def _of_keys(extras: Extras, keys: slice) -> Extras:
+    def cut(x):
+        return x if x is None or x.shape[3] == 1 else x[..., keys]
+
+    return extras._replace(bias=cut(extras.bias), mask=cut(extras.mask))
 
 
 def _chunk(
-    q_BHCD, k_BHSD, v_BHSD, exponent, q_segments, k_segments,
-    *, kind, logits_scale, logits_soft_cap, shared_segment, group, start, causal,
+    q_BHCD, k_BHSD, v_BHSD, exponent, q_segments, k_segments, extras,
+    *, kind, logits_scale, logits_soft_cap, shared_segment, group, causal, window, start, first_key,
 ):  # fmt: skip
     """One chunk of queries, which begins at position `start`, against its keys.
 
-    q_BHCD has the queries of all heads of a group, one head after the other; the segments are those
-    of one.
+    q_BHCD has the queries of all heads of a group, one head after the other; the segments and the
+    extras are those of one.
     """
     k_BHSD = k_BHSD.astype(q_BHCD.dtype)
     logits = jnp.einsum("bhcd,bhsd->bhcs", q_BHCD, k_BHSD, preferred_element_type=jnp.float32)
@@ -119,7 +192,7 @@ def _chunk(
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     queries, keys = logits.shape[2] // group, logits.shape[3]
     if causal:
-        later = start + jnp.arange(queries)[:, None] < jnp.arange(keys)
+        later = start - first_key + jnp.arange(queries)[:, None] < jnp.arange(keys)
         logits = jnp.where(_of_heads(later, group), -jnp.inf, logits)
     in_use = None
     if k_segments is not None:
@@ -132,13 +205,58 @@ def _chunk(
             seen |= shared[:, None, :]
             in_use |= shared
         logits = jnp.where(_of_heads(seen, group)[:, None], logits, -jnp.inf)
+    blind = None
+    if window is not None or extras.given():
+        logits = _restricted(logits, extras, group, window, start, first_key)
+        blind = (logits == -jnp.inf).all(-1, keepdims=True)
+    # A query that sees nothing is given all keys, so that nothing is infinite, and then 0.
+    softmax_logits = logits if blind is None else jnp.where(blind, 0, logits)
     if kind == "standard":
         # Without this the gradient of a masked probability, huge where the value is, would meet 0.
-        probs = jnp.where(logits > -jnp.inf, jax.nn.softmax(logits, axis=-1), 0)
+        probs = jnp.where(logits > -jnp.inf, jax.nn.softmax(softmax_logits, axis=-1), 0)
         return jnp.einsum("bhcs,bhsd->bhcd", probs, v_BHSD), jnp.float32(0)
     mantissa, power = exponent
+    if blind is not None:
+        in_use_BHS1 = (logits > -jnp.inf).any(axis=2)[..., None]
+        power = jnp.where(in_use_BHS1, power, NOT_IN_USE)
+        power = jnp.where(in_use_BHS1.any(axis=2, keepdims=True), power, 0)
+        exp_v, reference = _exp_relative(mantissa, power, None)
+        out, range_nats = _laser_readout(softmax_logits, v_BHSD, exp_v, reference)
+        return jnp.where(blind, 0, out), range_nats
     exp_v, reference = _exp_relative(mantissa, power, in_use)
     return _laser_readout(logits, v_BHSD, exp_v, reference)
+
+
+def _restricted(
+    logits: Array, extras: Extras, group: int, window: tuple[int, int] | None,
+    start: int, first_key: int,
+) -> Array:  # fmt: skip
+    """(B, H, R, S) logits with the bias, and -inf at keys that are not to be seen."""
+    queries, keys = logits.shape[2] // group, logits.shape[3]
+    of_rows = functools.partial(_of_rows, heads=logits.shape[1], group=group, queries=queries)
+    query, key = start + jnp.arange(queries)[:, None], first_key + jnp.arange(keys)
+    if extras.bias is not None:
+        logits += of_rows(extras.bias).astype(jnp.float32)
+    seen = []
+    if extras.mask is not None:
+        seen.append(extras.mask)
+    if window is not None:
+        before, after = window
+        seen.append(((query - key <= before) & (key - query <= after))[None, None])
+    for position, lengths in ((query, extras.query_lengths), (key[None], extras.key_lengths)):
+        if lengths is not None:
+            seen.append((position < lengths[:, None, None])[:, None])
+    for one in seen:
+        logits = jnp.where(of_rows(one), logits, -jnp.inf)
+    return logits
+
+
+def _of_rows(x: Array, heads: int, group: int, queries: int) -> Array:
+    """(·, 1 or all heads of queries, 1 or C, ·) as what broadcasts to (B, H, R, S)."""
+    if group == 1 or x.shape[1:3] == (1, 1):
+        return x
+    x = jnp.broadcast_to(x, (*x.shape[:2], queries, x.shape[3]))
+    return _of_heads(x, group) if x.shape[1] == 1 else _rows_of_keys(x, heads)
 
 
 def _rows_of_keys(x_BHCD: Array, heads: int) -> Array:
@@ -171,7 +289,7 @@ def _exp_relative(mantissa: Array, power: Array, in_use: Array | None) -> tuple[
     of the reference and count as 0.
     """
     if in_use is not None:
-        power = jnp.where(in_use[:, None, :, None], power, -(2**30))
+        power = jnp.where(in_use[:, None, :, None], power, NOT_IN_USE)
     reference = power.max(axis=2, keepdims=True)
     return mantissa * _power_of_two(power - reference), reference
 

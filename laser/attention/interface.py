@@ -1,4 +1,4 @@
-"""The one function to call, and the choice of implementation behind it.
+"""The function that the models call, and the choice of implementation behind it.
 
 `auto` takes `pallas`, the fused kernels, on TPUs where they can serve, `cudnn` on GPUs where that
 can, and `chunked` (XLA, exact on every backend) elsewhere. The kernels compile for TPUs and are
@@ -21,7 +21,8 @@ from laser.attention.kernels import fused
 
 Array = jax.Array
 Implementation = Literal["auto", "pallas", "cudnn", "chunked", "reference", "paper"]
-MODULES: dict[str, Any] = {"pallas": fused, "cudnn": cudnn, "chunked": chunked}
+FUSED = {"pallas": fused, "cudnn": cudnn}
+MODULES: dict[str, Any] = {**FUSED, "chunked": chunked}
 
 
 def attention(
@@ -89,25 +90,30 @@ def attention(
         "segment_ids": segment_ids,
         "logits_soft_cap": logits_soft_cap,
     }
-    if implementation == "auto":
-        implementation, why = _choose(
-            query, value, kind, segment_ids, shared_segment, logits_soft_cap
-        )
-        _log_choice(kind, implementation, _platform(), why)
     if shared_segment is not None:
-        _check_shared_segment(implementation)
         options["shared_segment"] = shared_segment
+    out, range_nats = dispatch(query, key, value, kind, implementation, options)
+    return (out, range_nats) if return_range else out
+
+
+def dispatch(
+    query: Array, key: Array, value: Array, kind: str, implementation: Implementation, options: dict
+) -> tuple[Array, Array]:
+    """Output, in the dtype of `value`, and range, by the implementation that serves such a call."""
+    if implementation == "auto":
+        implementation, why = _choose(query, key, value, kind, options)
+        _log_choice(kind, implementation, _platform(), why)
     if module := MODULES.get(implementation):
+        _check_options(implementation, query, key, options)
         out, range_nats = module.attention(query, key, value, kind=kind, **options)
     else:
         paper = implementation == "paper"
         out = reference.attention(query, key, value, kind=kind, paper=paper, **options)
         range_nats = jnp.float32(0)
-    out = out.astype(value.dtype)
-    return (out, range_nats) if return_range else out
+    return out.astype(value.dtype), range_nats
 
 
-def _check(query, key, value, kind, segment_ids, implementation) -> None:
+def check_names(kind: str, implementation: str) -> None:
     if kind not in ("standard", "laser"):
         raise ValueError(f"kind={kind!r}: must be 'standard' or 'laser'")
     names = get_args(Implementation)
@@ -115,6 +121,10 @@ def _check(query, key, value, kind, segment_ids, implementation) -> None:
         raise ValueError(f"implementation={implementation!r}: must be one of {', '.join(names)}")
     if implementation == "paper" and kind == "standard":
         raise ValueError("implementation='paper' is a form of LASER; use kind='laser'")
+
+
+def _check(query, key, value, kind, segment_ids, implementation) -> None:
+    check_names(kind, implementation)
     rest = (*query.shape[:2], *query.shape[3:])
     if query.ndim != 4 or key.ndim != 4 or (*key.shape[:2], *key.shape[3:]) != rest:
         raise ValueError(
@@ -141,28 +151,36 @@ def _platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def _choose(
-    query, value, kind, segment_ids, shared_segment, logits_soft_cap
-) -> tuple[Implementation, str]:
+def _choose(query, key, value, kind: str, options: dict) -> tuple[Implementation, str]:
     """The implementation that `auto` stands for, and why it is not the platform's fused one."""
     platform = _platform()
     try:
-        if platform in ("tpu", "gpu") and shared_segment is not None:
-            _check_shared_segment("pallas" if platform == "tpu" else "cudnn")
         if platform == "tpu":
+            _check_options("pallas", query, key, options)
             fused.check(query, value)
             return "pallas", ""
         if platform == "gpu":
-            cudnn.check(query, value, kind, segment_ids, logits_soft_cap)
+            _check_options("cudnn", query, key, options)
+            cudnn.check(query, value, kind, options["segment_ids"], options["logits_soft_cap"])
             return "cudnn", ""
     except ValueError as limit:
         return "chunked", f" ({limit})"
     return "chunked", ""
 
 
-def _check_shared_segment(implementation: str) -> None:
-    if implementation in ("pallas", "cudnn"):
-        raise ValueError(f"implementation={implementation!r} has no shared_segment; use 'chunked'")
+def _check_options(implementation: str, query: Array, key: Array, options: dict) -> None:
+    """Raises ValueError, naming the options, where the implementation does not know them."""
+    if implementation not in FUSED:
+        return
+    extras = options.get("extras", chunked.NO_EXTRAS)
+    unknown = [name for name, x in extras._asdict().items() if x is not None]
+    unknown += [name for name in ("shared_segment", "window") if options.get(name) is not None]
+    if query.shape[1] != key.shape[1]:
+        unknown.append("keys of another length than queries")
+    if unknown:
+        raise ValueError(
+            f"implementation={implementation!r} has no {' and no '.join(unknown)}; use 'chunked'"
+        )
 
 
 @functools.cache

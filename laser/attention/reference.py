@@ -3,17 +3,26 @@
 This is the oracle that the fast implementations are held to. It computes in the dtype of its inputs
 (at least float32), so that float64 inputs give float64 values and float64 gradients by autodiff.
 
-Shapes: B batch, T query positions, S key positions (S = T), H heads, D size of a query or a value.
+Shapes: B batch, T query positions, S key positions, H heads, D size of a query or a value.
 """
 
 import jax
 import jax.numpy as jnp
 
+from laser.attention.chunked import NO_EXTRAS, Extras
+
 Array = jax.Array
 
 
 def visible(
-    length: int, causal: bool, segment_ids: Array | None, shared_segment: int | None = None
+    length: int,
+    causal: bool,
+    segment_ids: Array | None,
+    shared_segment: int | None = None,
+    *,
+    keys: int | None = None,
+    window: tuple[int, int] | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> Array:
     """Which key each query may see.
 
@@ -22,18 +31,29 @@ def visible(
       causal: a query sees no later key.
       segment_ids: (B, T) int, or None; a query sees keys of its own segment only.
       shared_segment: and those of this one.
+      keys: S, where it is not T.
+      window: how many keys before its own position a query sees, and how many after it.
+      extras: mask and lengths, see `Extras`.
 
     Returns:
-      (1 or B, 1, T, S) bool.
+      (1 or B, 1 or H, T, S) bool.
     """
-    position = jnp.arange(length)
-    seen = (position[:, None] >= position) if causal else jnp.ones((length, length), bool)
+    query, key = jnp.arange(length)[:, None], jnp.arange(length if keys is None else keys)
+    seen = (query >= key) if causal else jnp.ones((length, key.size), bool)
+    if window is not None:
+        seen &= (key >= query - window[0]) & (key <= query + window[1])
     seen = seen[None, None]
     if segment_ids is not None:
         together = segment_ids[:, :, None] == segment_ids[:, None, :]
         if shared_segment is not None:
             together |= segment_ids[:, None, :] == shared_segment
         seen &= together[:, None]
+    if extras.mask is not None:
+        seen = seen & extras.mask
+    if extras.query_lengths is not None:
+        seen = seen & (query < extras.query_lengths[:, None, None, None])
+    if extras.key_lengths is not None:
+        seen = seen & (key < extras.key_lengths[:, None, None, None])
     return seen
 
 
@@ -46,13 +66,25 @@ def log_probabilities(
     segment_ids: Array | None,
     logits_soft_cap: float | None,
     shared_segment: int | None = None,
+    window: tuple[int, int] | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> Array:
-    """log softmax(M + scale · Q Kᵀ), -inf where a key is not visible. Returns (B, H, T, S)."""
+    """log softmax(M + bias + scale · Q Kᵀ), -inf where a key is not visible. Returns (B, H, T, S).
+
+    Of a query that sees no key, all are -inf; no gradient goes through them.
+    """
     logits = jnp.einsum("bthd,bshd->bhts", query, key, precision="highest") * logits_scale
     if logits_soft_cap:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    seen = visible(query.shape[1], causal, segment_ids, shared_segment)
-    return jax.nn.log_softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    if extras.bias is not None:
+        logits += extras.bias
+    seen = visible(
+        query.shape[1], causal, segment_ids, shared_segment,
+        keys=key.shape[1], window=window, extras=extras,
+    )  # fmt: skip
+    logits = jnp.where(seen, logits, -jnp.inf)
+    blind = (logits == -jnp.inf).all(-1, keepdims=True)
+    return jnp.where(blind, -jnp.inf, jax.nn.log_softmax(jnp.where(blind, 0, logits), axis=-1))
 
 
 def standard(log_probs: Array, value: Array) -> Array:
@@ -104,4 +136,7 @@ def attention(
         key.astype(jnp.promote_types(key.dtype, jnp.float32)),
         **options,
     )
-    return readout(log_probs, value)
+    # A query that sees no key is given all of them, and then 0: no gradient is infinite.
+    blind_BHT = (log_probs == -jnp.inf).all(-1)
+    out = readout(jnp.where(blind_BHT[..., None], 0, log_probs), value)
+    return jnp.where(blind_BHT.transpose(0, 2, 1)[..., None], 0, out)

@@ -234,8 +234,9 @@ def described_mesh(platform):
 def test_auto_takes_what_serves_the_devices_of_the_mesh(platform, kind, size, dtype, chosen):
     x = jax.ShapeDtypeStruct((1, 128, 2, size), dtype)
     with jax.sharding.use_abstract_mesh(described_mesh(platform)):
-        assert interface._choose(x, x, kind, None, None, None)[0] == chosen
-        assert interface._choose(x, x, kind, None, 0, None)[0] == "chunked"
+        options = {"segment_ids": None, "logits_soft_cap": None}
+        assert interface._choose(x, x, x, kind, options)[0] == chosen
+        assert interface._choose(x, x, x, kind, options | {"shared_segment": 0})[0] == "chunked"
 
 
 @pytest.mark.parametrize("length", [1, 128, 129, 1000, 1024, 1025, 1536, 8192])
