@@ -17,6 +17,7 @@ a head of keys, one head after the other), T queries, S keys, D size.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -155,8 +156,6 @@ def _attention_backward(
         # Gradients are linear in dO: divided by small sums, one of about 1 stays within range.
         power = torch.frexp(d.abs().amax((-2, -1), keepdim=True)).exponent.clamp(-120, 120)
         d = torch.ldexp(d, -power)
-        if chunk.empty is not None:
-            d = d.masked_fill(chunk.empty, 0)
         d_fast = d.masked_fill(~chunk.certified, 0)
         d_y = d_fast / chunk.y.masked_fill(~chunk.certified, 1)
         d_logits = chunk.probs * (d_y @ chunk.exp_v.mT - d_fast.sum(-1, keepdim=True))
@@ -178,12 +177,127 @@ def _attention_backward(
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_mask
 
 
-class _Inputs(NamedTuple):
-    """What an operator is given; the chunks of queries, and what is formed for one."""
+class _Inputs:
+    """What an operator is given, wide, and what one chunk of queries makes of it."""
+
+    def __init__(self, query, key, value, mask, is_causal, scale):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        self.query, self.key, self.value = query, key.to(dtype), value.to(dtype)
+        self.mask, self.is_causal, self.scale = mask, is_causal, scale
+        self.heads, self.kv_heads = query.shape[1], key.shape[1]
+        bounded = self.value.clamp(-LARGEST_EXPONENTIATED, LARGEST_EXPONENTIATED) * LOG2_E
+        whole = bounded.floor()
+        self.mantissa, self.power = torch.exp2(bounded - whole), whole.to(torch.int32)
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Where each begins and ends: short ones skip more of the causal square."""
+        length = self.query.shape[2]
+        step = 128 if length <= 2048 else 256
+        return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+    def by_key_head(self, x: Tensor) -> Tensor:
+        """(B, H, C, ·) -> (B, K, H / K · C, ·); a mask of one head is repeated."""
+        if self.heads == self.kv_heads:
+            return x
+        x = x.expand(-1, self.heads, -1, -1)
+        return x.reshape(x.shape[0], self.kv_heads, -1, x.shape[-1])
+
+    def by_head(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], self.heads, -1, x.shape[-1])
+
+    def chunk(self, start: int, stop: int) -> "_Chunk":
+        query = self.by_key_head(self.query[:, :, start:stop]).to(self.key.dtype)
+        seen = min(stop, self.key.shape[2]) if self.is_causal else self.key.shape[2]
+        logits = (query @ self.key[:, :, :seen].mT) * self.scale
+        empty, power = None, self.power[:, :, :seen]
+        if self.is_causal:
+            later = torch.arange(start, stop, device=query.device)[:, None] < torch.arange(
+                seen, device=query.device
+            )
+            logits = logits.masked_fill(later.repeat(self.heads // self.kv_heads, 1), -math.inf)
+        if self.mask is not None:
+            rows = slice(None) if self.mask.shape[2] == 1 else slice(start, stop)
+            mask = self.mask[:, :, rows].expand(-1, -1, stop - start, -1)
+            mask = self.by_key_head(mask)
+            if mask.dtype == torch.bool:
+                logits = logits.masked_fill(~mask, -math.inf)
+            else:
+                logits = logits + mask
+            visible = logits > -math.inf
+            empty = ~visible.any(-1, keepdim=True)
+            # A key that no query of the chunk sees counts as 0 and sets no reference.
+            power = power.masked_fill(~visible.any(-2)[..., None], -(2**20))
+        reference = power.amax(2, keepdim=True)
+        exp_v = torch.ldexp(self.mantissa[:, :, :seen], power - reference)
+        probs = logits.softmax(-1)
+        if empty is not None:
+            probs = probs.masked_fill(empty, 0)
+        y = probs @ exp_v
+        mantissa, exponent = torch.frexp(y)
+        fast = mantissa.log() + (exponent + reference).to(y.dtype) * LN_2
+        certified = (
+            (y >= SMALLEST_CERTIFIED) & (y < math.inf) & (fast.abs() <= LARGEST_CERTIFIED_OUTPUT)
+        )
+        value = self.value[:, :, :seen]
+        return _Chunk(query, value, logits, exp_v, probs, y, fast, certified, empty)
+
+
+class _Chunk(NamedTuple):
+    """Of all heads: query and fast (B, K, C, D), logits (B, K, C, S), exp_v = exp(V) / 2^reference.
+
+    `fast` is the output where `certified`; `empty` (B, K, C, 1) are the queries that see no key.
+    """
 
     query: Tensor
-    key: Tensor
     value: Tensor
-    mask: Tensor | None
-    is_causal: bool
-    scale: float
+    logits: Tensor
+    exp_v: Tensor
+    probs: Tensor
+    y: Tensor
+    fast: Tensor
+    certified: Tensor
+    empty: Tensor | None
+
+    def uncertified(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]]:
+        """What log space needs, some elements at a time: (b, h, c, d) and, of each element's keys,
+        log A + V - its largest visible V, that value, and A."""
+        missing = ~self.certified if self.empty is None else ~(self.certified | self.empty)
+        at_all = missing.nonzero()
+        for at in at_all.split(max(1, ELEMENTS_AT_ONCE // self.logits.shape[-1])):
+            b, h, c, feature = at.unbind(-1)
+            log_probs = self.logits[b, h, c].log_softmax(-1)
+            hidden = log_probs == -math.inf
+            value = self.value.mT[b, h, feature].masked_fill(hidden, -math.inf)
+            largest = value.amax(-1)
+            terms = (log_probs + (value - largest[:, None])).masked_fill(hidden, -math.inf)
+            yield (b, h, c, feature), terms, largest, log_probs.exp()
+
+
+@_attention.register_fake
+def _(query, key, value, mask, is_causal, scale):
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+@_attention_backward.register_fake
+def _(d_out, query, key, value, mask, is_causal, scale, mask_too):
+    d_mask = torch.zeros_like(mask) if mask_too and mask is not None else query.new_empty(0)
+    d_query, d_key, d_value = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+    )
+    return d_query, d_key, d_value, d_mask
+
+
+def _keep(ctx, inputs, output) -> None:
+    query, key, value, mask, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, mask)
+
+
+def _backward(ctx, d_out):
+    mask_too = ctx.needs_input_grad[3]
+    *gradients, d_mask = _attention_backward(
+        d_out, *ctx.saved_tensors, ctx.is_causal, ctx.scale, mask_too
+    )
+    return *gradients, d_mask if mask_too else None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
