@@ -1,6 +1,7 @@
 """What `pip install` brings: the wheel in an environment that has jax and what jax needs alone."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -36,11 +37,14 @@ def run(*command, cwd):
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The sdist, and the wheel that is made of it."""
-    folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
+def build(folder):
+    """The sdist, and the wheel that is made of it, of a copy: building leaves files behind."""
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", cwd=ROOT)
+    for name in filter(None, listed.split("\0")):
+        copy = folder / "checkout" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, copy)
+    run(sys.executable, "-m", "build", "--outdir", folder, folder / "checkout", cwd=folder)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return sdist, wheel
 
@@ -58,11 +62,9 @@ def needed(name, found=None):
     return found
 
 
-@pytest.fixture(scope="module")
-def fresh_python(tmp_path_factory):
+def fresh_python(folder):
     """Python of a new environment, with links to the installed jax and what it needs."""
-    folder = tmp_path_factory.mktemp("fresh")
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     (packages,) = folder.glob("lib/python*/site-packages")
     for distribution in needed("jax").values():
         for top in {file.parts[0] for file in distribution.files or []} - {".."}:
@@ -72,23 +74,25 @@ def fresh_python(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_works_with_jax_alone(built, fresh_python, tmp_path):
-    install = ("-m", "pip", "--python", fresh_python, "install", "--no-index", built[1])
+def test_sdist_and_wheel(tmp_path):
+    """One test, so that they are built once."""
+    sdist, wheel = build(tmp_path)
+    check_contents(sdist, wheel)
+    check_extras(wheel)
+    python = fresh_python(tmp_path / "fresh")
+    install = ("-m", "pip", "--python", python, "install", "--no-index", wheel)
     run(sys.executable, *install, cwd=tmp_path)
-    version, value, gradient = run(fresh_python, "-I", "-c", PROGRAM, cwd=tmp_path).split()
+    version, value, gradient = run(python, "-I", "-c", PROGRAM, cwd=tmp_path).split()
     assert version == laser.__version__
     assert 0 < float(value) < 12
     # Each of the 12 outputs' gradients sums to 1 over the values.
     assert float(gradient) == pytest.approx(12, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_wheel_and_sdist_hold_what_they_should(built):
-    sdist, wheel = built
+def check_contents(sdist, wheel):
     files = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
     assert {name.split("/")[0] for name in files} == FOLDERS
-    tracked = run("git", "ls-files", *sorted(FOLDERS), cwd=ROOT).split()
-    assert files >= set(tracked)
+    assert files >= set(run("git", "ls-files", *sorted(FOLDERS), cwd=ROOT).split())
     assert {"configs/c4_store.flags", "export/remote/modeling_laser.py"} <= files
     assert "laser/py.typed" in files
     with tarfile.open(sdist) as archive:
@@ -97,10 +101,10 @@ def test_wheel_and_sdist_hold_what_they_should(built):
     assert not [name for name in in_sdist | files if name.startswith("tests")]
 
 
-@pytest.mark.slow
-def test_extras_are_the_requirements_files(built):
-    names = [name for name in zipfile.ZipFile(built[1]).namelist() if name.endswith("METADATA")]
-    lines = zipfile.ZipFile(built[1]).read(*names).decode().splitlines()
+def check_extras(wheel):
+    """Those of the requirements files, with their bounds."""
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("METADATA")]
+    lines = zipfile.ZipFile(wheel).read(*names).decode().splitlines()
     found = {}
     for line in lines:
         if line.startswith("Requires-Dist: "):
@@ -112,8 +116,8 @@ def test_extras_are_the_requirements_files(built):
         extra: {str(Requirement(line)) for line in read(file)} for extra, file in extras().items()
     }
     jax = {line for line in expected["train"] if Requirement(line).name == "jax"}
-    assert found == {None: jax, **expected}
     assert len(jax) == 1
+    assert found == {None: jax, **expected}
 
 
 def extras():
