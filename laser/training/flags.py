@@ -24,6 +24,7 @@ from laser.training.config import RunConfig, load_config, nearest
 from laser.training.run_folder import load_record
 
 EXIT_BAD_CONFIG = 2
+ROOT = Path(__file__).resolve().parents[2]  # configs/ lies here, also where this is installed
 CONFIG_HELP = """\
   --config: file of a recipe, such as configs/c4.py:size=2p2b, with its arguments after the colon
   --config.SECTION.FIELD: one field of it; all are in configs/base.py"""
@@ -87,6 +88,8 @@ def read_config_file(path: str) -> ConfigDict:
 
 def call_in_file(file: str, name: str, arguments: Sequence[str], kind: type[T]) -> T:
     """What a function of a config file returns, a `kind`. Raises ValueError with one line."""
+    if not Path(file).is_file() and (ROOT / file).is_file():
+        file = str(ROOT / file)
     if not Path(file).is_file():
         known = [str(found) for found in sorted(Path("configs").rglob("*.py"))]
         raise ValueError(f"no config file {file!r}{nearest(file, known)}")

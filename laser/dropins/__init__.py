@@ -1,0 +1,1 @@
+"""LASER in other people's layers: a module for each framework, which it imports alone."""

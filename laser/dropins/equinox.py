@@ -1,0 +1,114 @@
+"""equinox.nn.MultiheadAttention with LASER: the same constructor, parameters and call.
+
+Equinox writes its layers for one example and calls them under jax.vmap. There a choice between two
+paths becomes both of them, and LASER's slow exact path would always run. So a batch by vmap becomes
+the batch of `dot_product_attention` here, forward and backward.
+"""
+
+import equinox
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from laser.attention import dot_product_attention
+
+Array = jax.Array
+
+
+class MultiheadAttention(equinox.nn.MultiheadAttention):
+    """log(softmax(Q Kᵀ / √D) exp(V)) of each head (arXiv 2411.03493) between the projections."""
+
+    def __call__(
+        self,
+        query: Array,
+        key_: Array,
+        value: Array,
+        mask: Array | None = None,
+        *,
+        key: Array | None = None,
+        inference: bool | None = None,
+        process_heads=None,
+    ) -> Array:
+        """As equinox.nn.MultiheadAttention, with LASER.
+
+        Args:
+          query: (T, query_size).
+          key_: (S, key_size).
+          value: (S, value_size).
+          mask: (T, S) or (num_heads, T, S) bool, True where a key is seen.
+          key: of no effect without dropout.
+          inference: no dropout.
+          process_heads: a function of the heads of query, key and value that returns them changed,
+            such as rotated.
+
+        Returns:
+          (T, output_size).
+
+        Raises:
+          ValueError: dropout outside of inference, or shapes that do not fit.
+        """
+        inference = self.dropout.inference if inference is None else inference
+        if self.dropout.p and not inference:
+            raise ValueError(
+                f"dropout_p={self.dropout.p}: LASER has no dropout of probabilities; make the "
+                "layer with dropout_p=0, or call it with inference=True"
+            )
+        heads = (
+            self._project(self.query_proj, query),
+            self._project(self.key_proj, key_),
+            self._project(self.value_proj, value),
+        )
+        if process_heads is not None:
+            heads = process_heads(*heads)
+        if mask is not None:
+            mask = jnp.asarray(mask, bool)
+            mask = mask[None] if mask.ndim == 3 else mask[None, None]
+        out = _attention(*(x[None] for x in heads), mask)[0]
+        return jax.vmap(self.output_proj)(out.reshape(out.shape[0], -1))
+
+
+def _laser(query, key, value, mask):
+    return dot_product_attention(query, key, value, mask=mask, kind="laser")
+
+
+def _as_one_batch(function):
+    """`function` of arrays (B, ...), of which vmap makes longer batches."""
+    function = custom_vmap(function)
+
+    @function.def_vmap
+    def rule(axis_size, in_batched, *arguments):
+        def merged(x, is_batched):
+            x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = function(*jax.tree.map(merged, arguments, tuple(in_batched)))
+        split = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
+        return split, jax.tree.map(lambda _: True, out)
+
+    return function
+
+
+_forward = _as_one_batch(_laser)
+
+
+@_as_one_batch
+def _gradients(query, key, value, mask, d_out):
+    _, vjp = jax.vjp(lambda *arrays: _laser(*arrays, mask), query, key, value)
+    return vjp(d_out)
+
+
+@jax.custom_vjp
+def _attention(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """(1, T, N, D), (1, S, N, D), (1, S, N, D_v) and (1, N or 1, T, S) -> (1, T, N, D_v)."""
+    return _forward(query, key, value, mask)
+
+
+def _attention_fwd(*arguments):
+    return _forward(*arguments), arguments
+
+
+def _attention_bwd(arguments, d_out):
+    return *_gradients(*arguments, d_out), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
