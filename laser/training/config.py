@@ -33,11 +33,14 @@ class DataConfig:
     seq_len: int
     segment_ids: bool
     shuffle_seed: int
+    block_rows: int
     prefetch: int
+    read_ahead: int
+    requests: int
 
     def __post_init__(self):
-        _require_at_least(1, "data", self, "seq_len", "prefetch")
-        _require_at_least(0, "data", self, "shuffle_seed")
+        _require_at_least(1, "data", self, "seq_len", "block_rows", "prefetch", "requests")
+        _require_at_least(0, "data", self, "shuffle_seed", "read_ahead")
         require(
             not (self.store and self.tasks),
             f"data.store={self.store} and data.tasks={self.tasks}: one of them must be empty",

@@ -1,7 +1,7 @@
 """A run's folder is self-contained: config, tokenizer and data fingerprint lie in it.
 
-config.json       {"config": every field, "data": {"fingerprint": ...}, "init_step": ...,
-                  "tokenizer": sha256 of tokenizer.model, "sha256": of all the rest}
+config.json       {"config": every field, "data": {"fingerprint": ..., "order": ...},
+                  "init_step": ..., "tokenizer": sha256 of tokenizer.model, "sha256": of all the rest}
 config.N.json     those before it, where --allow_config_change has changed it
 tokenizer.model   a copy of the data's
 checkpoints/      laser/training/checkpoint.py; each names the sha256 of the config it belongs to
@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from data.order import ORDER
 from data.sealed import SEAL, file_sha256, seal, unseal
 from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
@@ -185,7 +186,7 @@ def write_run(folder: Path, record: Mapping[str, Any], tokenizer_path: str | Pat
 
 
 def _record(config: RunConfig, rows: "Rows", init_step: int | None) -> dict[str, Any]:
-    data = {"fingerprint": rows.fingerprint}
+    data = {"fingerprint": rows.fingerprint, "order": ORDER}
     tokenizer = file_sha256(Path(rows.tokenizer_path))
     return {
         "config": to_dict(config), "data": data, "init_step": init_step, "tokenizer": tokenizer,
@@ -339,4 +340,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     was, now = old["data"]["fingerprint"], new["data"]["fingerprint"]
     if was != now:
         lines.append(f"data: the fingerprint {was} -> {now} (other text or tokenizer)")
+    if old["data"].get("order") != new["data"]["order"]:
+        lines.append(
+            "data: this version reads the rows in another order than the run has read them"
+        )
     return lines
