@@ -1,7 +1,8 @@
 """A run's folder is self-contained: config, tokenizer and data fingerprint lie in it.
 
 config.json       {"config": every field, "data": {"fingerprint": ..., "order": ...},
-                  "init_step": ..., "tokenizer": sha256 of tokenizer.model, "sha256": of all the rest}
+                  "init_step": ..., "tokenizer": sha256 of tokenizer.model,
+                  "sha256": of all the rest}
 config.N.json     those before it, where --allow_config_change has changed it
 tokenizer.model   a copy of the data's
 checkpoints/      laser/training/checkpoint.py; each names the sha256 of the config it belongs to
