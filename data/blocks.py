@@ -75,6 +75,11 @@ class BlockReader:
         """Ends the threads, after what they are reading. May be called more than once."""
         self._pool.shutdown(cancel_futures=True)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are kept, or being read."""
+        return len(self._blocks)
+
     def _look_ahead(self) -> None:
         while len(self._window) <= self._read_ahead:
             step, places = next(self._plan, (0, None))

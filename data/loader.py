@@ -30,6 +30,7 @@ from data.store import Split
 
 Batch = dict[str, jax.Array]
 Arrays = dict[str, np.ndarray]
+PLANNED_ROWS = 1024  # at a time: the arithmetic of fewer takes as long
 POLL_SECONDS = 0.05  # how long close() may wait for the thread to notice
 
 
@@ -81,10 +82,15 @@ def train_batches(
     shape = (batch_size, seq_len)
     ranges = host_ranges(shape, sharding)
 
+    own = np.concatenate([np.arange(*part) for part in ranges])
+    together = -(-PLANNED_ROWS // batch_size)
+
     def plan() -> Iterator[tuple[int, Places]]:
-        for step in range(start_step, stop_step):
-            places = split.places(seed, step, batch_size, seq_len, block_rows)
-            yield step, places[np.concatenate([np.arange(*part) for part in ranges])]
+        for first in range(start_step, stop_step, together):
+            steps = min(together, stop_step - first)
+            places = split.places(seed, first, batch_size, seq_len, block_rows, steps)
+            for i in range(steps):
+                yield first + i, places[i * batch_size + own]
 
     def make_batch(step: int) -> tuple[int, Batch]:
         _, rows = next(reader)

@@ -116,16 +116,22 @@ class Mixture:
         return periods * self._before[-1] + self._before[rest]
 
     def places(
-        self, seed: int, step: int, batch_size: int, seq_len: int, block_rows: int = BLOCK_ROWS
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        seq_len: int,
+        block_rows: int = BLOCK_ROWS,
+        steps: int = 1,
     ) -> Places:
-        """Where the rows of a step's global batch are, as `data.order.step_places`.
+        """Where the rows of the global batches of steps are, as `data.order.step_places`.
 
         A store has its share of the lanes, to the nearest whole number. Where its share of a batch
         is none, lanes wander from host to host, and those that share a block read it each.
         """
-        numbers = step * batch_size + np.arange(batch_size, dtype=np.int64)
+        numbers = step * batch_size + np.arange(steps * batch_size, dtype=np.int64)
         periods, within = np.divmod(numbers, self._period)
-        found = np.empty((3, batch_size), np.int64)
+        found = np.empty((3, len(numbers)), np.int64)
         first = 0
         for k, split in enumerate(self._splits):
             mine = self._turns[within] == k

@@ -84,14 +84,19 @@ def row_ids(
 
 
 def step_places(
-    seed: int, step: int, batch_size: int, num_rows: int, block_rows: int = BLOCK_ROWS
+    seed: int,
+    step: int,
+    batch_size: int,
+    num_rows: int,
+    block_rows: int = BLOCK_ROWS,
+    steps: int = 1,
 ) -> Places:
-    """`row_ids`, with the blocks that they are read with; row i of the batch is that of a lane."""
+    """`row_ids`, with the blocks that they are read with, of `steps` steps one after the other."""
     if step < 0 or batch_size < 1:
         raise ValueError(f"step={step}, batch_size={batch_size}: must be at least 0 and 1")
     _check(num_rows, block_rows)
     epoch, offset = divmod(step * batch_size, num_rows)  # Python integers: no overflow
-    positions = np.uint64(offset) + np.arange(batch_size, dtype=np.uint64)
+    positions = np.uint64(offset) + np.arange(steps * batch_size, dtype=np.uint64)
     return _places(seed, epoch, positions, num_rows, batch_size, block_rows)
 
 

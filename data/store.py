@@ -159,10 +159,16 @@ class Split:
         return self._read(ids, seq_len, self.num_rows(seq_len), 0)[0]
 
     def places(
-        self, seed: int, step: int, batch_size: int, seq_len: int, block_rows: int = BLOCK_ROWS
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        seq_len: int,
+        block_rows: int = BLOCK_ROWS,
+        steps: int = 1,
     ) -> Places:
-        """Where the rows of a step's global batch are: see `data.order.step_places`."""
-        return step_places(seed, step, batch_size, self.num_rows(seq_len), block_rows)
+        """Where the rows of the global batches of steps are: see `data.order.step_places`."""
+        return step_places(seed, step, batch_size, self.num_rows(seq_len), block_rows, steps)
 
     def piece(self, first: int, count: int, seq_len: int) -> np.ndarray:
         """Neighbouring rows, read in one piece (of each shard that they lie in).

@@ -129,7 +129,7 @@ def test_reads_overlap_and_no_more_than_are_asked_for(split):
 def test_no_more_blocks_are_kept_than_the_steps_ahead_need(split):
     plan = ((step, split.places(3, step, 16, LENGTH, 3)) for step in range(24))
     with BlockReader(split, LENGTH, plan, read_ahead=6) as reader:
-        held = [len(reader._blocks) for _ in reader]
+        held = [reader.num_blocks for _ in reader]
     # Of each of the 16 lanes: this step is done, and the 6 after it touch 2 or 3 blocks.
     assert max(held) == 16 * 3
     assert held[-1] == 0

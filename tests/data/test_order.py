@@ -89,10 +89,14 @@ def test_the_order_is_that_of_whole_epochs_written_out():
         for epoch in epochs:
             assert sorted(row for row, *_ in epoch) == list(range(num_rows)), case
         steps = range(2 * num_rows // batch)
+        last = max(len(steps) - 1, 0)
         for step in rng.sample(steps, min(4, len(steps))):
             places = step_places(seed, step, batch, num_rows, block)
             found = list(zip(places.rows, places.first, places.length))
             assert found == [*epochs[0], *epochs[1]][step * batch : (step + 1) * batch], case
+        later = step_places(seed, last, batch, num_rows, block, steps=3)
+        alone = [row_ids(seed, last + i, batch, num_rows, block) for i in range(3)]
+        assert later.rows.tolist() == np.concatenate(alone).tolist(), case
         places = step_places(seed, 0, 2 * num_rows, num_rows, block)  # more than an epoch at once
         halves = places.rows.reshape(2, num_rows)
         assert (np.sort(halves) == np.arange(num_rows)).all(), case
