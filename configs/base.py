@@ -85,6 +85,10 @@ def get_config() -> ConfigDict:
     training.log_every = 10  # steps
     training.eval_every = 1000  # steps, 0 = an epoch; the last step is always evaluated
     training.eval_batches = 0  # batches of the validation split; 0 = all of it
+    training.profile_steps = ""  # trace of the steps FIRST,LAST, as 100,105 (docs/watching.md)
+    # without the end of a step: then the process says where it hangs and ends; 0 = any. Compiling,
+    # evaluation and saves do not count, so it is far above any step
+    training.step_timeout_seconds = 1800.0
 
     config.evaluation = ConfigDict()
     evaluation = config.evaluation

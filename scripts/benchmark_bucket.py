@@ -1,7 +1,7 @@
 """One host that reads its part of a large store far away; part of scripts/benchmark_data.py.
 
-The store has no more than its files' sizes: 1.1 GiB of zeros that take no place on the disk. What is
-measured is the reading side alone: the order, the requests and the rows that come of them.
+The store has no more than its files' sizes: 1.1 GiB of zeros that take no place on the disk. What
+is measured is the reading side alone: the order, the requests and the rows that come of them.
 """
 
 import contextlib

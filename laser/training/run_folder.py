@@ -3,7 +3,7 @@
 config.json       {"config": every field, "data": {"fingerprint": ..., "order": ...},
                   "init_step": ..., "tokenizer": sha256 of tokenizer.model,
                   "sha256": of all the rest}
-config.N.json     those before it, where --allow_config_change has changed it
+config.N.json     those before it, if it has changed: by --allow_config_change, or where data lie
 tokenizer.model   a copy of the data's
 checkpoints/      laser/training/checkpoint.py; each names the sha256 of the config it belongs to
 N.unreadable/     a damaged checkpoint that was moved out of the way
@@ -35,6 +35,11 @@ if TYPE_CHECKING:  # imports jax; what reads a config must not
 
 log = logging.getLogger(__name__)
 
+# May differ when a run goes on: where the same data lie, how they are read, and how it is watched.
+OF_NO_MATTER = (
+    "data.store", "data.tasks_dir", "data.prefetch", "data.read_ahead", "data.requests",
+    "training.profile_steps", "training.step_timeout_seconds",
+)  # fmt: skip
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of some file systems
 _locks: dict[Path, IO[str]] = {}  # of this process, open: to close one is to give it back
 SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
@@ -173,6 +178,7 @@ def _open(
         log.info("%s goes on with another config or other data:", folder)
         for line in changes:
             log.info("  %s", line)
+    if saved and saved[SEAL] != record[SEAL]:  # checkpoints name the old one
         number = len(list(folder.glob("config.*.json")))
         write_atomically(folder / f"config.{number}.json", path.read_text())
     write_run(folder, record, rows.tokenizer_path)
@@ -335,8 +341,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     lines = [
         line
         for line in diff_configs(old["config"], new["config"])
-        # The same data may lie elsewhere.
-        if not line.startswith(("data.store:", "data.tasks_dir:"))
+        if line.partition(":")[0] not in OF_NO_MATTER
     ]
     was, now = old["data"]["fingerprint"], new["data"]["fingerprint"]
     if was != now:
