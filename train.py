@@ -12,6 +12,7 @@ again), 130 stopped by Ctrl-C at once, as before the first step, 1 anything else
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+    began = time.time()
     config, values = parse_or_exit(argv, define_flags, __doc__)
     start_logging()
     tune_cpu()
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> int:
             run, evaluations = _open(config, values)
         except ValueError as error:
             exit_with(argv[0], str(error))
-        code = loop.train(run, evaluations)
+        code = loop.train(run, evaluations, began)
     if code == loop.EXIT_FAILED:
         hosts.leave(code)
     return code

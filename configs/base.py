@@ -48,8 +48,13 @@ def get_config() -> ConfigDict:
     data.tasks_dir = ""  # folder with their data as downloaded; "" = TFDS's
     data.seq_len = 1024  # tokens of a row; of tasks: at most, longer prompts lose their left
     data.segment_ids = False  # True: tokens attend within their own document only
-    data.shuffle_seed = 0  # the order of rows is a function of it and the step, of nothing else
+    data.shuffle_seed = 0  # of the order of rows, see data/order.py
+    # rows that are read in one piece; a batch takes one of each piece, so 1 is the most random
+    # order. 256 are 0.5 MB of 1,024 tokens: for a bucket 50 ms away a request of a few ms' work
+    data.block_rows = 256
     data.prefetch = 2  # batches made ready ahead of the step
+    data.read_ahead = 32  # steps whose pieces are asked for ahead: the seconds a bucket may take
+    data.requests = 64  # reads of a host under way at once
 
     config.optimizer = ConfigDict()
     optimizer = config.optimizer
@@ -80,6 +85,10 @@ def get_config() -> ConfigDict:
     training.log_every = 10  # steps
     training.eval_every = 1000  # steps, 0 = an epoch; the last step is always evaluated
     training.eval_batches = 0  # batches of the validation split; 0 = all of it
+    training.profile_steps = ""  # trace of the steps FIRST,LAST, as 100,105 (docs/watching.md)
+    # without the end of a step: then the process says where it hangs and ends; 0 = any. Compiling,
+    # evaluation and saves do not count, so it is far above any step
+    training.step_timeout_seconds = 1800.0
 
     config.evaluation = ConfigDict()
     evaluation = config.evaluation

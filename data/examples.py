@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from data.loader import Arrays, Batch, Prefetcher, global_batch
-from data.order import row_ids
+from data.order import shuffled
 from data.tokenizer import Tokenizer
 
 
@@ -162,4 +162,4 @@ def _fitted(prompt: str, tokenizer: Tokenizer, room: int) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return row_ids(seed, epoch, num_examples, num_examples)
+    return shuffled(seed, epoch, num_examples)

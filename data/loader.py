@@ -1,7 +1,8 @@
 """Batches as global jax.Arrays, made ahead of the step by a background thread.
 
 The batch of a step follows from the seed and the step alone (data/order.py). Each host looks up in
-the sharding which rows of the global batch its devices hold, and reads no others.
+the sharding which rows of the global batch its devices hold, and reads no other blocks than theirs,
+ahead of the steps (data/blocks.py).
 
     inputs       (batch_size, seq_len) int32: row[:-1]
     targets      (batch_size, seq_len) int32: row[1:]
@@ -11,6 +12,7 @@ the sharding which rows of the global batch its devices hold, and reads no other
 """
 
 import functools
+import itertools
 import queue
 import threading
 import time
@@ -21,12 +23,14 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from data.blocks import READ_AHEAD, REQUESTS, BlockReader
 from data.mixture import Mixture
-from data.order import row_ids
+from data.order import BLOCK_ROWS, Places, one_piece_each
 from data.store import Split
 
 Batch = dict[str, jax.Array]
 Arrays = dict[str, np.ndarray]
+PLANNED_ROWS = 1024  # at a time: the arithmetic of fewer takes as long
 POLL_SECONDS = 0.05  # how long close() may wait for the thread to notice
 
 
@@ -42,6 +46,9 @@ def train_batches(
     eos_id: int,
     sharding: Sharding | None = None,
     prefetch: int = 2,
+    block_rows: int = BLOCK_ROWS,
+    read_ahead: int = READ_AHEAD,
+    requests: int = REQUESTS,
 ) -> "Prefetcher":
     """Shuffled batches of whole rows, one for each step in [start_step, stop_step).
 
@@ -56,6 +63,9 @@ def train_batches(
       eos_id: of the tokenizer.
       sharding: of a (batch, sequence) array; None puts whole batches on the default device.
       prefetch: batches made ready ahead, at least 1.
+      block_rows: most neighbouring rows that are read in one piece, at least 1.
+      read_ahead: steps whose blocks are asked for ahead of the batch that is made, at least 0.
+      requests: reads of this host under way at once, at least 1.
 
     Returns:
       An iterator and context manager over (step, batch).
@@ -69,20 +79,31 @@ def train_batches(
             f"seq_len={seq_len}: the split has only {split.num_tokens} tokens; use shorter rows"
         )
 
+    shape = (batch_size, seq_len)
+    ranges = host_ranges(shape, sharding)
+
+    own = np.concatenate([np.arange(*part) for part in ranges])
+    together = -(-PLANNED_ROWS // batch_size)
+
+    def plan() -> Iterator[tuple[int, Places]]:
+        for first in range(start_step, stop_step, together):
+            steps = min(together, stop_step - first)
+            places = split.places(seed, first, batch_size, seq_len, block_rows, steps)
+            for i in range(steps):
+                yield first + i, places[i * batch_size + own]
+
     def make_batch(step: int) -> tuple[int, Batch]:
-        if isinstance(split, Mixture):
-            ids = split.row_ids(seed, step, batch_size, seq_len)
-        else:
-            ids = row_ids(seed, step, batch_size, num_rows)
+        _, rows = next(reader)
+        valid = np.full(len(rows), seq_len)
+        arrays = _arrays(rows, valid, eos_id if segment_ids else None)
+        return step, global_batch(_parts(ranges, arrays), shape, sharding)
 
-        def read(start: int, stop: int) -> Arrays:
-            rows = split.rows(ids[start:stop], seq_len)
-            valid = np.full(len(rows), seq_len)
-            return _arrays(rows, valid, eos_id if segment_ids else None)
-
-        return step, global_batch(read, (batch_size, seq_len), sharding)
-
-    return Prefetcher(make_batch, range(start_step, stop_step), prefetch)
+    reader = BlockReader(split, seq_len, plan(), read_ahead, requests)
+    try:
+        return Prefetcher(make_batch, range(start_step, stop_step), prefetch, reader.close)
+    except ValueError:
+        reader.close()
+        raise
 
 
 def eval_batches(
@@ -95,6 +116,8 @@ def eval_batches(
     pad_id: int,
     sharding: Sharding | None = None,
     max_batches: int = 0,
+    read_ahead: int = READ_AHEAD,
+    requests: int = REQUESTS,
 ) -> Iterator[Batch]:
     """The split in order, every token but the first one a target exactly once.
 
@@ -107,30 +130,43 @@ def eval_batches(
     num_rows = split.num_rows(seq_len, partial=True)
     num_batches = -(-num_rows // batch_size)
 
-    for first in range(0, min(num_batches, max_batches or num_batches) * batch_size, batch_size):
+    shape = (batch_size, seq_len)
+    ranges = host_ranges(shape, sharding)
+    own = [np.arange(*part) for part in ranges]
+    columns = np.arange(seq_len + 1)
 
-        def read(start: int, stop: int, first: int = first) -> Arrays:
-            ids = np.arange(first + start, min(first + stop, num_rows))
-            rows = np.full((stop - start, seq_len + 1), pad_id, np.int32)
-            valid = np.zeros(stop - start, np.int64)
-            rows[: len(ids)], valid[: len(ids)] = split.padded_rows(ids, seq_len, pad_id)
-            return _arrays(rows, valid, eos_id if segment_ids else None)
+    def plan() -> Iterator[tuple[int, Places]]:
+        for step in range(min(num_batches, max_batches or num_batches)):
+            runs = [part + step * batch_size for part in own]
+            yield step, one_piece_each([run[run < num_rows] for run in runs])
 
-        yield global_batch(read, (batch_size, seq_len), sharding)
+    with BlockReader(split, seq_len, plan(), read_ahead, requests) as reader:
+        for step, found in reader:
+            ids = step * batch_size + np.concatenate(own)
+            rows, valid = np.full((len(ids), seq_len + 1), pad_id, np.int32), np.zeros_like(ids)
+            there = ids < num_rows
+            rows[there], valid[there] = found, split.targets(ids[there], seq_len)
+            rows[columns > valid[:, None]] = pad_id
+            arrays = _arrays(rows, valid, eos_id if segment_ids else None)
+            yield global_batch(_parts(ranges, arrays), shape, sharding)
 
 
 class Prefetcher:
     """Calls a function for each step in a background thread and hands over the results in order.
 
     An exception of the function is raised by `next`, with its traceback. Leave the context, or call
-    `close`, to end the thread.
+    `close`, to end the thread, and what else `on_close` ends.
 
     Attributes:
       seconds_waited: in `next`, so far.
     """
 
     def __init__(
-        self, make_batch: Callable[[int], tuple[int, Batch]], steps: range, prefetch: int
+        self,
+        make_batch: Callable[[int], tuple[int, Batch]],
+        steps: range,
+        prefetch: int,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         if prefetch < 1:
             raise ValueError(f"prefetch={prefetch}: must be at least 1")
@@ -138,6 +174,7 @@ class Prefetcher:
         self._queue: queue.Queue[tuple[int, Batch] | BaseException | None]
         self._queue = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
+        self._on_close = on_close
         self._thread = threading.Thread(
             target=_fill,
             args=(self._queue, self._stop, make_batch, steps),
@@ -172,6 +209,7 @@ class Prefetcher:
         """Ends the thread, after the batch it is working on. May be called more than once."""
         self._stop.set()
         self._thread.join()
+        self._on_close()
 
 
 def _fill(
@@ -213,6 +251,26 @@ def _arrays(rows: np.ndarray, valid: np.ndarray, eos_id: int | None) -> Arrays:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
+def host_ranges(shape: tuple[int, int], sharding: Sharding | None) -> list[tuple[int, int]]:
+    """The rows [start, stop) of a global (batch, sequence) array that this host's devices hold."""
+    if sharding is None:
+        return [(0, shape[0])]
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return sorted({index[0].indices(shape[0])[:2] for index in indices if index is not None})
+
+
+def _parts(ranges: list[tuple[int, int]], arrays: Arrays) -> Callable[[int, int], Arrays]:
+    """For `global_batch`, where `arrays` has the rows of `ranges`, one after the other."""
+    lengths = [stop - start for start, stop in ranges]
+    places = dict(zip(ranges, itertools.accumulate(lengths, initial=0)))
+
+    def read(start: int, stop: int) -> Arrays:
+        first = places[start, stop]
+        return {name: array[first : first + stop - start] for name, array in arrays.items()}
+
+    return read
+
+
 def global_batch(
     read: Callable[[int, int], Arrays], shape: tuple[int, int], sharding: Sharding | None
 ) -> Batch:
@@ -220,9 +278,7 @@ def global_batch(
     batch_size = shape[0]
     if sharding is None:
         return {name: jax.device_put(array) for name, array in read(0, batch_size).items()}
-    indices = sharding.addressable_devices_indices_map(shape).values()
-    ranges = {index[0].indices(batch_size)[:2] for index in indices if index is not None}
-    parts = {(start, stop): read(start, stop) for start, stop in sorted(ranges)}
+    parts = {(start, stop): read(start, stop) for start, stop in host_ranges(shape, sharding)}
 
     def piece(name: str, index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(batch_size)

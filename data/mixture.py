@@ -5,8 +5,8 @@ in the run alone, as in data/order.py: no state, no host, nothing to save. The s
 a pattern that repeats; the weights are fractions, so that one period has each store's share
 exactly. Within it the turns are those of Tijdeman's chairman assignment (Discrete Mathematics 32,
 1980): after any number of rows each store has had its share of them to less than one row. The j-th
-turn of a store is the j-th row of its own shuffled epochs, so every row comes once an epoch of its
-store.
+turn of a store is the j-th row of its own epochs (data/order.py), so every row comes once an epoch
+of its store.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.order import rows_at
+from data.order import BLOCK_ROWS, Places, places_at
 from data.store import Split
 
 LONGEST_PERIOD = 100_000  # rows; a table of so many, made at the start
@@ -115,28 +115,39 @@ class Mixture:
         periods, rest = divmod(rows, self._period)
         return periods * self._before[-1] + self._before[rest]
 
-    def row_ids(self, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
-        """Rows of the global batch of a step, counted from 0: (batch_size,) int64."""
-        numbers = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    def places(
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        seq_len: int,
+        block_rows: int = BLOCK_ROWS,
+        steps: int = 1,
+    ) -> Places:
+        """Where the rows of the global batches of steps are, as `data.order.step_places`.
+
+        A store has its share of the lanes, to the nearest whole number. Where its share of a batch
+        is none, lanes wander from host to host, and those that share a block read it each.
+        """
+        numbers = step * batch_size + np.arange(steps * batch_size, dtype=np.int64)
         periods, within = np.divmod(numbers, self._period)
-        ids = np.empty(batch_size, np.int64)
+        found = np.empty((3, len(numbers)), np.int64)
         first = 0
         for k, split in enumerate(self._splits):
             mine = self._turns[within] == k
             turn = periods[mine] * self._before[-1, k] + self._before[within[mine], k]
-            ids[mine] = first + rows_at(seed + k, turn, split.num_rows(seq_len))
-            first += split.num_rows(seq_len)
-        return ids
+            lanes = max(1, round(batch_size * int(self._before[-1, k]) / self._period))
+            rows = split.num_rows(seq_len)
+            places = places_at(seed + k, turn, rows, lanes, block_rows)
+            found[:, mine] = first + places.first, places.length, places.within
+            first += rows
+        return Places(*found)
 
-    def rows(self, ids: np.ndarray, seq_len: int) -> np.ndarray:
-        """As `Split.rows`, of the numbers that `row_ids` gives."""
-        ids = np.asarray(ids, np.int64)
-        found = np.empty((len(ids), seq_len + 1), np.int32)
-        first = 0
+    def piece(self, first: int, count: int, seq_len: int) -> np.ndarray:
+        """As `Split.piece`, of the numbers that `places` gives; all are rows of one store."""
         for split in self._splits:
-            last = first + split.num_rows(seq_len)
-            mine = (ids >= first) & (ids < last)
-            if mine.any():
-                found[mine] = split.rows(ids[mine] - first, seq_len)
-            first = last
-        return found
+            rows = split.num_rows(seq_len)
+            if first < rows:
+                return split.piece(first, count, seq_len)
+            first -= rows
+        raise ValueError(f"row {first} after the last one is not there")

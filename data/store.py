@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from data.manifest import PREPARE_AGAIN, fingerprint, read_manifest
+from data.order import BLOCK_ROWS, Places, step_places
 from data.sealed import file_sha256
 
 TOKENIZER = "tokenizer.model"
@@ -157,6 +158,36 @@ class Split:
         """
         return self._read(ids, seq_len, self.num_rows(seq_len), 0)[0]
 
+    def places(
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        seq_len: int,
+        block_rows: int = BLOCK_ROWS,
+        steps: int = 1,
+    ) -> Places:
+        """Where the rows of the global batches of steps are: see `data.order.step_places`."""
+        return step_places(seed, step, batch_size, self.num_rows(seq_len), block_rows, steps)
+
+    def piece(self, first: int, count: int, seq_len: int) -> np.ndarray:
+        """Neighbouring rows, read in one piece (of each shard that they lie in).
+
+        Returns:
+          (count, seq_len + 1), in the type of the files; not to be written to. Where the stream
+          ends, zeros: only the last row that `num_rows` counts with `partial` has some.
+
+        Raises:
+          ValueError: the split has fewer rows.
+        """
+        if first < 0 or first + count > self.num_rows(seq_len, partial=True):
+            raise ValueError(f"rows {first} to {first + count - 1} of {seq_len} are not there")
+        size = count * seq_len + 1
+        stream = self._stream(first * seq_len, size)
+        if len(stream) < size:
+            stream = np.pad(stream, (0, size - len(stream)))
+        return np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len]
+
     def padded_rows(
         self, ids: Sequence[int] | np.ndarray, seq_len: int, pad_id: int
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -213,25 +244,26 @@ class Split:
             )
         starts = ids * seq_len
         rows = np.full((len(ids), seq_len + 1), pad_id, np.int32)
-        touched: set[int] = set()
         for row, start in zip(rows, starts.tolist()):
-            self._copy(start, row, touched)
-        for index in touched:
-            self._shards[index].check()
-        return rows, np.minimum(self.num_tokens - 1 - starts, seq_len)
+            tokens = self._stream(start, seq_len + 1)
+            row[: len(tokens)] = tokens
+        return rows, self.targets(ids, seq_len)
 
-    def _copy(self, start: int, row: np.ndarray, touched: set[int]) -> None:
-        """Fills `row` from the stream, over the ends of shards, up to the end of the stream. Adds
-        the shards that were read to `touched`: they are still to be checked."""
-        index, filled = bisect.bisect_right(self._ends, start), 0
-        while filled < len(row) and index < len(self._shards):
+    def targets(self, ids: np.ndarray, seq_len: int) -> np.ndarray:
+        """Targets of rows: seq_len, and fewer in the shorter one at the end; (len(ids),) int64."""
+        return np.minimum(self.num_tokens - 1 - ids * seq_len, seq_len)
+
+    def _stream(self, start: int, size: int) -> np.ndarray:
+        """Tokens [start, start + size) of the stream, over the ends of shards, up to its end."""
+        index, pieces = bisect.bisect_right(self._ends, start), []
+        while size > 0 and index < len(self._shards):
             shard = self._shards[index]
-            offset = start + filled - (self._ends[index] - shard.num_tokens)
-            piece = shard.tokens(offset, min(offset + len(row) - filled, shard.num_tokens))
-            row[filled : filled + len(piece)] = piece
-            touched.add(index)
-            filled += len(piece)
-            index += 1
+            offset = start - (self._ends[index] - shard.num_tokens)
+            piece = shard.tokens(offset, min(offset + size, shard.num_tokens))
+            shard.check()
+            pieces.append(piece)
+            start, size, index = start + len(piece), size - len(piece), index + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 class Shard:
@@ -244,8 +276,7 @@ class Shard:
         self._dtype, self._tokens, self._offsets = dtype, tokens, offsets
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), in the type of the file. They are right if `check` passes later:
-        once for many reads, since it takes as long as one."""
+        """Tokens [start, stop), in the type of the file. They are right if `check` passes later."""
         size = self._dtype.itemsize
         return np.frombuffer(self._tokens.read(start * size, (stop - start) * size), self._dtype)
 

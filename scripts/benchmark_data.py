@@ -1,6 +1,7 @@
 """Measures preparation and loading against what bounds them.
 
     python scripts/benchmark_data.py [--speed_mb=400] [--memory_mb=10,500] [--rounds=3]
+    python scripts/benchmark_data.py --latency_ms=50
 
   preparation  CPU time of all processes, and wall time, over those of SentencePiece's own encode
                for the same documents in memory on as many cores; from .json.gz as C4's and from
@@ -10,6 +11,9 @@
   loader       rows/s of 1,024 tokens in batches of 1,024 rows, put on the device, over what a host
                of the 301m model on TPU v5e could consume at the peak of its chips; and the seconds
                waited for data by a consumer 20 times as fast as that host
+
+With --latency_ms, in place of all this: rows/s of one host that reads from a bucket so far away,
+beside what the hosts of three slices take at the bounds of docs/plans.md.
 
 Text is made of the embedded corpus, cut anew with the lengths of web documents.
 """
@@ -42,6 +46,7 @@ from data.prepare import prepare
 from data.store import TokenStore
 from data.tokenizer import train_tokenizer
 from data.workers import cores
+from scripts import benchmark_bucket
 
 FILES, VOCAB_SIZE = 8, 8_000
 SEQ_LEN, BATCH_SIZE, STEPS, SPEED_UP = 1024, 1024, 30, 20
@@ -70,10 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--speed_mb", type=int, default=400, help="text to prepare (400)")
     parser.add_argument("--memory_mb", default="10,500", help="amounts of text (10,500)")
     parser.add_argument("--rounds", type=int, default=3, help="of preparation (3)")
+    parser.add_argument("--latency_ms", type=float, help="before each request of a reading host")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if arguments.latency_ms is not None:
+            benchmark_bucket.measure(folder / "store", arguments.latency_ms / 1000)
+            return 0
         tokenizer = folder / "tokenizer.model"
         train_tokenizer(corpus.documents("train"), tokenizer, VOCAB_SIZE)
         compare_speed(folder, tokenizer, arguments.speed_mb * 10**6, arguments.rounds)

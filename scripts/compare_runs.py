@@ -120,12 +120,17 @@ def any_repeated(runs: Sequence[Run]) -> bool:
 
 def same_rows(first: Run, other: Run) -> str:
     """Whether two runs read the same rows at each step, and if not, what differs."""
-    keys = (("data", "shuffle_seed"), ("training", "batch_size"), ("data", "seq_len"))
+    keys = (
+        ("data", "shuffle_seed"), ("data", "block_rows"), ("training", "batch_size"),
+        ("data", "seq_len"),
+    )  # fmt: skip
     different = [
         f"{section}.{key}"
         for section, key in keys
-        if first.config[section][key] != other.config[section][key]
+        if first.config[section].get(key) != other.config[section].get(key)
     ]
+    if first.data.get("order") != other.data.get("order"):
+        different.insert(0, "the version of data/order.py")
     if first.data["fingerprint"] != other.data["fingerprint"]:
         different.insert(0, "the data")
     return (

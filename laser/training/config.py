@@ -33,11 +33,14 @@ class DataConfig:
     seq_len: int
     segment_ids: bool
     shuffle_seed: int
+    block_rows: int
     prefetch: int
+    read_ahead: int
+    requests: int
 
     def __post_init__(self):
-        _require_at_least(1, "data", self, "seq_len", "prefetch")
-        _require_at_least(0, "data", self, "shuffle_seed")
+        _require_at_least(1, "data", self, "seq_len", "block_rows", "prefetch", "requests")
+        _require_at_least(0, "data", self, "shuffle_seed", "read_ahead")
         require(
             not (self.store and self.tasks),
             f"data.store={self.store} and data.tasks={self.tasks}: one of them must be empty",
@@ -101,12 +104,15 @@ class TrainingConfig:
     log_every: int
     eval_every: int
     eval_batches: int
+    profile_steps: str
+    step_timeout_seconds: float
 
     def __post_init__(self):
         _require_at_least(1, "training", self, "batch_size", "accumulation")
         _require_at_least(1, "training", self, "max_skipped_steps", "log_every")
         _require_at_least(0, "training", self, "steps", "epochs", "seed", "z_loss")
-        _require_at_least(0, "training", self, "eval_every", "eval_batches")
+        _require_at_least(0, "training", self, "eval_every", "eval_batches", "step_timeout_seconds")
+        profiled_steps(self.profile_steps)
         require(
             self.skip_gradient_norm == 0 or self.skip_gradient_norm > 1,
             f"training.skip_gradient_norm={self.skip_gradient_norm}: must be 0 (off), or above 1, "
@@ -123,6 +129,21 @@ class TrainingConfig:
             f"training.accumulation={self.accumulation}; "
             f"use {_multiples(self.batch_size, self.accumulation)}",
         )
+
+
+def profiled_steps(text: str) -> tuple[int, int]:
+    """First and last step of training.profile_steps, as "100,105"; (0, 0) of none.
+
+    Raises ValueError.
+    """
+    if not text:
+        return 0, 0
+    first, _, last = text.partition(",")
+    require(
+        first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last),
+        f"training.profile_steps={text!r}: must be the first and the last step, such as 100,105",
+    )
+    return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,14 @@ skipped nothing is saved, so that good checkpoints stay. An evaluation that a si
 owed: the checkpoint says so, and the run that goes on from there begins with it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from laser.training.checkpoint import (
     tensor_types,
 )
 from laser.training.config import RunConfig, check_devices
+from laser.training.goodput import Goodput
 from laser.training.metrics import (
     METRICS_FILE,
     SKIPPED_FILE,
@@ -37,6 +40,7 @@ from laser.training.metrics import (
     make_writer,
     mark_of,
 )
+from laser.training.profile import Profile
 from laser.training.program import Program
 from laser.training.report import Report
 from laser.training.rows import Rows, resolved
@@ -47,6 +51,7 @@ from laser.training.run_folder import (
 )
 from laser.training.spikes import Spikes
 from laser.training.step import TrainState
+from laser.training.watchdog import Watchdog
 from models.config import ModelConfig
 from models.decoder import init_parameters, train_flops_per_token
 
@@ -88,18 +93,20 @@ def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: b
     return Run(program, workdir, rows, record)
 
 
-def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
+def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | None = None) -> int:
     """Trains until config.training.steps, from the newest checkpoint if there is one.
 
     Args:
       run: of `open_run`.
       evaluations: besides the loss on the validation split. Those of a step make one record.
+      began: when the process did, in seconds since 1970; now if None.
 
     Returns:
       The exit code of the process: 0 done, 1 stopped by an error that the log explains, 75 saved
       after SIGTERM, SIGHUP or SIGINT.
     """
     steps = run.config.training.steps
+    began = began or time.time()
     try:
         with Checkpoints(run.workdir, run.config.checkpoint) as checkpoints:
             state = checkpoints.restore_latest(run.program.abstract_state)
@@ -111,6 +118,7 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = ()) -> int:
                 return EXIT_DONE
             else:
                 log.info("resuming %s after step %d", run.workdir, int(state.step))
+            run.goodput = Goodput(checkpoints.restored.get("time"), began)
             every = Evaluation(run.config.training.eval_every, run.evaluate)
             return _train_from(run, state, checkpoints, [every, *evaluations])
     except (OSError, CheckpointError, TooManySkippedSteps) as error:
@@ -131,6 +139,8 @@ class Run:
       config: of the program, with numbers for what was left to the data.
       init_step: of the checkpoint of config.init_from that the run started from.
       spikes: what was seen of the loss so far.
+      goodput: what its time went to so far.
+      watchdog: ends the process if a step does not end.
     """
 
     def __init__(self, program: Program, workdir: str, rows: Rows, record: dict[str, Any]):
@@ -140,6 +150,9 @@ class Run:
         self.rows = rows
         self.init_step: int | None = record["init_step"]
         self.spikes = Spikes()
+        self.goodput = Goodput(None, time.time())
+        this = hosts.name(jax.process_index())
+        self.watchdog = Watchdog(self.config.training.step_timeout_seconds, this)
         self._config_sha256 = record[SEAL]
 
     def init_state(self) -> TrainState:
@@ -156,7 +169,16 @@ class Run:
         """What a checkpoint says of the rest of the folder, and whether an evaluation is owed."""
         mark = mark_of(self.workdir / METRICS_FILE) if hosts.is_first() else None
         losses = list(self.spikes.recent)
-        return {"config": self._config_sha256, "owed": owed, "metrics": mark, "losses": losses}
+        return {
+            "config": self._config_sha256, "owed": owed, "metrics": mark, "losses": losses,
+            "time": self.goodput.note(),
+        }  # fmt: skip
+
+    @contextlib.contextmanager
+    def off_the_steps(self, kind: str) -> Iterator[None]:
+        """For what is not a step: its time is of a kind of its own, and no watchdog looks on."""
+        with self.goodput.during(kind), self.watchdog.not_watching():
+            yield
 
     def train_batches(self, start_step: int):
         return self.rows.train_batches(self.config, start_step, self.program.batch_sharding)
@@ -201,11 +223,11 @@ def _train_from(
         bound_seconds=_bound_seconds(run.program),
         on_skipped=functools.partial(_record_skipped, run),
         on_step=functools.partial(_record_spike, run),
-        of_data=functools.partial(run.rows.metrics, config),
+        of_the_run=lambda step: run.rows.metrics(config, step) | run.goodput.metrics(),
     )
     try:
-        with preemption.watch() as preempted:
-            due = _Evaluations(evaluations, config.training.steps, writer, report)
+        with preemption.watch() as preempted, run.watchdog:
+            due = _Evaluations(evaluations, run, writer, report)
             return _run_steps(run, state, checkpoints, due, report, preempted)
     finally:
         writer.close()
@@ -229,18 +251,26 @@ def _run_steps(
     preempted: preemption.Preemption,
 ) -> int:
     config, start = run.config, int(state.step)
-    steps = config.training.steps
+    steps, first = config.training.steps, True
     if checkpoints.restored.get("owed"):
         scores, owed = evaluations.after(start, state)
         if owed:
             log.warning("%s: left in the evaluation of step %d", preempted.name, start)
             return EXIT_PREEMPTED
         checkpoints.add_score(start, scores)
-    with run.train_batches(start) as batches:
+    profile = Profile(run.workdir, config.training.profile_steps)
+    run.goodput.steps_begin()
+    with run.train_batches(start) as batches, profile:
         for step, batch in batches:
-            state, metrics = run.program.train_step(state, batch)
             done = step + 1
+            compiles = run.off_the_steps("compile") if first else contextlib.nullcontext()
+            with compiles, profile.step(done):
+                state, metrics = run.program.train_step(state, batch)
+            profile.step_dispatched(done, metrics)
+            run.goodput.waited(batches.seconds_waited)
             report.push(done, metrics, batches.seconds_waited)
+            run.watchdog.step_ended(step)
+            first = False
             scores, owed = evaluations.after(done, state)
             leave = preempted.stops()
             in_turn = _due(done, config.checkpoint.every, steps)
@@ -250,35 +280,45 @@ def _run_steps(
                 save = functools.partial(
                     checkpoints.save, done, state, scores, interim=not in_turn, note=run.note(owed)
                 )
-                report.off_the_clock(save)
+                with run.off_the_steps("checkpoints"):
+                    report.off_the_clock(save)
             if leave and (owed or done < steps):
-                checkpoints.wait()
+                with run.watchdog.not_watching():
+                    checkpoints.wait()
                 what = "steps were skipped, so not saved," if report.skipping else "saved"
                 log.warning("%s: %s step %d; start again to go on", preempted.name, what, done)
                 return EXIT_PREEMPTED
-    checkpoints.wait()
+    with run.off_the_steps("checkpoints"):
+        checkpoints.wait()
+    times = run.goodput.metrics()
+    log.info(
+        "goodput %.1f %%; seconds: %s", 100 * times.pop("goodput"),
+        ", ".join(f"{name.removeprefix('time/')} {seconds:.0f}" for name, seconds in times.items()),
+    )  # fmt: skip
     if best := checkpoints.best():
         log.info("best checkpoint: step %d, %s %.4f", best[0], config.checkpoint.best, best[1])
     return EXIT_DONE
 
 
 class _Evaluations:
-    """Those of a run of `steps` steps, which write their metrics."""
+    """Those of a run, which write their metrics."""
 
     def __init__(
-        self, all_of_them: Sequence[Evaluation], steps: int, writer: MetricsWriter, report: Report
+        self, all_of_them: Sequence[Evaluation], run: Run, writer: MetricsWriter, report: Report
     ):
-        self._all, self._steps = all_of_them, steps
+        self._all, self._run = all_of_them, run
         self._writer, self._report = writer, report
 
     def after(self, done: int, state: TrainState) -> tuple[dict[str, float], bool]:
         """The metrics that are due after a step, and whether a signal came first: all are owed."""
-        due = [evaluation for evaluation in self._all if _due(done, evaluation.every, self._steps)]
+        steps = self._run.config.training.steps
+        due = [evaluation for evaluation in self._all if _due(done, evaluation.every, steps)]
         if not due:
             return {}, False
         self._report.flush()
         try:
-            scores = self._report.off_the_clock(functools.partial(_metrics, due, state))
+            with self._run.off_the_steps("evaluation"):
+                scores = self._report.off_the_clock(functools.partial(_metrics, due, state))
         except preemption.Interrupted:
             return {}, True
         self._writer.write(done, scores)

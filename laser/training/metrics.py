@@ -14,6 +14,7 @@ is not JSON.
     data_wait_seconds           per step, of the loop    memory_gib    most in use on a device
     skipped_steps               so far, in the run       attention_range    largest, nats
     share/STORE                 of the rows so far, of each store of a mixture
+    goodput, time/KIND          see laser/training/goodput.py: a fraction, and seconds so far
     eval/loss, eval/bits_per_byte                    eval/TASK/METRIC    a fraction
 """
 

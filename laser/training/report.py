@@ -27,7 +27,7 @@ class Report:
       bound_seconds: that a step takes at least; 0 if unknown, then there is no "of_bound".
       on_skipped: called with the step and its metrics when a step had no update.
       on_step: called with every step and its metrics.
-      of_data: what to write of the data, after so many steps.
+      of_the_run: what else to write, after so many steps.
 
     Attributes:
       skipping: whether the last step that was looked at had no update.
@@ -44,7 +44,7 @@ class Report:
         bound_seconds: float,
         on_skipped: Callable[[int, dict[str, float]], None],
         on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
-        of_data: Callable[[int], dict[str, float]] = lambda step: {},
+        of_the_run: Callable[[int], dict[str, float]] = lambda step: {},
     ):
         self._writer = writer
         self._log_every = log_every
@@ -54,7 +54,7 @@ class Report:
         self._bound_seconds = bound_seconds
         self._on_skipped = on_skipped
         self._on_step = on_step
-        self._of_data = of_data
+        self._of_the_run = of_the_run
         self.skipping = False
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._window_start = time.perf_counter()
@@ -86,7 +86,7 @@ class Report:
             self._on_skipped(step, metrics)
         if step % self._log_every == 0 or step == 1:
             derived = self._derived(metrics, waited)
-            self._writer.write(step, metrics | derived | self._of_data(step))
+            self._writer.write(step, metrics | derived | self._of_the_run(step))
 
     def off_the_clock(self, action: Callable[[], Any]) -> Any:
         """Runs `action` without counting its time as training time."""

@@ -17,7 +17,6 @@ from jax.sharding import Sharding
 
 from data import examples, loader, mixture
 from data.examples import Examples
-from data.order import row_ids
 from data.store import Split, TokenStore
 from data.tokenizer import Tokenizer
 from laser.training.config import RunConfig
@@ -97,12 +96,10 @@ class StoreRows:
         return max(1, self._train.num_rows(config.data.seq_len) // config.training.batch_size)
 
     def row_ids(self, config: RunConfig, step: int) -> np.ndarray:
-        seed, rows, length = (
-            config.data.shuffle_seed, config.training.batch_size, config.data.seq_len,
-        )  # fmt: skip
-        if isinstance(self._train, mixture.Mixture):
-            return self._train.row_ids(seed, step, rows, length)
-        return row_ids(seed, step, rows, self._train.num_rows(length))
+        data = config.data
+        return self._train.places(
+            data.shuffle_seed, step, config.training.batch_size, data.seq_len, data.block_rows
+        ).rows
 
     def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
         if not isinstance(self._train, mixture.Mixture):
@@ -126,6 +123,9 @@ class StoreRows:
             eos_id=self._store.eos_id,
             sharding=sharding,
             prefetch=config.data.prefetch,
+            block_rows=config.data.block_rows,
+            read_ahead=config.data.read_ahead,
+            requests=config.data.requests,
         )
 
     def validation_batches(self, config: RunConfig, sharding: Sharding) -> Iterator[loader.Batch]:
@@ -139,6 +139,8 @@ class StoreRows:
                 pad_id=store.pad_id,
                 sharding=sharding,
                 max_batches=config.training.eval_batches,
+                read_ahead=config.data.read_ahead,
+                requests=config.data.requests,
             )
 
     def bytes_of(self, tokens: float) -> int:

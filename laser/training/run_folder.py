@@ -1,8 +1,9 @@
 """A run's folder is self-contained: config, tokenizer and data fingerprint lie in it.
 
-config.json       {"config": every field, "data": {"fingerprint": ...}, "init_step": ...,
-                  "tokenizer": sha256 of tokenizer.model, "sha256": of all the rest}
-config.N.json     those before it, where --allow_config_change has changed it
+config.json       {"config": every field, "data": {"fingerprint": ..., "order": ...},
+                  "init_step": ..., "tokenizer": sha256 of tokenizer.model,
+                  "sha256": of all the rest}
+config.N.json     those before it, if it has changed: by --allow_config_change, or where data lie
 tokenizer.model   a copy of the data's
 checkpoints/      laser/training/checkpoint.py; each names the sha256 of the config it belongs to
 N.unreadable/     a damaged checkpoint that was moved out of the way
@@ -24,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from data.order import ORDER
 from data.sealed import SEAL, file_sha256, seal, unseal
 from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
@@ -33,6 +35,11 @@ if TYPE_CHECKING:  # imports jax; what reads a config must not
 
 log = logging.getLogger(__name__)
 
+# May differ when a run goes on: where the same data lie, how they are read, and how it is watched.
+OF_NO_MATTER = (
+    "data.store", "data.tasks_dir", "data.prefetch", "data.read_ahead", "data.requests",
+    "training.profile_steps", "training.step_timeout_seconds",
+)  # fmt: skip
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of some file systems
 _locks: dict[Path, IO[str]] = {}  # of this process, open: to close one is to give it back
 SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
@@ -171,6 +178,7 @@ def _open(
         log.info("%s goes on with another config or other data:", folder)
         for line in changes:
             log.info("  %s", line)
+    if saved and saved[SEAL] != record[SEAL]:  # checkpoints name the old one
         number = len(list(folder.glob("config.*.json")))
         write_atomically(folder / f"config.{number}.json", path.read_text())
     write_run(folder, record, rows.tokenizer_path)
@@ -185,7 +193,7 @@ def write_run(folder: Path, record: Mapping[str, Any], tokenizer_path: str | Pat
 
 
 def _record(config: RunConfig, rows: "Rows", init_step: int | None) -> dict[str, Any]:
-    data = {"fingerprint": rows.fingerprint}
+    data = {"fingerprint": rows.fingerprint, "order": ORDER}
     tokenizer = file_sha256(Path(rows.tokenizer_path))
     return {
         "config": to_dict(config), "data": data, "init_step": init_step, "tokenizer": tokenizer,
@@ -333,10 +341,13 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     lines = [
         line
         for line in diff_configs(old["config"], new["config"])
-        # The same data may lie elsewhere.
-        if not line.startswith(("data.store:", "data.tasks_dir:"))
+        if line.partition(":")[0] not in OF_NO_MATTER
     ]
     was, now = old["data"]["fingerprint"], new["data"]["fingerprint"]
     if was != now:
         lines.append(f"data: the fingerprint {was} -> {now} (other text or tokenizer)")
+    if old["data"].get("order") != new["data"]["order"]:
+        lines.append(
+            "data: this version reads the rows in another order than the run has read them"
+        )
     return lines

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data import loader
+from data.blocks import BlockReader
 from data.loader import Prefetcher, eval_batches, train_batches
 from data.order import row_ids
 from data.store import StoreChangedError
@@ -85,6 +86,55 @@ def test_a_store_that_is_written_over_ends_training_with_the_name_of_the_file(ma
                 pass
 
 
+class Recorded:
+    """A split that counts what is read of it at a time, and what is held."""
+
+    def __init__(self, split):
+        self.split, self.pieces, self.lock = split, [], threading.Lock()
+        self.under_way = self.most_under_way = 0
+        self.together = None  # a barrier, to see that reads overlap
+
+    def __getattr__(self, name):
+        return getattr(self.split, name)
+
+    def piece(self, first, count, seq_len):
+        with self.lock:
+            self.pieces.append((first, count))
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        if self.together is not None:
+            self.together.wait(10)
+        found = self.split.piece(first, count, seq_len)
+        with self.lock:
+            self.under_way -= 1
+        return found
+
+
+def test_a_block_is_read_once_for_all_of_its_steps(split):
+    recorded = Recorded(split)
+    with _train(recorded, stop_step=12, block_rows=6) as batches:  # a round is 6 steps
+        assert len(list(batches)) == 12
+    assert len(recorded.pieces) == len(set(recorded.pieces)) == 2 * 16
+    assert {count for _, count in recorded.pieces} == {6}
+
+
+def test_reads_overlap_and_no_more_than_are_asked_for(split):
+    recorded = Recorded(split)
+    recorded.together = threading.Barrier(8)  # of 16 lanes: each read waits for 7 others
+    with _train(recorded, stop_step=6, block_rows=6, requests=8) as batches:
+        assert len(list(batches)) == 6
+    assert recorded.most_under_way == 8
+
+
+def test_no_more_blocks_are_kept_than_the_steps_ahead_need(split):
+    plan = ((step, split.places(3, step, 16, LENGTH, 3)) for step in range(24))
+    with BlockReader(split, LENGTH, plan, read_ahead=6) as reader:
+        held = [reader.num_blocks for _ in reader]
+    # Of each of the 16 lanes: this step is done, and the 6 after it touch 2 or 3 blocks.
+    assert max(held) == 16 * 3
+    assert held[-1] == 0
+
+
 def test_an_eos_belongs_to_the_document_after_it(make_store):
     split = make_store(train=[[EOS, 5, 6, EOS, 7, EOS, EOS, 8, EOS, 9, 9, 9, 9]]).split("train")
     with _train(split, batch_size=2, stop_step=1, segment_ids=True) as batches:
@@ -152,20 +202,25 @@ if count > 1:
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from data.loader import train_batches
+from data.blocks import BlockReader
 from data.store import Split, TokenStore
-read = []
-original = Split.rows
-def rows(self, ids, seq_len):
-    read.extend(np.asarray(ids).tolist())
-    return original(self, ids, seq_len)
-Split.rows = rows
+rows, blocks = [], []
+gather, piece = BlockReader._gather, Split.piece
+def gather_and_record(self, step, places):
+    rows.extend(places.rows.tolist())
+    return gather(self, step, places)
+def piece_and_record(self, first, count, seq_len):
+    blocks.append((first, count))
+    return piece(self, first, count, seq_len)
+BlockReader._gather, Split.piece = gather_and_record, piece_and_record
 sharding = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec("data"))
 split = TokenStore(folder).split("train")
 with train_batches(split, seq_len=6, batch_size=16, seed=3, start_step=5, stop_step=6,
                    segment_ids=False, eos_id=1, sharding=sharding, prefetch=1) as batches:
     _, batch = next(batches)
 shards = {s.index[0].start: s.data.tolist() for s in batch["inputs"].addressable_shards}
-print(json.dumps({"read": read, "shards": shards, "shape": batch["inputs"].shape}))
+shape = batch["inputs"].shape
+print(json.dumps({"read": rows, "blocks": blocks, "shards": shards, "shape": shape}))
 """
 
 
@@ -193,6 +248,8 @@ def test_two_hosts_read_half_each_and_make_the_same_batch(make_store, unused_por
     expected = row_ids(3, 5, 16, 200).tolist()
     assert alone["read"] == expected
     assert [host["read"] for host in pair] == [expected[:8], expected[8:]]
+    assert sorted(pair[0]["blocks"] + pair[1]["blocks"]) == sorted(alone["blocks"])
+    assert [len(host["blocks"]) for host in pair] == [8, 8]
     assert [host["shape"] for host in pair] == [[16, LENGTH]] * 2
     assert pair[0]["shards"] | pair[1]["shards"] == alone["shards"]
 

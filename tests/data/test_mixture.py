@@ -45,15 +45,20 @@ def test_after_any_number_of_rows_no_share_is_off_by_a_row(weights):
     assert list(had[-1]) == [share * len(pattern) for share in shares]
 
 
-def test_ten_thousand_steps_have_the_shares_and_whole_epochs():
-    """Step by step in any order, as hosts and resumed runs ask; each row once an epoch."""
-    sizes, batch = (7001, 400, 53), 24
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_hundreds_of_steps_have_the_shares_and_whole_epochs(block_rows):
+    """Each row once an epoch of its store, in blocks that are of one store each."""
+    sizes, batch, steps = (420, 80, 23), 24, 600
     shares = [Fraction(7, 10), Fraction(1, 4), Fraction(1, 20)]
     mixture = Mixture([Rows(size) for size in sizes], shares)
-    ids = np.concatenate([mixture.row_ids(3, i, 100 * batch, seq_len=1) for i in range(100)])
-    for step in (0, 9_999, 17, 5_003, 17):
-        part = ids[step * batch : (step + 1) * batch]
-        np.testing.assert_array_equal(mixture.row_ids(3, step, batch, seq_len=1), part)
+    places = [mixture.places(3, step, batch, 1, block_rows) for step in range(steps)]
+    ids = np.concatenate([place.rows for place in places])
+    starts = np.cumsum([0, *sizes])
+    for place in places[:50]:
+        last = place.first + place.length - 1
+        assert (
+            np.searchsorted(starts, place.first, "right") == np.searchsorted(starts, last, "right")
+        ).all()
     ends = np.cumsum(sizes)
     for k, share in enumerate(shares):
         mine = ids[(ids >= ends[k] - sizes[k]) & (ids < ends[k])] - (ends[k] - sizes[k])

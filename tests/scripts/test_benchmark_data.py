@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import benchmark_data
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,3 +35,26 @@ def test_the_benchmark_prints_its_numbers_and_memory_is_bounded():
     consumed = float(re.search(r" times the (\d+) rows/s of 4 chips", done.stdout)[1])
     assert consumed == pytest.approx(383, abs=1)  # 4 * 197e12 / (2.01e9 * 1024)
     assert "would wait for data" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_requests_of_a_store_far_away_are_counted(capsys):
+    assert benchmark_data.main(["--latency_ms=1"]) == 0
+    table = capsys.readouterr().out.split("|---|\n")[1]
+    found = {}
+    for line in table.strip().splitlines():
+        _, size, slice_name, hosts, _, needed, *_, memory, requests, _ = line.split("|")
+        found[size.strip(), slice_name.strip()] = [*map(float, (hosts, needed, memory, requests))]
+    # 1,024 rows a step in blocks of 256, each one request (a few lie in two files), and the step's
+    # seconds of docs/plans.md; at most two blocks of 0.52 MB of each lane of a host.
+    for key, hosts, seconds in (
+        (("301m", "v5e-64"), 16, 0.1699),
+        (("2p2b", "v5e-256"), 64, 0.2956),
+        (("301m", "v5p-128"), 16, 0.0729),
+    ):
+        lanes = 1024 / hosts
+        count, needed, memory, requests = found[key]
+        assert count == hosts
+        assert needed == pytest.approx(lanes / seconds, rel=0.02)
+        assert 0.52 * lanes < memory < 2.1 * 0.525 * lanes
+        assert requests == pytest.approx(1024 / 256 / seconds, rel=0.05)

@@ -121,24 +121,27 @@ Checkpoints.save = save_or_fail
 """
 
 RECORD_READING = """
-loader_rows, read_rows = data.loader.row_ids, data.store.Split.rows
 restore_latest = Checkpoints.restore_latest
 record = Path(os.environ["RECORD"])
-def rows_of_step(seed, step, *rest):
-    global reading
-    reading = step
-    return loader_rows(seed, step, *rest)
-def read_and_record(self, ids, seq_len):
-    with (record / f"rows-{this}.jsonl").open("a") as file:
-        print(json.dumps({"step": reading, "ids": [int(i) for i in ids]}), file=file)
-    return read_rows(self, ids, seq_len)
+class Recorded(BlockReader):
+    def _gather(self, step, places):
+        with (record / f"rows-{this}.jsonl").open("a") as file:
+            print(json.dumps({"step": step, "ids": places.rows.tolist()}), file=file)
+        return super()._gather(step, places)
+make_batches = data.loader.train_batches
+def train_batches(*rest, **named):  # and not those of the validation split
+    data.loader.BlockReader = Recorded
+    try:
+        return make_batches(*rest, **named)
+    finally:
+        data.loader.BlockReader = BlockReader
 def restore_and_record(self, abstract):
     state = restore_latest(self, abstract)
     name = "/tensorstore/kvstore/file/bytes_read"
     metrics = tensorstore.experimental_collect_matching_metrics(name)
     (record / f"bytes-{this}").write_text(str(sum(m["values"][0]["value"] for m in metrics)))
     return state
-data.loader.row_ids, data.store.Split.rows = rows_of_step, read_and_record
+data.loader.train_batches = train_batches
 Checkpoints.restore_latest = restore_and_record
 """
 
@@ -149,7 +152,8 @@ sys.path.insert(0, {root!r})
 import train
 from laser.training.hardware import tune_cpu
 tune_cpu()
-import data.loader, data.store, tensorstore
+import data.loader, tensorstore
+from data.blocks import BlockReader
 from laser.training.checkpoint import Checkpoints
 from laser.training.report import Report
 this = int(os.environ.get("JAX_PROCESS_ID", 0))

@@ -201,3 +201,17 @@ def test_verify_refuses_what_is_no_folder(capsys):
         with pytest.raises(SystemExit) as ended:
             verify_run.main(["verify_run.py", *arguments])
         assert ended.value.code == 2
+
+
+def test_a_run_that_read_its_rows_in_another_order_is_refused(run, rows):
+    record = json.loads((run / "config.json").read_text())
+    del record["data"]["order"], record["config"]["data"]["block_rows"]  # as runs once were
+    (run / "config.json").write_text(json.dumps(seal(record)))
+    for checkpoint in (run / "checkpoints").iterdir():
+        sidecar = checkpoint / "record" / "metadata"
+        changed = json.loads(sidecar.read_text()) | {"config": seal(record)[SEAL]}
+        sidecar.write_text(json.dumps(seal(changed)))
+    before = content_of(run)
+    with pytest.raises(ValueError, match="reads the rows in another order than the run has read"):
+        start(run, rows)
+    assert content_of(run) == before

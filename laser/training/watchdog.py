@@ -1,0 +1,80 @@
+"""Ends a process that hangs, and says where: waiting costs as much as working.
+
+Where a chip, a host or a bucket no longer answers, the hosts of a run wait for each other without
+an end. The watchdog writes which host it is and the stacks of all its threads, and ends the process
+with 1, so that whoever started it starts it again.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+EXIT_HANGS = 1
+STDOUT = 1  # where the log goes, and what comes after its line here
+POLLS = 10  # in the time that is allowed
+GRACE_SECONDS = 60.0  # after which the process is ended even if Python cannot run
+
+
+class Watchdog:
+    """Ends the process when `step_ended` was not called for so long. Use as a context manager.
+
+    Args:
+      seconds: allowed between two steps, and after what was not watched; 0 = any.
+      host: how people know this one.
+    """
+
+    def __init__(self, seconds: float, host: str):
+        self._seconds, self._host = seconds, host
+        self._last = time.monotonic()
+        self._not_watching = 0
+        self._step = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        if self._seconds:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def step_ended(self, step: int) -> None:
+        """Another step is done."""
+        self._step, self._last = step, time.monotonic()
+
+    @contextlib.contextmanager
+    def not_watching(self) -> Iterator[None]:
+        """For what takes its time: to compile, to evaluate, to save."""
+        self._not_watching += 1
+        try:
+            yield
+        finally:
+            self._last = time.monotonic()
+            self._not_watching -= 1
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._seconds / POLLS):
+            # Ends the process from outside of Python, unless this thread comes around again.
+            grace = 2 * self._seconds / POLLS + GRACE_SECONDS
+            faulthandler.dump_traceback_later(grace, exit=True, file=STDOUT)
+            if self._not_watching or time.monotonic() - self._last < self._seconds:
+                continue
+            log.error(
+                "%s: no step has ended for %g s, since step %d (training.step_timeout_seconds); "
+                "where all threads are follows, and the process ends with %d",
+                self._host, self._seconds, self._step, EXIT_HANGS,
+            )  # fmt: skip
+            sys.stdout.flush()
+            faulthandler.dump_traceback(all_threads=True, file=STDOUT)
+            os._exit(EXIT_HANGS)  # nothing else would end threads that hang
