@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.order import BLOCK_ROWS, Places, places_at
+from data.order import BLOCK_ROWS, Places, check_step, places_at
 from data.store import Split
 
 LONGEST_PERIOD = 100_000  # rows; a table of so many, made at the start
@@ -129,6 +129,7 @@ class Mixture:
         A store has its share of the lanes, to the nearest whole number. Where its share of a batch
         is none, lanes wander from host to host, and those that share a block read it each.
         """
+        check_step(step, batch_size)
         numbers = step * batch_size + np.arange(steps * batch_size, dtype=np.int64)
         periods, within = np.divmod(numbers, self._period)
         found = np.empty((3, len(numbers)), np.int64)

@@ -92,8 +92,7 @@ def step_places(
     steps: int = 1,
 ) -> Places:
     """`row_ids`, with the blocks that they are read with, of `steps` steps one after the other."""
-    if step < 0 or batch_size < 1:
-        raise ValueError(f"step={step}, batch_size={batch_size}: must be at least 0 and 1")
+    check_step(step, batch_size)
     _check(num_rows, block_rows)
     epoch, offset = divmod(step * batch_size, num_rows)  # Python integers: no overflow
     positions = np.uint64(offset) + np.arange(steps * batch_size, dtype=np.uint64)
@@ -119,6 +118,12 @@ def shuffled(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     _check(num_rows, 1)
     keys = _keys(_mix_seed(seed, np.full(num_rows, epoch, np.uint64)))
     return _permute(np.arange(num_rows, dtype=np.uint64), keys, num_rows).astype(np.int64)
+
+
+def check_step(step: int, batch_size: int) -> None:
+    """Raises ValueError for numbers that no step has."""
+    if step < 0 or batch_size < 1:
+        raise ValueError(f"step={step}, batch_size={batch_size}: must be at least 0 and 1")
 
 
 def _check(num_rows: int, block_rows: int) -> None:

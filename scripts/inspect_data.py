@@ -2,6 +2,7 @@
 
     python scripts/inspect_data.py stores/c4 --step=1000 --rows=2
     python scripts/inspect_data.py stores/c4 --verify
+    python scripts/inspect_data.py stores/web:0.7,stores/code:0.3 --step=1000
 
 Prints counts of each split, a histogram of document lengths as a PNG, and rows of the step's global
 batch as text. A mark in the text says where a document begins and which one it is, so that packing
@@ -15,6 +16,7 @@ else.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,7 +28,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from data.order import row_ids
+from data import mixture
+from data.order import BLOCK_ROWS
 from data.store import Split, TokenStore
 from data.tokenizer import Tokenizer
 
@@ -38,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("store", help="folder of a token store")
+    parser.add_argument(
+        "store", help="folder of a token store, or a mixture of several, a:0.7,b:0.3"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="compare all files with their checksums, no more"
     )
@@ -47,25 +52,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens of a row (1024)")
     parser.add_argument("--batch_size", type=int, default=1024, help="rows of a step (1024)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (0)")
+    parser.add_argument(
+        "--block_rows", type=int, default=BLOCK_ROWS, help=f"data.block_rows ({BLOCK_ROWS})"
+    )
     parser.add_argument("--png", help="histogram of lengths (default: STORE-lengths.png beside it)")
     arguments = parser.parse_args(argv)
-    folder = Path(arguments.store)
-    png = Path(arguments.png or f"{folder.resolve()}-lengths.png")
     try:
-        store = TokenStore(folder)
+        parts = mixture.parse(arguments.store)
+        if arguments.png and len(parts) > 1:
+            parser.error(
+                f"--png={arguments.png}: there is a picture for each of {len(parts)} stores"
+            )
+        stores = [TokenStore(part.path) for part in parts]
         if arguments.verify:
-            if not store.is_verified:
-                store.verify()
-            print(f"{folder}: every file is as it was written; fingerprint {store.fingerprint}")
+            for part, store in zip(parts, stores):
+                verify(part.path, store)
             return 0
         rows = step_rows(
-            store, arguments.step, arguments.rows, arguments.seq_len, arguments.batch_size,
-            arguments.seed,
+            stores, [part.share for part in parts], arguments.step, arguments.rows,
+            arguments.seq_len, arguments.batch_size, arguments.seed, arguments.block_rows,
         )  # fmt: skip
-        counts = {name: length_counts(store.split(name)) for name in store.split_names}
-        print("\n".join(summary(store, name, counts[name]) for name in counts))
-        draw(counts, arguments.seq_len, f"Lengths of documents in {folder.resolve().name}", png)
-        print(f"lengths of documents: {png}")
+        for part, store in zip(parts, stores):
+            if len(parts) > 1:
+                print(f"{part.path}, {float(part.share):.1%} of the rows")
+            describe(part.path, store, arguments.seq_len, arguments.png)
         for row in rows:
             print(f"\n{row}")
     except ValueError as error:
@@ -77,21 +87,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def verify(folder: str, store: TokenStore) -> None:
+    """Raises ValueError if a file of the store is not as it was written."""
+    if not store.is_verified:
+        store.verify()
+    print(f"{folder}: every file is as it was written; fingerprint {store.fingerprint}")
+
+
+def describe(folder: str, store: TokenStore, seq_len: int, png: str | None) -> None:
+    """Prints what a store holds, and draws the lengths of its documents."""
+    whole = Path(folder).resolve()
+    picture = Path(png or f"{whole}-lengths.png")
+    counts = {name: length_counts(store.split(name)) for name in store.split_names}
+    print("\n".join(summary(store, name, counts[name]) for name in counts))
+    draw(counts, seq_len, f"Lengths of documents in {whole.name}", picture)
+    print(f"lengths of documents: {picture}")
+
+
 def step_rows(
-    store: TokenStore, step: int, count: int, seq_len: int, batch_size: int, seed: int
+    stores: Sequence[TokenStore],
+    shares: Sequence[Fraction],
+    step: int,
+    count: int,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    block_rows: int,
 ) -> list[str]:
-    """The first rows of a step's global batch, as text.
+    """The first rows of a step's global batch, as text, of stores with their shares of the rows.
 
     Raises:
-      ValueError: a number is out of range, or the store is shorter than a row.
+      ValueError: a number is out of range, or a store is shorter than a row.
     """
-    split, tokenizer = store.split("train"), Tokenizer(store.tokenizer_path)
-    ids = row_ids(seed, step, batch_size, split.num_rows(seq_len))[:count].tolist()
-    return [
-        f"--- step {step}, row {i} of {batch_size}: row {row} of the split\n"
-        + "".join(row_pieces(split, tokenizer, row, seq_len))
-        for i, row in enumerate(ids)
-    ]
+    splits = [store.split("train") for store in stores]
+    tokenizer = Tokenizer(stores[0].tokenizer_path)
+    first = np.cumsum([0, *(split.num_rows(seq_len) for split in splits)])
+    places = mixture.Mixture(splits, shares).places(seed, step, batch_size, seq_len, block_rows)
+    texts = []
+    for i, row in enumerate(places.rows[:count].tolist()):
+        k = int(np.searchsorted(first, row, side="right")) - 1
+        name = "the split" if len(stores) == 1 else stores[k].path
+        row -= int(first[k])
+        text = "".join(row_pieces(splits[k], tokenizer, row, seq_len))
+        texts.append(f"--- step {step}, row {i} of {batch_size}: row {row} of {name}\n{text}")
+    return texts
 
 
 def row_pieces(split: Split, tokenizer: Tokenizer, row: int, seq_len: int) -> Iterator[str]:

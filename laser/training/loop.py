@@ -186,18 +186,26 @@ class Run:
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss in nats per token and bits per byte of text on the validation split.
 
-        Bits per byte is there only where the whole of a store's split was read.
+        Of a mixture, of each store and their mean by its shares. Bits per byte is there only where
+        the whole of every split was read.
         """
-        nll = tokens = 0.0
-        for batch in self.rows.validation_batches(self.config, self.program.batch_sharding):
-            preemption.between_batches()
-            sums = self.program.eval_step(state.params, batch)
-            nll += float(sums.nll)
-            tokens += float(sums.tokens)
-        metrics = {"eval/loss": nll / tokens}
-        num_bytes = self.rows.bytes_of(tokens)
-        if num_bytes:
-            metrics["eval/bits_per_byte"] = nll / math.log(2) / num_bytes
+        metrics: dict[str, float] = {}
+        loss = bits = 0.0
+        for part in self.rows.validation_parts(self.config, self.program.batch_sharding):
+            nll = tokens = 0.0
+            for batch in part.batches:
+                preemption.between_batches()
+                sums = self.program.eval_step(state.params, batch)
+                nll += float(sums.nll)
+                tokens += float(sums.tokens)
+            whole = part.bytes > 0 and tokens == part.tokens
+            loss += part.share * nll / tokens
+            bits += part.share * nll / math.log(2) / part.bytes if whole else math.nan
+            if part.name:
+                metrics[f"eval/loss/{part.name}"] = nll / tokens
+        metrics["eval/loss"] = loss
+        if math.isfinite(bits):
+            metrics["eval/bits_per_byte"] = bits
         return metrics
 
 

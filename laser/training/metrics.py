@@ -16,6 +16,7 @@ is not JSON.
     share/STORE                 of the rows so far, of each store of a mixture
     goodput, time/KIND          see laser/training/goodput.py: a fraction, and seconds so far
     eval/loss, eval/bits_per_byte                    eval/TASK/METRIC    a fraction
+    eval/loss/STORE             of a mixture; eval/loss and bits are the means by its shares
 """
 
 import hashlib

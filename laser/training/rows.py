@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jax.sharding import Sharding
@@ -24,6 +24,23 @@ from laser.training.config import RunConfig
 log = logging.getLogger(__name__)
 
 ROW_MULTIPLE = 128  # rows of examples have this length or a multiple: attention kernels want it
+
+
+class Validation(NamedTuple):
+    """The validation split of one source of rows.
+
+    Attributes:
+      name: of the source; "" if there is no other.
+      share: of the rows of training, and so of the loss; shares add up to 1.
+      batches: of it.
+      tokens, bytes: targets in the whole split, and its text; 0 where that has no meaning.
+    """
+
+    name: str
+    share: float
+    batches: Iterator[loader.Batch]
+    tokens: int = 0
+    bytes: int = 0
 
 
 class Rows(Protocol):
@@ -54,11 +71,8 @@ class Rows(Protocol):
     def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
         """What is logged of the data of the first `steps` steps."""
 
-    def validation_batches(self, config: RunConfig, sharding: Sharding) -> Iterator[loader.Batch]:
-        """The validation split of every store, or its first training.eval_batches."""
-
-    def bytes_of(self, tokens: float) -> int:
-        """Bytes of text of the validation split if so many targets are all of it, or else 0."""
+    def validation_parts(self, config: RunConfig, sharding: Sharding) -> list[Validation]:
+        """What is evaluated, by its first training.eval_batches if there are any."""
 
 
 class StoreRows:
@@ -128,25 +142,31 @@ class StoreRows:
             requests=config.data.requests,
         )
 
-    def validation_batches(self, config: RunConfig, sharding: Sharding) -> Iterator[loader.Batch]:
-        for store in self._stores:
-            yield from loader.eval_batches(
-                store.split("validation"),
-                seq_len=config.data.seq_len,
-                batch_size=config.training.batch_size,
-                segment_ids=config.data.segment_ids,
-                eos_id=store.eos_id,
-                pad_id=store.pad_id,
-                sharding=sharding,
-                max_batches=config.training.eval_batches,
-                read_ahead=config.data.read_ahead,
-                requests=config.data.requests,
-            )
+    def validation_parts(self, config: RunConfig, sharding: Sharding) -> list[Validation]:
+        several = len(self._parts) > 1
+        names = mixture.names(self._parts) if several else [""]
+        return [
+            self._validation(name, float(part.share), store, config, sharding)
+            for name, (part, store) in zip(names, self._pairs(), strict=True)
+        ]
 
-    def bytes_of(self, tokens: float) -> int:
-        splits = [store.split("validation") for store in self._stores]
-        whole = sum(split.num_tokens - 1 for split in splits)
-        return sum(split.num_bytes for split in splits) if tokens == whole else 0
+    def _validation(
+        self, name: str, share: float, store: TokenStore, config: RunConfig, sharding: Sharding
+    ) -> Validation:
+        split = store.split("validation")
+        batches = loader.eval_batches(
+            split,
+            seq_len=config.data.seq_len,
+            batch_size=config.training.batch_size,
+            segment_ids=config.data.segment_ids,
+            eos_id=store.eos_id,
+            pad_id=store.pad_id,
+            sharding=sharding,
+            max_batches=config.training.eval_batches,
+            read_ahead=config.data.read_ahead,
+            requests=config.data.requests,
+        )
+        return Validation(name, share, batches, split.num_tokens - 1, split.num_bytes)
 
 
 def _check_store(config: RunConfig, path: str, store: TokenStore, first: TokenStore) -> None:
@@ -221,18 +241,15 @@ class ExampleRows:
             prefetch=config.data.prefetch,
         )
 
-    def validation_batches(self, config: RunConfig, sharding: Sharding) -> Iterator[loader.Batch]:
-        return examples.eval_example_batches(
+    def validation_parts(self, config: RunConfig, sharding: Sharding) -> list[Validation]:
+        batches = examples.eval_example_batches(
             self.validation,
             seq_len=config.data.seq_len,
             batch_size=config.training.batch_size,
             sharding=sharding,
             max_batches=config.training.eval_batches,
         )
-
-    def bytes_of(self, tokens: float) -> int:
-        del tokens  # targets are parts of texts
-        return 0
+        return [Validation("", 1.0, batches)]  # targets are parts of texts
 
 
 def resolved(config: RunConfig, rows: Rows) -> RunConfig:

@@ -116,10 +116,13 @@ def test_batches_are_the_rows_of_the_stores(store, other):
     assert len(fingerprints) == 4
     again = StoreRows(config_of(f"{store}:0.75,{other}:0.25"))
     assert again.fingerprint == rows.fingerprint
-    tokens = sum(TokenStore(path).split("validation").num_tokens - 1 for path in (store, other))
-    seen = sum(float(batch["weights"].sum()) for batch in rows.validation_batches(config, None))
-    assert seen == tokens
-    assert rows.bytes_of(tokens) > 0
+    parts = rows.validation_parts(config, None)
+    assert [(part.name, part.share) for part in parts] == [(store.name, 0.75), (other.name, 0.25)]
+    for part, path in zip(parts, (store, other), strict=True):
+        split = TokenStore(path).split("validation")
+        seen = sum(float(batch["weights"].sum()) for batch in part.batches)
+        assert seen == part.tokens == split.num_tokens - 1
+        assert part.bytes == split.num_bytes
 
 
 def test_one_store_is_as_ever(store):

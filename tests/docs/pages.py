@@ -1,4 +1,4 @@
-"""The pages as tests read them: links, anchors and fenced blocks; and changes that blocks describe."""
+"""The pages as tests read them: links, anchors, fenced blocks, and changes that these describe."""
 
 import re
 from collections.abc import Iterator

@@ -48,14 +48,16 @@ def test_large_values_approach_the_largest_one_that_is_seen():
     for scale in (1, 10, 1000):
         _, laser, _ = both(query, key, scale * value)
         distances.append(np.abs(laser / scale - largest).max())
-    assert distances[0] > distances[1] > distances[2] and distances[2] < 0.02
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] < 0.02
 
 
 def test_the_bounds():
     query, key, value = inputs(3.0)
     mean, laser, _ = map(np.asarray, both(query, key, value))
     largest = np.maximum.accumulate(value, axis=1)
-    assert (laser >= mean - 1e-5).all() and (laser <= largest + 1e-5).all()
+    assert (laser >= mean - 1e-5).all()
+    assert (laser <= largest + 1e-5).all()
     assert (laser > mean + 1e-3)[:, 1:].any()
     np.testing.assert_allclose(laser[:, 0], value[:, 0], atol=1e-6)  # one visible key
 
@@ -98,7 +100,8 @@ def test_pictures_of_the_page_are_there_and_all_are_made():
     named = set(re.findall(r"figures/(\w+)\.svg", (ROOT / "docs/function.md").read_text()))
     assert named == set(function_figures.FIGURES) == {p.stem for p in FIGURES.iterdir()}
     sizes = [p.stat().st_size for p in FIGURES.iterdir()]
-    assert min(sizes) > 5_000 and max(sizes) < 120_000
+    assert min(sizes) > 5_000
+    assert max(sizes) < 120_000
 
 
 @pytest.mark.slow
@@ -107,12 +110,11 @@ def test_the_script_makes_them(tmp_path):
 
     assert function_figures.main([f"--output={tmp_path}"]) == 0
     for name in function_figures.FIGURES:
-        made, kept = (
-            folder.joinpath(f"{name}.svg").read_text() for folder in (tmp_path, FIGURES)
-        )
+        made, kept = (folder.joinpath(f"{name}.svg").read_text() for folder in (tmp_path, FIGURES))
         assert _labels(made) == _labels(kept), f"{name}: python scripts/function_figures.py"
     errors = function_figures.bfloat16_errors([0.125])
-    assert errors["LASER"][0] < 0.002 and errors["LASER, the paper's form"][0] > 0.01
+    assert errors["LASER"][0] < 0.002
+    assert errors["LASER, the paper's form"][0] > 0.01
 
 
 def _labels(svg: str) -> list[str]:

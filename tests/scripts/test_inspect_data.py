@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from data import corpus
 from data.loader import train_batches
+from data.mixture import Mixture
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from scripts import inspect_data
@@ -20,21 +22,27 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"\[\[(leading EOS|document \d+), (\d+) tokens(, to its end)?\]\]")
 
 
-def test_the_rows_shown_are_those_that_training_reads(store):
-    opened = TokenStore(store)
-    tokenizer = Tokenizer(opened.tokenizer_path)
-    texts = step_rows(opened, step=7, count=3, seq_len=64, batch_size=8, seed=5)
+@pytest.mark.parametrize("shares", [[1], [Fraction(3, 4), Fraction(1, 4)]])
+def test_the_rows_shown_are_those_that_training_reads(store, shares, tmp_path):
+    folders = [store, shutil.copytree(store, tmp_path / "other")][: len(shares)]
+    stores = [TokenStore(folder) for folder in folders]
+    splits = [opened.split("train") for opened in stores]
+    tokenizer = Tokenizer(stores[0].tokenizer_path)
+    options = {"seq_len": 64, "batch_size": 8, "seed": 5, "block_rows": 3}
+    texts = step_rows(stores, [Fraction(share) for share in shares], 7, 8, **options)
     with train_batches(
-        opened.split("train"), seq_len=64, batch_size=8, seed=5, start_step=7, stop_step=8,
-        segment_ids=False, eos_id=opened.eos_id,
+        splits[0] if len(splits) == 1 else Mixture(splits, shares), start_step=7, stop_step=8,
+        segment_ids=False, eos_id=stores[0].eos_id, **options,
     ) as batches:  # fmt: skip
         _, batch = next(batches)
-    assert len(texts) == 3
+    assert len(texts) == 8
     for i, text in enumerate(texts):
         heading, _, shown = text.partition("\n")
         assert heading.startswith(f"--- step 7, row {i} of 8: row ")
         row = [*np.array(batch["inputs"])[i], np.array(batch["targets"])[i, -1]]
         assert MARK.sub("", shown) == tokenizer.decode(row)
+    if len(splits) > 1:
+        assert sum(f" of {folders[1]}\n" in text for text in texts) == 2
 
 
 def test_every_document_is_marked_where_it_begins(store):
