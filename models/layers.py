@@ -175,9 +175,7 @@ class Attention(nnx.Module):
         stop = slot + x_BTM.shape[1]
         _, cached_attention = FUNCTIONS[self.config.attention.kind]
         outputs = tuple(
-            cached_attention(
-                query, key, cache.value, visible_BTS, stop, **self._readout_options()
-            )
+            cached_attention(query, key, cache.value, visible_BTS, stop, **self._readout_options())
             for query, key in zip(queries, cache.keys, strict=True)
         )
         return self._output(outputs, layer), cache

@@ -26,7 +26,11 @@ from matplotlib import pyplot as plt
 from laser.attention import attention
 
 # The same bytes from the same numbers, and text as text: small files, and few changes in them.
-plt.rcParams |= {"svg.hashsalt": "laser", "svg.fonttype": "none", "figure.constrained_layout.use": True}
+plt.rcParams |= {
+    "svg.hashsalt": "laser",
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}
 FIGURES = ("function_output", "function_gradient", "function_bfloat16")
 POINTS = 41
 FORMS: dict[str, tuple[Any, Any]] = {
@@ -37,7 +41,7 @@ FORMS: dict[str, tuple[Any, Any]] = {
 
 
 def outputs(probability: float, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standard attention and LASER for the values (0, value) under (1 - probability, probability)."""
+    """Standard attention and LASER of two keys: the other one has the value 0."""
     return probability * value, np.log1p(probability * np.expm1(value))
 
 

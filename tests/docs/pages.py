@@ -1,4 +1,4 @@
-"""The pages as tests read them: links, anchors and fenced blocks; and changes that blocks describe."""
+"""The pages as tests read them: links, headings, fenced blocks, and the changes in these."""
 
 import re
 from collections.abc import Iterator
