@@ -40,9 +40,9 @@ test: lint types  ## ruff, mypy and every test, the slow ones too
 check: lint types  ## ruff, mypy and the quick tests
 	$(PYTEST) -m "not slow"
 
-docs: .venv/.docs  ## build the documentation into site/; a dead link is an error
-	.venv/bin/python -m sphinx -W --keep-going -q -b html docs site
-	@echo "Open site/index.html"
+docs: .venv/.docs  ## build the documentation into site/html; a dead link is an error
+	.venv/bin/python -m sphinx -W --keep-going -q -b html docs site/html
+	@echo "Open site/html/index.html"
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -1,4 +1,4 @@
-"""How Sphinx makes a site of these pages: `make docs` writes it to site/.
+"""How Sphinx makes a site of these pages: `make docs` writes it to site/html.
 
 The pages are Markdown that reads as well on GitHub. docs/index.md is the one table of contents: its
 headings and lists of links become the site's navigation. A dead link, also to a file of the

@@ -41,7 +41,7 @@ FORMS: dict[str, tuple[Any, Any]] = {
 
 
 def outputs(probability: float, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standard attention and LASER of the values (0, value), probable by 1 - probability and it."""
+    """Standard attention and LASER of two keys: the other one has the value 0."""
     return probability * value, np.log1p(probability * np.expm1(value))
 
 

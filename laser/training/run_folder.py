@@ -1,16 +1,18 @@
 """A run's folder is self-contained: config, tokenizer and data fingerprint lie in it.
 
-config.json       {"config": every field, "data": {"fingerprint": ..., "order": ...},
-                  "init_step": ..., "tokenizer": sha256 of tokenizer.model,
-                  "sha256": of all the rest}
-config.N.json     those before it, if it has changed: by --allow_config_change, or where data lie
-tokenizer.model   a copy of the data's
-checkpoints/      laser/training/checkpoint.py; each names the sha256 of the config it belongs to
-N.unreadable/     a damaged checkpoint that was moved out of the way
-metrics.jsonl, tensorboard/     laser/training/metrics.py
-skipped.jsonl     steps without an update, with the ids of their rows
-.saved            there as soon as the run has had a checkpoint
-.lock             held by the process that trains here, and its pid
+What is there:
+
+    config.json       {"config": every field, "data": {"fingerprint": ..., "order": ...},
+                      "init_step": ..., "tokenizer": sha256 of tokenizer.model,
+                      "sha256": of all the rest}
+    config.N.json     those before it, if it has changed: by --allow_config_change, or where data lie
+    tokenizer.model   a copy of the data's
+    checkpoints/      laser/training/checkpoint.py; each names the sha256 of its config
+    N.unreadable/     a damaged checkpoint that was moved out of the way
+    metrics.jsonl, tensorboard/     laser/training/metrics.py
+    skipped.jsonl     steps without an update, with the ids of their rows
+    .saved            there as soon as the run has had a checkpoint
+    .lock             held by the process that trains here, and its pid
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""The pages as tests read them: links, anchors, fenced blocks, and changes that these describe."""
+"""The pages as tests read them: links, headings, fenced blocks, and the changes in these."""
 
 import re
 from collections.abc import Iterator
