@@ -112,6 +112,8 @@ def attention(
     if sizes is None:
         check(query, value)
         sizes = blocks.block_sizes(length, d_qk, d_v, query.dtype.itemsize, grouped)
+        if window is not None:
+            sizes = blocks.in_window(sizes, window)
     needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, query.dtype.itemsize, grouped)
     options = Options(
         laser=kind == "laser",
