@@ -83,6 +83,7 @@ class Options(NamedTuple):
     scale: float
     causal: bool
     library: Library
+    window: tuple[int, int] | None = None
 
 
 def attention(
@@ -95,11 +96,13 @@ def attention(
     causal: bool,
     segment_ids: Array | None,
     logits_soft_cap: float | None,
+    window: tuple[int, int] | None = None,
     library: Library = "cudnn",
 ) -> tuple[Array, Array]:
     """The interface's contract; see `laser.attention.attention`.
 
     Args:
+      window: causal; `interface` sends no other here.
       library: what weighs the values, an `implementation` of jax.nn.dot_product_attention; "xla" is
         for tests without a GPU, at any head size and dtype.
 
@@ -113,7 +116,7 @@ def attention(
     """
     if library == "cudnn":
         check(query, value, kind, segment_ids, logits_soft_cap)
-    options = Options(float(logits_scale), causal, library)
+    options = Options(float(logits_scale), causal, library, window)
     if kind == "standard":
         return _standard(query, key, value, options), jnp.float32(0)
     return _laser(query, key, value, options)
@@ -122,7 +125,7 @@ def attention(
 def _call(query: Array, key: Array, operand: Array, options: Options) -> Array:
     return jax.nn.dot_product_attention(
         query, key, operand, scale=options.scale, is_causal=options.causal,
-        implementation=options.library,
+        local_window_size=options.window, implementation=options.library,
     )  # fmt: skip
 
 
@@ -183,7 +186,7 @@ _standard.defvjp(_standard_fwd, _standard_bwd)
 def _chunked(query: Array, key: Array, value: Array, kind: str, options: Options) -> Array:
     return chunked.attention(
         query, key, value, kind=kind, logits_scale=options.scale, causal=options.causal,
-        segment_ids=None, logits_soft_cap=None,
+        segment_ids=None, logits_soft_cap=None, window=options.window,
     )[0]  # fmt: skip
 
 
@@ -276,7 +279,7 @@ def _of_queries(x: Any, heads: int) -> Any:
 
 
 def _largest_seen(value: Array, options: Options) -> Array:
-    """Largest value that each query sees, (B, T or 1, K, D) float32."""
+    """At least the largest value that each query sees, (B, T or 1, K, D) float32."""
     value = value.astype(jnp.float32)
     return lax.cummax(value, axis=1) if options.causal else value.max(axis=1, keepdims=True)
 

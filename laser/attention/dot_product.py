@@ -88,7 +88,8 @@ def dot_product_attention(
         "logits_soft_cap": None,
     }
     if (window := _window(local_window_size)) is not None:
-        options["window"] = window
+        causal = is_causal or window[1] == 0  # the same to every implementation
+        options |= {"causal": causal, "window": (window[0], 0 if causal else window[1])}
     extras = Extras(
         bias=_broadcasting(bias, "bias", logits),
         mask=_broadcasting(mask, "mask", logits),

@@ -174,7 +174,10 @@ def _check_options(implementation: str, query: Array, key: Array, options: dict)
         return
     extras = options.get("extras", chunked.NO_EXTRAS)
     unknown = [name for name, x in extras._asdict().items() if x is not None]
-    unknown += [name for name in ("shared_segment", "window") if options.get(name) is not None]
+    if options.get("shared_segment") is not None:
+        unknown.append("shared_segment")
+    if implementation == "cudnn" and options.get("window") is not None and not options["causal"]:
+        unknown.append("window of later keys")
     if query.shape[1] != key.shape[1]:
         unknown.append("keys of another length than queries")
     if unknown:

@@ -322,6 +322,12 @@ def test_heads_that_do_not_divide_are_named():
         ("tpu", {}, "pallas"),
         ("tpu", {"is_causal": True}, "pallas"),
         ("tpu", {"mask": np.tri(128, dtype=bool)}, "chunked (implementation='pallas' has no mask"),
+        ("tpu", {"local_window_size": (16, 4)}, "pallas"),
+        (
+            "gpu",
+            {"local_window_size": 16},
+            "chunked (implementation='cudnn' has no window of later",
+        ),
         ("gpu", {"bias": np.ones((128, 128))}, "chunked (implementation='cudnn' has no bias"),
     ],
 )

@@ -47,6 +47,26 @@ def kernels_of(programs):
     return found
 
 
+BUNDLES = """
+import functools, sys, tempfile
+from scripts import benchmark_attention as benchmark
+with tempfile.TemporaryDirectory() as dump:
+    benchmark._prepare_libtpu(dump)
+    for kv_heads in (8, 2):
+        benchmark.lower_program("v5e", 8, 128, 512, "standard", kv_heads=kv_heads).compile()
+        print(benchmark.total_bundles("standard", {"bundles": benchmark._bundles(dump)}))
+"""
+
+
+def test_grouped_heads_take_no_more_bundles_than_repeated_ones():
+    result = subprocess.run(
+        [sys.executable, "-c", BUNDLES], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, **NO_DEVICE, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"},
+    )  # fmt: skip
+    repeated, grouped = map(int, result.stdout.split())
+    assert 0 < grouped <= repeated
+
+
 def program(chip, heads, size, length, kind="laser", **options):
     return {
         "chip": chip, "heads": heads, "size": size, "length": length, "kind": kind, **options,

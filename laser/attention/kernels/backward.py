@@ -116,7 +116,7 @@ def _values(blocks: _Blocks, mu: Array | None, rows: slice, raw: bool):
     return (exponentials - mu).astype(blocks.v.dtype), exponentials
 
 
-def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: bool):
+def _weights(blocks: _Blocks, options: Options, key: int, query: int, crosses: bool, edges):
     """Transposed probabilities of a pair of tiles, float32, and the slope of the soft cap."""
     rows, columns = options.rows(key), options.rows(query)
     products = common.dot(blocks.k[rows, :], blocks.q[columns, :], (1, 1))
@@ -127,8 +127,7 @@ def _weights(blocks: _Blocks, options: Options, key: int, query: int, diagonal: 
             common.to_column(blocks.key_segments[:, rows]),
             blocks.query_segments[:, columns],
         )
-    crosses = diagonal and query == key
-    logits = common.masked(logits, *segments, crosses, query_axis=1)
+    logits = common.masked(logits, *segments, crosses, query_axis=1, edges=edges)
     return jnp.exp2(logits - blocks.log_sum[:, columns]), slope
 
 
@@ -139,7 +138,7 @@ def _hides(blocks: _Blocks, crosses: bool) -> bool:
 
 def _step(
     blocks: _Blocks, options: Options, first_row, first_key, *,
-    diagonal: bool, many: bool, member, raw: bool,
+    diagonal: bool, many: bool, member, raw: bool, apart: int = 0,
 ):  # fmt: skip
     """Adds all tiles of one block of keys and one of queries to the sums.
 
@@ -151,6 +150,7 @@ def _step(
       member: which head of a group this is, whose heads add to the sums of dK and dV one after the
         other; None where a head of queries has its own keys.
       raw: the residual is y in place of the output.
+      apart: of a window, see `Options.pairs`.
     """
     prepare, mu, center = _standard_queries, None, None
     if options.laser:
@@ -161,20 +161,26 @@ def _step(
     queries: dict[int, tuple[Array, Array]] = {}
     for key in range(options.tiles):
         rows = options.rows(key)
+        met = options.pairs(key, diagonal, apart, queries_of_key=True)
+        if not met:  # outside of the window
+            continue
         values, exponentials = _values(blocks, mu, rows, raw)
         keys = blocks.k[rows, :]
         if center is not None:
             keys = (keys.astype(jnp.float32) - center).astype(keys.dtype)
         dk, dv = [], []
         # From the last query on: 3 % fewer bundles than in order, for both attentions.
-        for query in reversed(options.pairs(key, diagonal, queries_of_key=True)):
+        for query in reversed(met):
             to_what_is_there = many or query in queries
             if query not in queries:
                 queries[query] = prepare(blocks, rows=options.rows(query))
             g, delta = queries[query]
-            weights, slope = _weights(blocks, options, key, query, diagonal)
+            crosses, edges = diagonal and query == key, common.NO_EDGES
+            if options.window is not None:
+                crosses, edges = False, options.edges(query, key, apart)
+            weights, slope = _weights(blocks, options, key, query, crosses, edges)
             d_logits = weights * (common.dot(values, g, (1, 1)) - delta)
-            if not options.laser and _hides(blocks, diagonal and query == key):
+            if not options.laser and _hides(blocks, crosses or edges != common.NO_EDGES):
                 # The product with a huge value that is not seen is infinite, its weight 0.
                 d_logits = jnp.where(weights > 0, d_logits, 0.0)
             if slope is not None:
@@ -222,6 +228,12 @@ def _kernel(*refs, options: Options, segments: bool, blocks: int, group: int, ra
             _finish_keys(named, options, 0, raw)
         return
     key, query = pl.program_id(2), pl.program_id(3)
+    step_number, steps, after = query, blocks, 0
+    if options.window is not None:
+        # The last axis of the grid goes through the blocks of queries in reach alone.
+        before, after = options.blocks_in_reach(blocks)
+        steps = min(before + after + 1, blocks)
+        query += jnp.maximum(key - after, 0)
     first_row = pl.multiple_of(query * options.block, options.block)
     first_key: Any = 0
     rows: Any = ...
@@ -229,24 +241,30 @@ def _kernel(*refs, options: Options, segments: bool, blocks: int, group: int, ra
         first_key = pl.multiple_of(key * options.block, options.block)
         rows = pl.ds(first_key, options.block)
 
-    @pl.when((key == 0) & (query == 0))
+    @pl.when((key == 0) & (step_number == 0))
     def _start_queries():
         named.dq_sum[...] = jnp.zeros(named.dq_sum.shape, jnp.float32)
 
-    first = (query == 0) & (member == 0) if more_heads else query == 0
+    first = (step_number == 0) & (member == 0) if more_heads else step_number == 0
     pl.when(first)(functools.partial(_start_keys, named, options, rows))
     step = functools.partial(
         _step, named, options, first_row, first_key, many=True, member=member, raw=raw
     )
-    if options.causal:
+    if options.window is not None:
+        for low, high in options.pieces(blocks):
+            here = (query - key >= low) & (query - key <= high) & (query < blocks)
+            pl.when(here)(functools.partial(step, diagonal=False, apart=low))
+    elif options.causal:
         pl.when(query > key)(functools.partial(step, diagonal=False))
         pl.when(query == key)(functools.partial(step, diagonal=True))
     else:
         step(diagonal=False)
     # Key blocks are visited in order: a causal query block has met all its keys on the diagonal.
     last = query == key if options.causal else key == blocks - 1
+    if options.window is not None:
+        last = (query < blocks) & (key == jnp.minimum(query + after, blocks - 1))
     pl.when(last)(functools.partial(_finish_queries, named, options, first_row))
-    last = query == blocks - 1
+    last = step_number == steps - 1
     if more_heads:
         last &= member == group - 1
     pl.when(last)(functools.partial(_finish_keys, named, options, first_key, raw))
@@ -313,10 +331,23 @@ def backward(
             j = jnp.where(common.member_of_group(h, group) == group - 1, j, 0)
         return b, of_keys(h), j, 0
 
-    def query_map(b, h, j, i):  # blocks above the diagonal are not fetched
-        return b, h, jnp.maximum(i, j) if options.causal else i, 0
+    steps, before, after = blocks, 0, 0
+    if options.window is not None:
+        before, after = options.blocks_in_reach(blocks)
+        steps = min(before + after + 1, blocks)
+
+    def query_map(b, h, j, i):  # blocks above the diagonal, or out of the window, are not fetched
+        if options.window is not None:
+            last = jnp.minimum(j + before, blocks - 1)
+            i = jnp.minimum(jnp.maximum(j - after, 0) + i, last)
+        elif options.causal:
+            i = jnp.maximum(i, j)
+        return b, h, i, 0
 
     def dq_map(b, h, j, i):  # the block that is finished while this key block is visited
+        if options.window is not None:
+            first = jnp.maximum(j - after, 0)
+            return b, h, jnp.where(j == blocks - 1, jnp.minimum(first + i, blocks - 1), first), 0
         return b, h, j if options.causal else jnp.where(j == blocks - 1, i, 0), 0
 
     def spec(size, index_map):
@@ -354,7 +385,7 @@ def backward(
             group=group,
             raw=raw,
         ),
-        grid=(batch, heads, blocks, blocks),
+        grid=(batch, heads, blocks, steps),
         in_specs=in_specs,
         out_specs=[spec(d_qk, dq_map), spec(d_qk, dk_map), spec(d_v, dk_map)],
         out_shape=out_shape,
@@ -383,9 +414,9 @@ def _some(x: Array, block: int, of_keys) -> tuple[pl.BlockSpec, Array]:
 
 
 def cost(q_shape, d_v: int, options: Options, operands, results) -> pl.CostEstimate:
-    """Work of the backward kernel for XLA's scheduler; causal attention is half of the square."""
+    """Work of the backward kernel for XLA's scheduler."""
     batch, heads, length, d_qk = q_shape
-    pairs = batch * heads * length * length // (2 if options.causal else 1)
+    pairs = common.pairs_of_positions(q_shape, options)
     values = batch * heads * length * d_v
     return pl.CostEstimate(
         flops=2 * pairs * (3 * d_qk + 2 * d_v),

@@ -7,8 +7,9 @@ Shapes: B batch, H heads, N padded length, D size, M rows of a block, R rows of 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,8 @@ class Options:
       block: rows of queries and of keys that a grid step holds; divides the padded length.
       tile: rows of one matrix product within a block, of the forward kernel; divides `block`.
       backward_tile: that of the backward kernel.
+      window: how many keys before its own position a query sees, and how many after it; None for
+        all. With `causal` none after it.
       wide: exp(V) relative to powers of two, for values that float32 does not hold; LASER only.
       vmem_bytes: what the compiler may use, None for its default.
       interpret: run on the CPU, for tests.
@@ -71,6 +74,7 @@ class Options:
     block: int
     tile: int
     backward_tile: int
+    window: tuple[int, int] | None = None
     wide: bool = False
     vmem_bytes: int | None = None
     interpret: bool = False
@@ -83,11 +87,88 @@ class Options:
         """Rows of a block that belong to one of its tiles."""
         return slice(tile * self.tile, (tile + 1) * self.tile)
 
-    def pairs(self, tile: int, diagonal: bool, queries_of_key: bool = False) -> range:
-        """Tiles that a query tile attends to (or a key tile is seen by) in a pair of blocks."""
+    def pairs(
+        self, tile: int, diagonal: bool, apart: int = 0, queries_of_key: bool = False
+    ) -> range:
+        """Tiles that a query tile attends to (or a key tile is seen by) in a pair of blocks.
+
+        Args:
+          tile: of queries, or with `queries_of_key` of keys.
+          diagonal: the blocks are the same, of a causal mask.
+          apart: of a window, the number of the block of queries less that of the block of keys.
+        """
+        if self.window is not None:
+            pairs = (
+                (other, tile) if queries_of_key else (tile, other) for other in range(self.tiles)
+            )
+            met = [number for number, pair in enumerate(pairs) if self._meets(*pair, apart)]
+            return range(met[0], met[-1] + 1) if met else range(0)
         if not diagonal:
             return range(self.tiles)
         return range(tile, self.tiles) if queries_of_key else range(tile + 1)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Of a window: how many keys a query sees before its position, and how many after it."""
+        assert self.window is not None
+        return self.window[0], 0 if self.causal else self.window[1]
+
+    def blocks_in_reach(self, blocks: int) -> tuple[int, int]:
+        """Of a window: how many blocks of keys before its own one a block of queries meets, and
+        how many after it.
+        """
+        before, after = (min(-(-keys // self.block), blocks - 1) for keys in self.reach)
+        return before, after
+
+    def _meets(self, query: int, key: int, apart: int) -> bool:
+        before, after = self.reach
+        nearest, farthest = self._distances(query, key, apart)
+        return nearest <= before and farthest >= -after
+
+    def _distances(self, query: int, key: int, apart: int) -> tuple[int, int]:
+        """Smallest and largest position of a query less that of a key, in a pair of tiles."""
+        offset = apart * self.block + (query - key) * self.tile
+        return offset - (self.tile - 1), offset + self.tile - 1
+
+    def edges(self, query: int, key: int, apart: int) -> "Edges":
+        """What of a pair of tiles the window hides."""
+        before, after = self.reach
+        smallest, largest = self._distances(query, key, apart)
+        offset = (smallest + largest) // 2
+        return Edges(
+            before - offset if largest > before else None,
+            -after - offset if smallest < -after else None,
+        )
+
+    def pieces(self, blocks: int) -> list[tuple[int, int]]:
+        """Ranges of `apart` in a window that one piece of code serves, both ends included.
+
+        Blocks that see each other whole need no mask, and are all alike, on either side.
+        """
+        before, after = self.blocks_in_reach(blocks)
+        tiles = list(itertools.product(range(self.tiles), repeat=2))
+
+        def kind(apart):
+            whole = all(self.edges(*pair, apart) == NO_EDGES for pair in tiles)
+            return (apart > 0) - (apart < 0) if whole and apart else f"{apart} itself"
+
+        groups = (list(same) for _, same in itertools.groupby(range(-after, before + 1), kind))
+        return [(group[0], group[-1]) for group in groups]
+
+
+class Edges(NamedTuple):
+    """Bounds of a query's row less a key's row in their tiles, beyond which the key is hidden.
+
+    Attributes:
+      most: None where no pair of the tiles is farther apart.
+      least: likewise.
+    """
+
+    most: int | None
+    least: int | None
+
+
+NO_EDGES = Edges(None, None)
 
 
 def head_of_keys(q: Array, k: Array) -> Callable[[Any], Any]:
@@ -142,7 +223,7 @@ def capped(products: Array, options: Options) -> tuple[Array, Array | None]:
 
 def masked(
     logits: Array, query_segments: Array | None, key_segments: Array | None, crosses: bool,
-    query_axis: int,
+    query_axis: int, edges: Edges = NO_EDGES,
 ) -> Array:  # fmt: skip
     """Logits with what a query may not see at MASKED.
 
@@ -150,14 +231,30 @@ def masked(
       logits: (R, R), queries along `query_axis`.
       query_segments, key_segments: (R, 1) and (1, R) int32, the column along the axis 0; or None.
       crosses: the tile lies on the diagonal of a causal mask.
+      edges: of a window.
     """
     if crosses:
         query = lax.broadcasted_iota(jnp.int32, logits.shape, query_axis)
         key = lax.broadcasted_iota(jnp.int32, logits.shape, 1 - query_axis)
         logits = jnp.where(query >= key, logits, MASKED)
+    if edges != NO_EDGES:
+        query = lax.broadcasted_iota(jnp.int32, logits.shape, query_axis)
+        distance = query - lax.broadcasted_iota(jnp.int32, logits.shape, 1 - query_axis)
+        if edges.most is not None:
+            logits = jnp.where(distance <= edges.most, logits, MASKED)
+        if edges.least is not None:
+            logits = jnp.where(distance >= edges.least, logits, MASKED)
     if query_segments is not None:
         logits = jnp.where(query_segments == key_segments, logits, MASKED)
     return logits
+
+
+def pairs_of_positions(q_shape, options: Options) -> int:
+    """Of queries and keys that meet; causal attention is half of the square."""
+    batch, heads, length, _ = q_shape
+    if options.window is not None:
+        return batch * heads * length * min(length, sum(options.reach) + 1)
+    return batch * heads * length * length // (2 if options.causal else 1)
 
 
 def log2_exponential(v: Array, exact: bool) -> Array:

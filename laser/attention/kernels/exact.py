@@ -31,6 +31,10 @@ def _rows(q_MD, k_ND, v_ND, block: Array, segments_1N: Array | None, options: Op
     query = block * options.block + jnp.arange(options.block)
     if options.causal:
         logits = jnp.where(query[:, None] >= position, logits, -jnp.inf)
+    if options.window is not None:
+        before, after = options.reach
+        distance = query[:, None] - position
+        logits = jnp.where((distance <= before) & (distance >= -after), logits, -jnp.inf)
     if segments_1N is not None:
         ids = lax.dynamic_slice_in_dim(segments_1N[0], block * options.block, options.block)
         logits = jnp.where(ids[:, None] == segments_1N, logits, -jnp.inf)

@@ -69,29 +69,31 @@ def _exponential_tile(v: Array, before: KeyTile | None, wide: bool, exact: bool)
     return KeyTile(operand, smallest, largest, power, mu)
 
 
-def _attend(logits: list[Array], tiles: list[KeyTile], at_least: list[Array], wide: bool) -> Sums:
-    """One query tile against the key tiles of a block, relative to the reference of the last one.
+def _attend(
+    logits: list[Array], tiles: list[KeyTile], last: KeyTile, at_least: list[Array], wide: bool
+) -> Sums:
+    """One query tile against key tiles of a block, relative to the reference of `last`.
 
     The maximum is no less than `at_least`.
     """
     maximum = functools.reduce(jnp.maximum, logits).max(axis=1, keepdims=True)
     maximum = functools.reduce(jnp.maximum, at_least, maximum)
-    reference = maximum + _headroom(tiles[-1])
+    reference = maximum + _headroom(last)
     weight, values = [], []
     for tile_logits, tile in zip(logits, tiles, strict=True):
         weights = jnp.exp2(tile_logits - reference)
         weight.append(weights.sum(axis=1, keepdims=True))
         operand = tile.operand
-        if wide and tile is not tiles[-1]:
-            shrink = common.power_of_two(tile.power - tiles[-1].power)
+        if wide and tile is not last:
+            shrink = common.power_of_two(tile.power - last.power)
             operand = (operand.astype(jnp.float32) * shrink).astype(operand.dtype)
         values.append(common.dot(weights.astype(operand.dtype), operand))
-    if tiles[-1].mu is not None:
-        values.insert(0, _anchored(weight, tiles, wide))
+    if last.mu is not None:
+        values.insert(0, _anchored(weight, tiles, last, wide))
     return Sums(maximum, functools.reduce(jnp.add, weight), functools.reduce(jnp.add, values))
 
 
-def _anchored(weight: list[Array], tiles: list[KeyTile], wide: bool) -> Array:
+def _anchored(weight: list[Array], tiles: list[KeyTile], last: KeyTile, wide: bool) -> Array:
     """Σ P·μ over all tiles, (R, D), which their Σ P·(E - μ) lack.
 
     From one tile to the next an anchor stays or falls from 1 to 0, so this is the weight of the
@@ -101,7 +103,7 @@ def _anchored(weight: list[Array], tiles: list[KeyTile], wide: bool) -> Array:
     for so_far, tile in zip(itertools.accumulate(weight), tiles, strict=True):
         anchored = jnp.where(tile.mu > 0, so_far, anchored)
     if wide:  # what has an anchor has the reference 1
-        anchored *= common.power_of_two(jnp.minimum(-tiles[-1].power, 0))
+        anchored *= common.power_of_two(jnp.minimum(-last.power, 0))
     return anchored
 
 
@@ -114,8 +116,10 @@ def _headroom(tile: KeyTile) -> float:
     return common.HEADROOM if tile.power is None else 0.0
 
 
-def _joined(before: Sums, sums: Sums, rescale: Array | None) -> Sums:
+def _joined(before: Sums, sums: Sums | None, rescale: Array | None) -> Sums:
     """Sums over all blocks so far, relative to this block's reference."""
+    if sums is None:  # the window hides this block
+        return before if rescale is None else before._replace(values=before.values * rescale)
     shrink = jnp.exp2(before.maximum - sums.maximum)
     earlier = before.values if rescale is None else before.values * rescale
     return Sums(sums.maximum, before.weight * shrink + sums.weight, earlier * shrink + sums.values)
@@ -172,7 +176,9 @@ def _key_tile(blocks: _Blocks, options: Options, number: int, before, raw: bool)
     return _exponential_tile(v, before, options.wide, exact=options.wide or options.interpret)
 
 
-def _logits(blocks: _Blocks, options: Options, query: int, key: int, diagonal: bool) -> Array:
+def _logits(
+    blocks: _Blocks, options: Options, query: int, key: int, diagonal: bool, apart: int
+) -> Array:
     rows, columns = options.rows(query), options.rows(key)
     products = common.dot(blocks.q[rows, :], blocks.k[columns, :], (1, 1))
     segments: tuple[Any, Any] = (None, None)
@@ -181,15 +187,22 @@ def _logits(blocks: _Blocks, options: Options, query: int, key: int, diagonal: b
             common.to_column(blocks.query_segments[:, rows]),
             blocks.key_segments[:, columns],
         )
-    crosses = diagonal and query == key
-    return common.masked(common.capped(products, options)[0], *segments, crosses, query_axis=0)
+    logits = common.capped(products, options)[0]
+    if options.window is not None:
+        edges = options.edges(query, key, apart)
+        return common.masked(logits, *segments, False, query_axis=0, edges=edges)
+    return common.masked(logits, *segments, diagonal and query == key, query_axis=0)
 
 
-def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last, raw: bool):
+def _step(
+    blocks: _Blocks, options: Options, *,
+    diagonal: bool, many: bool, last, raw: bool, apart: int = 0,
+):  # fmt: skip
     """All tiles of one block of queries and one of keys.
 
     Args:
       diagonal: the blocks are the same, of a causal mask.
+      apart: of a window, see `Options.pairs`.
       many: there are more blocks of keys, and so sums in scratch.
       last: whether this is the last block of keys, static or traced.
       raw: write y, not its logarithm.
@@ -197,10 +210,15 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
     before: Any = _before(blocks, options, many)
     tiles: list[KeyTile] = []
     finished: list[Finished] = []
-    for query in range(options.tiles):
-        keys = options.pairs(query, diagonal)
-        while len(tiles) < len(keys):  # made when first met, kept for the queries after that
-            tiles.append(_key_tile(blocks, options, len(tiles), (tiles or [before])[-1], raw))
+    met = [options.pairs(query, diagonal, apart) for query in range(options.tiles)]
+    first = min(keys.start for keys in met if keys)
+    for query, keys in enumerate(met):
+        # Made when first met, kept for the queries after that. Only on the diagonal may the
+        # reference not be that of later keys, too.
+        stop = keys.stop if diagonal else max(keys.stop for keys in met)
+        while first + len(tiles) < stop:
+            number = first + len(tiles)
+            tiles.append(_key_tile(blocks, options, number, (tiles or [before])[-1], raw))
         tile, rows = tiles[-1], options.rows(query)
         at_least = []
         if many:
@@ -208,8 +226,11 @@ def _step(blocks: _Blocks, options: Options, *, diagonal: bool, many: bool, last
             at_least.append(carried.maximum)
         if finished and options.laser:
             at_least.append(_after(finished[-1]))
-        logits = [_logits(blocks, options, query, key, diagonal) for key in keys]
-        sums = _attend(logits, tiles, at_least, options.wide)
+        sums: Any = None
+        if keys:
+            logits = [_logits(blocks, options, query, key, diagonal, apart) for key in keys]
+            seen = tiles[keys.start - first : keys.stop - first]
+            sums = _attend(logits, seen, tile, at_least, options.wide)
         if many:
             rescale = common.power_of_two(before.power - tile.power) if options.wide else None
             sums = _joined(carried, sums, rescale)
@@ -291,27 +312,54 @@ def _write_statistics(blocks: _Blocks, found: Finished, tile: KeyTile, wide: boo
 def _kernel(*refs, options: Options, segments: bool, reference: bool, blocks: int, raw: bool):
     many = blocks > 1
     named = _Blocks(refs, options, segments, reference, many)
+    if many and options.window is not None:
+        _windowed_kernel(named, options, reference, blocks, raw)
+        return
     if not many:
         _step(named, options, diagonal=options.causal, many=False, last=True, raw=raw)
         return
     query, key = pl.program_id(2), pl.program_id(3)
 
-    @pl.when(key == 0)
-    def _start():
-        named.maximum[...] = jnp.full(named.maximum.shape, common.LOWEST_LOGIT, jnp.float32)
-        named.weight[...] = jnp.zeros(named.weight.shape, jnp.float32)
-        named.values[...] = jnp.zeros(named.values.shape, jnp.float32)
-        if options.laser:
-            start = named.reference[...] if reference else jnp.float32(common.LOWEST_VALUE)
-            named.largest[...] = jnp.broadcast_to(start, named.largest.shape)
-            named.smallest[...] = jnp.full(named.smallest.shape, jnp.inf, jnp.float32)
-
+    pl.when(key == 0)(functools.partial(_start, named, options, reference))
     step = functools.partial(_step, named, options, many=True, raw=raw)
     if options.causal:
         pl.when(key < query)(functools.partial(step, diagonal=False, last=False))
         pl.when(key == query)(functools.partial(step, diagonal=True, last=True))
     else:
         step(diagonal=False, last=key == blocks - 1)
+
+
+def _start(blocks: _Blocks, options: Options, reference: bool):
+    blocks.maximum[...] = jnp.full(blocks.maximum.shape, common.LOWEST_LOGIT, jnp.float32)
+    blocks.weight[...] = jnp.zeros(blocks.weight.shape, jnp.float32)
+    blocks.values[...] = jnp.zeros(blocks.values.shape, jnp.float32)
+    if options.laser:
+        start = blocks.reference[...] if reference else jnp.float32(common.LOWEST_VALUE)
+        blocks.largest[...] = jnp.broadcast_to(start, blocks.largest.shape)
+        blocks.smallest[...] = jnp.full(blocks.smallest.shape, jnp.inf, jnp.float32)
+
+
+def _windowed_kernel(named: _Blocks, options: Options, reference: bool, blocks: int, raw: bool):
+    """The last axis of the grid goes through the blocks of keys that the window reaches alone."""
+    query, step_number = pl.program_id(2), pl.program_id(3)
+    before, after = options.blocks_in_reach(blocks)
+    key = jnp.maximum(query - before, 0) + step_number
+    apart = query - key
+    pl.when(step_number == 0)(functools.partial(_start, named, options, reference))
+    for low, high in options.pieces(blocks):
+        # The last block of keys lies on the diagonal or after it.
+        last = (
+            False
+            if low > 0
+            else True
+            if after == 0
+            else key == jnp.minimum(query + after, blocks - 1)
+        )
+        step = functools.partial(
+            _step, named, options, diagonal=options.causal and low == 0, many=True, last=last,
+            raw=raw, apart=low,
+        )  # fmt: skip
+        pl.when((apart >= low) & (apart <= high) & (key < blocks))(step)
 
 
 def forward(q, k, v, segment_ids, options: Options, *, reference=None, raw: bool = False):
@@ -340,8 +388,18 @@ def forward(q, k, v, segment_ids, options: Options, *, reference=None, raw: bool
     def query_map(b, h, i, j):
         return b, h, i, 0
 
-    def key_map(b, h, i, j):  # blocks above the diagonal are not fetched
-        return b, of_keys(h), jnp.minimum(i, j) if options.causal else j, 0
+    steps, before, after = blocks, 0, 0
+    if options.window is not None:
+        before, after = options.blocks_in_reach(blocks)
+        steps = min(before + after + 1, blocks)
+
+    def key_map(b, h, i, j):  # blocks above the diagonal, or out of the window, are not fetched
+        if options.window is not None:
+            last = jnp.minimum(i + after, blocks - 1)
+            j = jnp.minimum(jnp.maximum(i - before, 0) + j, last)
+        elif options.causal:
+            j = jnp.minimum(i, j)
+        return b, of_keys(h), j, 0
 
     in_specs = [
         pl.BlockSpec((None, None, block, d_qk), query_map),
@@ -387,7 +445,7 @@ def forward(q, k, v, segment_ids, options: Options, *, reference=None, raw: bool
             blocks=blocks,
             raw=raw,
         ),
-        grid=(batch, heads, blocks, blocks),
+        grid=(batch, heads, blocks, steps),
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
@@ -404,9 +462,9 @@ def forward(q, k, v, segment_ids, options: Options, *, reference=None, raw: bool
 
 
 def cost(q_shape, d_v: int, options: Options, operands, results) -> pl.CostEstimate:
-    """Work of the forward kernel for XLA's scheduler; causal attention is half of the square."""
+    """Work of the forward kernel for XLA's scheduler."""
     batch, heads, length, d_qk = q_shape
-    pairs = batch * heads * length * length // (2 if options.causal else 1)
+    pairs = common.pairs_of_positions(q_shape, options)
     values = batch * heads * length * d_v
     return pl.CostEstimate(
         flops=2 * pairs * (d_qk + d_v),

@@ -88,6 +88,7 @@ def attention(
     causal: bool,
     segment_ids: Array | None,
     logits_soft_cap: float | None,
+    window: tuple[int, int] | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
@@ -111,6 +112,8 @@ def attention(
     if sizes is None:
         check(query, value)
         sizes = blocks.block_sizes(length, d_qk, d_v, query.dtype.itemsize, grouped)
+        if window is not None:
+            sizes = blocks.in_window(sizes, window)
     needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, query.dtype.itemsize, grouped)
     options = Options(
         laser=kind == "laser",
@@ -120,6 +123,7 @@ def attention(
         block=sizes.block,
         tile=sizes.tile,
         backward_tile=sizes.backward_tile,
+        window=window,
         vmem_bytes=needed,
         interpret=interpret,
     )
@@ -199,7 +203,7 @@ def _attend_fwd(q, k, v, segment_ids, options: Options):
         found = _redone(found, ~_certified(found[2]), wide_form, q, k, v, segment_ids)
         range_BH, residual = (
             _range(found[2]),
-            _residual(found[0], found[2], q.shape[1] // k.shape[1]),
+            _residual(found[0], found[2], q.shape[1] // k.shape[1], options),
         )
     # A dim of size 1 that is next to last would take the space of 8 in memory.
     named = (found[0], found[1][:, :, 0], residual)
@@ -292,11 +296,14 @@ class Residual(NamedTuple):
     precise: Array
 
 
-def _residual(out: Array, statistics: Array, group: int) -> Residual:
-    # The last block of queries has met every key.
-    smallest_value, largest_value = (
-        _row(statistics, name)[:, :, -1] for name in ("smallest_value", "largest_value")
-    )
+def _residual(out: Array, statistics: Array, group: int, options: Options) -> Residual:
+    def of_all_keys(name, reduce):
+        rows = _row(statistics, name)
+        # Without a window the last block of queries has met every key.
+        return rows[:, :, -1] if options.window is None else reduce(rows, axis=2)
+
+    smallest_value = of_all_keys("smallest_value", jnp.min)
+    largest_value = of_all_keys("largest_value", jnp.max)
     smallest, limit = _row(statistics, "smallest_out"), LARGEST_RESIDUAL[out.dtype]
     precise = (smallest >= -limit) & (largest_value[:, :, None] - smallest <= common.LARGEST_RISE)
     # No output is larger than the largest value; if that is too large, the outputs are looked at.
