@@ -1,9 +1,11 @@
 """LASER in PyTorch beside PyTorch's own attention, forward and backward, one after the other.
 
     python scripts/benchmark_torch.py [--length=1024] [--heads=8] [--size=64] [--repeats=9]
+        [--threads=1]
 
 Needs torch (requirements-peers.txt), takes a GPU where it finds one, and prints the median time of
 each and the median of the ratios within a round, so that other load on the machine falls on both.
+On a CPU the time is that of the process, in all its threads.
 """
 
 import argparse
@@ -25,10 +27,18 @@ from laser.torch import scaled_dot_product_attention
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name, default in {"batch": 1, "length": 1024, "heads": 8, "size": 64, "repeats": 9}.items():
+    for name, default in {
+        "batch": 1,
+        "length": 1024,
+        "heads": 8,
+        "size": 64,
+        "repeats": 9,
+        "threads": 1,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (arguments.batch, arguments.heads, arguments.length, arguments.size)
     torch.manual_seed(0)
@@ -49,14 +59,15 @@ def main() -> None:
 
 
 def _seconds(tensors: list[torch.Tensor], kind, backward: bool, device: str) -> float:
-    inputs = [x.detach().requires_grad_(backward) for x in tensors]
-    start = time.perf_counter()
-    out = scaled_dot_product_attention(*inputs, is_causal=True, kind=kind)
+    query, key, value = (x.detach().requires_grad_(backward) for x in tensors)
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    start = clock()
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, kind=kind)
     if backward:
         out.sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 if __name__ == "__main__":
