@@ -127,7 +127,7 @@ def _attention(
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     for start, stop in inputs.chunks():
         chunk = inputs.chunk(start, stop)
-        chunk_out = chunk.fast.masked_fill(~chunk.certified, 0)
+        chunk_out = chunk.fast.where(chunk.certified, 0)
         for at, terms, largest, _ in chunk.uncertified():
             chunk_out[at] = terms.logsumexp(-1) + largest
         out[:, :, start:stop] = inputs.by_head(chunk_out)
@@ -155,20 +155,21 @@ def _attention_backward(
         d = inputs.by_key_head(d_out[:, :, start:stop]).to(d_key.dtype)
         # Gradients are linear in dO: divided by small sums, one of about 1 stays within range.
         power = torch.frexp(d.abs().amax((-2, -1), keepdim=True)).exponent.clamp(-120, 120)
-        d = torch.ldexp(d, -power)
-        d_fast = d.masked_fill(~chunk.certified, 0)
-        d_y = d_fast / chunk.y.masked_fill(~chunk.certified, 1)
-        d_logits = chunk.probs * (d_y @ chunk.exp_v.mT - d_fast.sum(-1, keepdim=True))
-        d_v = (chunk.probs.mT @ d_y) * chunk.exp_v
+        d, back = d * _power_of_two(-power, d.dtype), _power_of_two(power, d.dtype)
+        d_fast = d.where(chunk.certified, 0)
+        d_y = d_fast / chunk.y.where(chunk.certified, 1)
+        d_logits = d_y @ chunk.exp_v.mT
+        d_logits.sub_(d_fast.sum(-1, keepdim=True)).mul_(chunk.probs)
+        d_v = (chunk.probs.mT @ d_y).mul_(chunk.exp_v)
         for at, terms, _, probs in chunk.uncertified():
             b, h, c, feature = at
             share = terms.softmax(-1)
             d_v.mT.index_put_((b, h, feature), d[at][:, None] * share, accumulate=True)
             d_logits.index_put_((b, h, c), d[at][:, None] * (share - probs), accumulate=True)
-        d_logits = torch.ldexp(d_logits, power)
+        d_logits *= back
         stop_k = d_logits.shape[-1]
-        d_value[:, :, :stop_k] += torch.ldexp(d_v, power)
-        d_key[:, :, :stop_k] += scale * (d_logits.mT @ chunk.query)
+        d_value[:, :, :stop_k] += d_v.mul_(back)
+        d_key[:, :, :stop_k] += d_logits.mT @ chunk.query
         d_q = scale * (d_logits @ inputs.key[:, :, :stop_k])
         d_query[:, :, start:stop] = inputs.by_head(d_q)
         if mask_too and mask is not None:
@@ -206,35 +207,33 @@ class _Inputs:
         return x.reshape(x.shape[0], self.heads, -1, x.shape[-1])
 
     def chunk(self, start: int, stop: int) -> "_Chunk":
-        query = self.by_key_head(self.query[:, :, start:stop]).to(self.key.dtype)
+        query = self.by_key_head(self.query[:, :, start:stop]).to(self.key.dtype) * self.scale
         seen = min(stop, self.key.shape[2]) if self.is_causal else self.key.shape[2]
-        logits = (query @ self.key[:, :, :seen].mT) * self.scale
+        logits = query @ self.key[:, :, :seen].mT
         empty, power = None, self.power[:, :, :seen]
-        if self.is_causal:
-            later = torch.arange(start, stop, device=query.device)[:, None] < torch.arange(
-                seen, device=query.device
-            )
-            logits = logits.masked_fill(later.repeat(self.heads // self.kv_heads, 1), -math.inf)
+        if self.is_causal and start < seen:
+            later = logits.new_ones(stop - start, seen - start, dtype=torch.bool).triu(1)
+            later = later.repeat(self.heads // self.kv_heads, 1)
+            logits[..., start:].masked_fill_(later, -math.inf)
         if self.mask is not None:
             rows = slice(None) if self.mask.shape[2] == 1 else slice(start, stop)
-            mask = self.mask[:, :, rows].expand(-1, -1, stop - start, -1)
-            mask = self.by_key_head(mask)
+            mask = self.by_key_head(self.mask[:, :, rows].expand(-1, -1, stop - start, -1))
             if mask.dtype == torch.bool:
-                logits = logits.masked_fill(~mask, -math.inf)
+                logits.masked_fill_(~mask, -math.inf)
             else:
-                logits = logits + mask
+                logits += mask
             visible = logits > -math.inf
             empty = ~visible.any(-1, keepdim=True)
             # A key that no query of the chunk sees counts as 0 and sets no reference.
             power = power.masked_fill(~visible.any(-2)[..., None], -(2**20))
         reference = power.amax(2, keepdim=True)
-        exp_v = torch.ldexp(self.mantissa[:, :, :seen], power - reference)
+        exp_v = self.mantissa[:, :, :seen] * _power_of_two(power - reference, query.dtype)
         probs = logits.softmax(-1)
         if empty is not None:
-            probs = probs.masked_fill(empty, 0)
+            probs.masked_fill_(empty, 0)
         y = probs @ exp_v
         mantissa, exponent = torch.frexp(y)
-        fast = mantissa.log() + (exponent + reference).to(y.dtype) * LN_2
+        fast = mantissa.log_().add_((exponent + reference) * LN_2)
         certified = (
             (y >= SMALLEST_CERTIFIED) & (y < math.inf) & (fast.abs() <= LARGEST_CERTIFIED_OUTPUT)
         )
@@ -242,8 +241,16 @@ class _Inputs:
         return _Chunk(query, value, logits, exp_v, probs, y, fast, certified, empty)
 
 
+def _power_of_two(n: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^n of int32 n <= 127, exactly; 0 far below the normal numbers."""
+    if dtype == torch.float32:
+        return (n.clamp(min=-127) + 127 << 23).view(dtype)
+    return torch.ldexp(torch.ones_like(n, dtype=dtype), n)
+
+
 class _Chunk(NamedTuple):
-    """Of all heads: query and fast (B, K, C, D), logits (B, K, C, S), exp_v = exp(V) / 2^reference.
+    """Of all heads: the scaled query and fast (B, K, C, D); logits (B, K, C, S); V and
+    exp_v = exp(V) / 2^reference (B, K, S, D).
 
     `fast` is the output where `certified`; `empty` (B, K, C, 1) are the queries that see no key.
     """

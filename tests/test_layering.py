@@ -21,6 +21,8 @@ OURS = (
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "laser": (),
     "laser.attention": (),
+    "laser.torch": (),
+    "laser.dropins": ("laser.attention", "laser.torch"),
     "models": ("laser.attention",),
     "laser.training": ("models", "laser.attention", "data"),
     "laser.planning": ("models", "laser.attention", "laser.training"),
@@ -61,6 +63,8 @@ MUST_NOT_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LIGHT, ("jax", "jaxlib", "flax", "optax", "orbax")),
     **dict.fromkeys(LIGHT_DATA, ("seqio", "tensorflow", "tensorflow_datasets")),
     "configs": ("jax", "flax", "optax"),
+    "laser.attention": ("flax", "optax", "equinox", "torch", "ml_collections"),
+    "laser.torch": ("jax", "numpy", "transformers"),
 }
 
 
@@ -131,6 +135,9 @@ def test_every_module_keeps_to_its_layer():
         ("data.order", "from laser.attention import attention"),
         ("eval.scoring", "from laser.training import loop"),
         ("configs.c4", "from models.config import ModelConfig"),
+        ("laser.attention.interface", "import torch"),
+        ("laser.torch", "from laser.attention import chunked"),
+        ("laser.dropins.flax", "from models import decoder"),
     ],
 )
 def test_a_violation_is_found(module, source):
@@ -146,6 +153,7 @@ def test_a_violation_is_found(module, source):
         ("laser.training.loop", "from data.loader import batches\nimport models.decoder"),
         ("eval.oneshot", "from laser.training import checkpoint\nfrom data import tokenizer"),
         ("configs.c4", "from configs import base"),
+        ("laser.dropins.flax", "from laser.attention import dot_product_attention"),
     ],
 )
 def test_what_is_allowed_passes(module, source):
