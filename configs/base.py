@@ -42,7 +42,8 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     data = config.data
-    # folder written by scripts/prepare_data.py, or several with weights, as a:0.7,b:0.3
+    # folder written by scripts/prepare_data.py, or its address, as gs://bucket/store
+    # (docs/buckets.md); or several with weights, as a:0.7,b:0.3
     data.store = ""
     data.tasks = ""  # in its place: text-to-text tasks to fine-tune on, as copa,rte
     data.tasks_dir = ""  # folder with their data as downloaded; "" = TFDS's

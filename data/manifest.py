@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.files import Address
 from data.sealed import SEAL, checksum, unseal
 
 FORMAT = 3
@@ -20,7 +21,7 @@ PREPARE_AGAIN = "delete the folder and run scripts/prepare_data.py again"
 Record = dict[str, Any]
 
 
-def read_sealed(path: Path, fix: str) -> Record:
+def read_sealed(path: Path | Address, fix: str) -> Record:
     """The content of a sealed file, without its checksum.
 
     Args:
@@ -40,14 +41,18 @@ def read_sealed(path: Path, fix: str) -> Record:
     return content
 
 
-def read_manifest(folder: Path) -> Record:
+def read_manifest(folder: Path | Address) -> Record:
     """The manifest of a finished store, sound in itself; the files are not looked at.
 
     Raises:
       ValueError: there is none, it is of another format, or it is damaged.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # no rights, or no network: of an address
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if not there:
         raise ValueError(
             f"{folder}: no finished token store ({MANIFEST} is missing); "
             "run scripts/prepare_data.py, which also goes on where it was stopped"
@@ -71,7 +76,7 @@ def fingerprint(manifest: Record) -> str:
     return checksum([[manifest[key] for key in ROWS_FOLLOW_FROM], splits])
 
 
-def _check_format(path: Path) -> None:
+def _check_format(path: Path | Address) -> None:
     """An older store has no seal, and deserves a better word than that it is damaged."""
     try:
         found = json.loads(path.read_bytes()).get("format")

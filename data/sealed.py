@@ -5,10 +5,10 @@ edited by hand is refused, and other spacing is not.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 SEAL = "sha256"
 
@@ -19,7 +19,14 @@ def checksum(content: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
+class Readable(Protocol):
+    """A path of pathlib, or what opens as one."""
+
+    def open(self, mode: Literal["rb"]) -> io.BufferedIOBase:
+        """The file's content."""
+
+
+def file_sha256(path: Readable) -> str:
     """Of a file's content, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

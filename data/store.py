@@ -7,18 +7,15 @@
 
 A split is one long stream: EOS, then every document followed by EOS. Row i of length L is
 tokens[i·L : (i+1)·L + 1], so neighbours share one token, any L works without preparing again, and
-every token but the leading EOS is a target exactly once. Shards are opened when they are first
-read, from a local disk or a mounted bucket, and not mapped: what is written over or cut off
-meanwhile is an error at the next read, and neither other rows nor the end by a signal. Neither jax
-nor TensorFlow is imported.
+every token but the leading EOS is a target exactly once. Shards are read by pieces (data/files.py)
+and not mapped: what is written over or cut off meanwhile is an error at the next read, and neither
+other rows nor the end by a signal. Neither jax nor TensorFlow is imported.
 """
 
 import bisect
-import functools
 import itertools
-import os
 import resource
-import weakref
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from data.files import Address, File, StoreChangedError, look_at, path_of
 from data.manifest import PREPARE_AGAIN, fingerprint, read_manifest
 from data.order import BLOCK_ROWS, Places, step_places
 from data.sealed import file_sha256
@@ -35,19 +33,17 @@ OFFSETS, OFFSET_DTYPE = ".offsets", np.dtype("<u8")
 OTHER_FILES = 256  # that a process may have open besides two for every shard
 THREADS = 16  # a mounted bucket answers late, but many at a time
 # Larger stores would keep every host busy for minutes at every start: they are hashed by `verify`.
-VERIFIED_BYTES = 2**34
+VERIFIED_BYTES, VERIFIED_BYTES_OF_BUCKETS = 2**34, 2**28
 
-
-class StoreChangedError(OSError):
-    """A file of an opened store is not what it was when the store was opened."""
+__all__ = ["TOKENIZER", "Shard", "Split", "StoreChangedError", "TokenStore"]
 
 
 class TokenStore:
     """An opened store.
 
     Attributes:
-      path: the folder.
-      tokenizer_path: its SentencePiece model.
+      path: the folder, or an address such as gs://bucket/store.
+      tokenizer_path: its SentencePiece model, a file on this machine.
       tokenizer_sha256, vocab_size, eos_id, pad_id: of that tokenizer.
       fingerprint: SHA-256 over the tokenizer's and all shards' checksums and counts, as hex digits.
         Equal fingerprints mean equal rows, wherever the store lies.
@@ -56,17 +52,16 @@ class TokenStore:
 
     def __init__(self, path: str | Path):
         """Opens the store: checks the manifest, the tokenizer and the sizes of all files, and up to
-        16 GiB also their content.
+        16 GiB also their content; behind an address up to 256 MiB.
 
         Args:
-          path: folder written by scripts/prepare_data.py.
+          path: folder written by scripts/prepare_data.py, or the address of its copy.
 
         Raises:
           ValueError: no store there, not a finished one, or a file differs from the manifest.
         """
-        self.path = Path(path)
+        self.path = path_of(path)
         self._manifest = read_manifest(self.path)
-        self.tokenizer_path = str(self.path / TOKENIZER)
         self.tokenizer_sha256: str = self._manifest["tokenizer_sha256"]
         self.vocab_size: int = self._manifest["vocab_size"]
         self.eos_id: int = self._manifest["eos_id"]
@@ -74,11 +69,17 @@ class TokenStore:
         self.fingerprint = fingerprint(self._manifest)
         self.is_verified = False
         _check_sha256(self.path / TOKENIZER, self.tokenizer_sha256)
+        self.tokenizer_path = str(self.path / TOKENIZER)
+        if isinstance(self.path, Address):
+            self._temporary = tempfile.TemporaryDirectory(prefix="store-")  # as long as the store
+            self.tokenizer_path = f"{self._temporary.name}/{TOKENIZER}"
+            Path(self.tokenizer_path).write_bytes((self.path / TOKENIZER).read_bytes())
         sizes = self._file_sizes()
         with ThreadPoolExecutor(THREADS) as pool:
-            files = list(pool.map(lambda name: _File(self.path / name, sizes[name]), sizes))
+            files = list(pool.map(lambda name: _found(self.path / name, sizes[name]), sizes))
         self._files = dict(zip(sizes, files))
-        if sum(sizes.values()) <= VERIFIED_BYTES:
+        afar = isinstance(self.path, Address)
+        if sum(sizes.values()) <= (VERIFIED_BYTES_OF_BUCKETS if afar else VERIFIED_BYTES):
             self.verify()
         self._splits = {
             name: Split([self._shard(shard) for shard in record["shards"]])
@@ -94,7 +95,8 @@ class TokenStore:
         """The rows of "train" or "validation"."""
         if name not in self._splits:
             raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(self._splits)}")
-        _allow_open_files(len(self._files) + OTHER_FILES)
+        if not isinstance(self.path, Address):
+            _allow_open_files(len(self._files) + OTHER_FILES)
         return self._splits[name]
 
     def verify(self) -> None:
@@ -269,7 +271,7 @@ class Split:
 class Shard:
     """One shard: where its documents are, and its tokens."""
 
-    def __init__(self, record: dict[str, Any], dtype: np.dtype, tokens: "_File", offsets: "_File"):
+    def __init__(self, record: dict[str, Any], dtype: np.dtype, tokens: File, offsets: File):
         self.num_tokens: int = record["tokens"]
         self.num_documents: int = record["documents"]
         self.num_bytes: int = record["bytes"]
@@ -295,56 +297,15 @@ class Shard:
         return np.append(starts.astype(np.int64), np.array(end, np.int64))
 
 
-class _File:
-    """A file that must stay as it was when the store was opened, opened at its first read.
-
-    Whoever replaces it by another file does no harm once it is open: the old one is read on.
-    """
-
-    def __init__(self, path: Path, size: int):
-        """Raises ValueError if it is missing or has another size."""
-        self._path = path
-        try:
-            self._state = _state(os.stat(path))
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
-        if self._state[0] != size:
-            raise ValueError(f"{path} has {self._state[0]} bytes, expected {size}; {PREPARE_AGAIN}")
-
-    def read(self, start: int, size: int) -> bytes:
-        """Bytes [start, start + size), as they are now."""
-        content = os.pread(self._handle, size, start)
-        if len(content) != size:
-            raise self._changed("was cut off")
-        return content
-
-    def check(self) -> None:
-        """Raises StoreChangedError unless all that was read is as when the store was opened."""
-        if _state(os.fstat(self._handle)) != self._state:
-            raise self._changed("was written to")
-
-    @functools.cached_property
-    def _handle(self) -> int:
-        try:
-            handle = os.open(self._path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise self._changed("is gone") from None
-        weakref.finalize(self, os.close, handle)
-        if _state(os.fstat(handle)) != self._state:
-            raise self._changed("was replaced")
-        return handle
-
-    def _changed(self, how: str) -> StoreChangedError:
-        return StoreChangedError(
-            f"{self._path}: {how} since the store was opened; put back the store as it was, or "
-            "prepare it in another folder"
-        )
-
-
-def _state(status: os.stat_result) -> tuple[int, int]:
-    """Size, and the time of the last write in nanoseconds. Not the inode, which mounted buckets
-    make up, and not the time of the last change, which follows from a link or new permissions."""
-    return status.st_size, status.st_mtime_ns
+def _found(path: Path | Address, size: int) -> File:
+    """A file of a store. Raises ValueError if it is missing or has another size."""
+    try:
+        file = look_at(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
+    if file.size != size:
+        raise ValueError(f"{path} has {file.size} bytes, expected {size}; {PREPARE_AGAIN}")
+    return file
 
 
 def _offsets_file(shard: dict[str, Any]) -> str:
@@ -363,7 +324,7 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-def _check_sha256(path: Path, expected: str) -> None:
+def _check_sha256(path: Path | Address, expected: str) -> None:
     try:
         actual = file_sha256(path)
     except OSError as error:

@@ -18,6 +18,7 @@ import numpy as np
 
 from configs import base
 from data.blocks import BlockReader
+from data.files import LocalFile
 from data.manifest import COUNTS, FORMAT, MANIFEST
 from data.order import Places
 from data.sealed import seal
@@ -47,17 +48,15 @@ class LateFiles:
 
     @contextlib.contextmanager
     def everywhere(self) -> Iterator["LateFiles"]:
-        from data.store import _File
+        read = LocalFile.read
 
-        read = _File.read
-
-        def read_late(file: _File, start: int, size: int) -> bytes:
+        def read_late(file: LocalFile, start: int, size: int) -> bytes:
             time.sleep(self._seconds)
             with self._lock:
                 self.requests, self.read_bytes = self.requests + 1, self.read_bytes + size
             return read(file, start, size)
 
-        with mock.patch.object(_File, "read", read_late):
+        with mock.patch.object(LocalFile, "read", read_late):
             yield self
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 
 from data import examples, loader, mixture
 from data.examples import Examples
+from data.files import path_of
 from data.store import Split, TokenStore
 from data.tokenizer import Tokenizer
 from laser.training.config import RunConfig
@@ -83,7 +84,8 @@ class StoreRows:
         rest, or have different tokenizers."""
         self._parts = mixture.parse(config.data.store)
         for part in self._parts:
-            if not Path(part.path).is_dir():
+            path = path_of(part.path)
+            if isinstance(path, Path) and not path.is_dir():
                 raise ValueError(
                     f"data.store={part.path!r}: no such folder; see scripts/prepare_data.py"
                 )
