@@ -5,7 +5,7 @@ What is there:
     config.json       {"config": every field, "data": {"fingerprint": ..., "order": ...},
                       "init_step": ..., "tokenizer": sha256 of tokenizer.model,
                       "sha256": of all the rest}
-    config.N.json     those before it, if it has changed: by --allow_config_change, or where data lie
+    config.N.json     those before it: changed by --allow_config_change, or other places of data
     tokenizer.model   a copy of the data's
     checkpoints/      laser/training/checkpoint.py; each names the sha256 of its config
     N.unreadable/     a damaged checkpoint that was moved out of the way

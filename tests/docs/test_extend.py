@@ -12,7 +12,7 @@ import pytest
 from tests.docs.pages import ROOT, apply_change, blocks
 
 PARTS = ("configs", "data", "eval", "export", "laser", "models", "scripts", "study", "train.py")
-TESTS = ("conftest.py", "quick.py")
+TESTS = ("conftest.py", "once.py", "quick.py")
 
 # The pages train the model of the quickstart; here a smaller one for a few steps.
 TINY = {
