@@ -77,16 +77,17 @@ def _plan(config: RunConfig, topology: topologies.Topology, values: flags.FlagVa
 
 
 def _refuse(config, topology, devices, result, as_json: bool) -> int:
-    """Says that it does not fit, and what would."""
+    """Says at once that it does not fit, and then what would, which takes the compiler minutes."""
     from laser.planning import report, search
 
     words = report.describe_too_large(result, topology)
-    found = search.search(config, topology, devices, _attention(config), 1, lambda text: None)
+    print(words, file=sys.stderr if as_json else sys.stdout, flush=True)
+    _log("looking for a layout that fits")
+    found = search.search(config, topology, devices, _attention(config), 1, _log)
     suggestion = search.flags(found[0][0]) if found else []
     if as_json:
         print(json.dumps({"fits": False, **dataclasses.asdict(result), "suggestion": suggestion}))
         return 1
-    print(words)
     if found:
         print(f"this fits, with {found[0][1].peak_gib:.2f} GiB:\n  {' '.join(suggestion)}")
     else:
@@ -98,11 +99,7 @@ def _search(config: RunConfig, topology: topologies.Topology, values: flags.Flag
     from laser.planning import report, search
 
     devices = topologies.devices(topology)
-
-    def log(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    found = search.search(config, topology, devices, _attention(config), SEARCH_WANTED, log)
+    found = search.search(config, topology, devices, _attention(config), SEARCH_WANTED, _log)
     if values.json:
         rows = [{"flags": search.flags(variant), **plan.to_dict()} for variant, plan in found]
         print(json.dumps(rows))
@@ -111,6 +108,10 @@ def _search(config: RunConfig, topology: topologies.Topology, values: flags.Flag
     else:
         print("nothing that was tried fits: take more chips")
     return 0 if found else 1
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _attention(config: RunConfig) -> str:

@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from configs import c4
+from laser.planning import search
+from laser.planning.plan import TooLarge
+from laser.planning.topologies import parse_topology
+from laser.training.config import load_config
+from scripts import plan as plan_script
 from scripts import plan_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +70,28 @@ def test_without_libtpu_it_says_what_it_cannot_tell(arguments):
     assert "8 chips: whether it fits is not known (no libtpu)" in result.stdout
     assert "pip install libtpu" in result.stdout
     assert "micro-batch" in result.stdout
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_refusal_comes_before_the_search_for_what_fits(as_json, monkeypatch, capsys):
+    """Which takes minutes, and shows what it tries."""
+    said = []
+
+    def slow(*arguments):
+        said.append(capsys.readouterr())
+        arguments[-1]("does not fit: --config.mesh.data=1")
+        return []
+
+    monkeypatch.setattr(search, "search", slow)
+    config, topology = load_config(c4.get_config("size=301m")), parse_topology("v5e:2x2")
+    assert plan_script._refuse(config, topology, (), TooLarge(20.5, 15.75), as_json) == 1
+    (before,), after = said, capsys.readouterr()
+    assert "does not fit: a chip of v5e:2x2 has 15.75 GiB" in (
+        before.err if as_json else before.out
+    )
+    assert "looking for a layout that fits" in before.err
+    assert after.err == "does not fit: --config.mesh.data=1\n"
+    assert (json.loads(after.out)["suggestion"] == []) if as_json else "more chips" in after.out
 
 
 def assert_row_is_right(name):
