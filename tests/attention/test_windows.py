@@ -28,7 +28,7 @@ from tests.attention.implementations import (
 WINDOWS = {
     "short": {"causal": True, "window": (7, 0)},
     "long": {"causal": True, "window": (70, 3)},
-    "both-sides": {"causal": False, "window": (40, 20)},
+    "both-sides": {"causal": False, "window": (40, 10)},
     "after": {"causal": False, "window": (0, 70)},
 }
 CASES = [
@@ -36,7 +36,7 @@ CASES = [
     for tried, kind, heads, name, marks in [
         (PALLAS, "laser", 2, "short", []),
         (PALLAS_ONE_TILE, "laser", 1, "long", [pytest.mark.slow]),
-        (PALLAS_ONE_TILE, "laser", 2, "both-sides", [pytest.mark.slow]),
+        (PALLAS, "laser", 2, "both-sides", [pytest.mark.slow]),
         (PALLAS, "standard", 1, "both-sides", [pytest.mark.slow]),
         (PALLAS_ONE_TILE, "standard", 2, "after", []),
         (PALLAS_ONE_BLOCK, "standard", 1, "short", [pytest.mark.slow]),
@@ -99,7 +99,7 @@ def test_the_gradient_knows_the_values_of_all_blocks():
     """Values fall along the sequence, so that the last block does not show how large some are."""
     tried, options = PALLAS_ONE_TILE, WINDOWS["short"]
     inputs = grouped(tried, 1)
-    inputs[2] += (45 - 0.5 * np.arange(tried.length))[:, None, None]
+    inputs[2] += np.maximum(0, 40 - 1.2 * np.arange(tried.length))[:, None, None]
     inputs = rounded(inputs)
     found = tried.run(inputs, jnp.bfloat16, kind="laser", **options)[0]
     assert_close(found, oracle(inputs, "laser", **options), 2e-2)
