@@ -349,3 +349,15 @@ def test_grouped_without_options_is_attention_itself():
     query, key = (jnp.float32(rng.normal(size=(2, 40, heads, D))) for heads in (4, 2))
     ours = dot_product_attention(query, key, key, is_causal=True, kind="laser")
     np.testing.assert_array_equal(ours, interface.attention(query, key, key, kind="laser"))
+
+
+def test_queries_that_see_nothing_do_not_take_the_exact_path():
+    x = jnp.ones((1, 40, 2, D))
+    mask = jnp.zeros((1, 1, 40, 40), bool).at[..., 20:, :].set(True)
+    out, range_nats = chunked.attention(
+        x, x, x, kind="laser", logits_scale=1.0, causal=False, segment_ids=None,
+        logits_soft_cap=None, extras=chunked.Extras(mask=mask),
+    )  # fmt: skip
+    assert range_nats < chunked.RANGE_LIMIT_NATS
+    np.testing.assert_allclose(out[:, 20:], 1, rtol=1e-6)
+    assert not out[:, :20].any()

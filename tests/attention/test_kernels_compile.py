@@ -47,14 +47,29 @@ def kernels_of(programs):
     return found
 
 
+# Prints the bundles of LASER's two kernels, alone, for 8 and for 2 heads of keys.
 BUNDLES = """
-import functools, sys, tempfile
+import functools, tempfile
 from scripts import benchmark_attention as benchmark
 with tempfile.TemporaryDirectory() as dump:
     benchmark._prepare_libtpu(dump)
-    for kv_heads in (8, 2):
-        benchmark.lower_program("v5e", 8, 128, 512, "standard", kv_heads=kv_heads).compile()
-        print(benchmark.total_bundles("standard", {"bundles": benchmark._bundles(dump)}))
+    import jax, jax.numpy as jnp
+    from laser.attention.kernels import backward, common, forward
+    options = common.Options(
+        laser=True, causal=True, scale=0.1, soft_cap=0.0, block=1024, tile=256, backward_tile=256,
+        vmem_bytes=16 * 2**20,
+    )
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=benchmark._one_device("v5e"))
+    def run(q, k, v, d_out, log_sum, reference):
+        out, _, statistics = forward.forward(q, k, v, None, options)
+        more = (None, reference, options)
+        return out, statistics, backward.backward(q, k, v, out, d_out, log_sum, *more)
+    for heads in (8, 2):
+        q, k = (struct((1, count, 1024, 128), jnp.bfloat16) for count in (8, heads))
+        log_sum = struct((1, 8, 1, 1024), jnp.float32)
+        reference = struct((1, heads, 2, 128), jnp.float32)
+        jax.jit(run).lower(q, k, k, q, log_sum, reference).compile()
+        print(sum(benchmark._bundles(dump).values()))
 """
 
 
