@@ -73,7 +73,7 @@ clean:  ## remove .venv, site/ and caches; runs/ and stores/ stay
 	@$(PIP_INSTALL) -r requirements.txt | $(ONLY_NEWS)
 	@touch $@
 
-.venv/.dev: requirements-dev.txt .venv/.runtime
+.venv/.dev: requirements-dev.txt requirements-plan.txt .venv/.runtime
 	@echo "Installing requirements-dev.txt into .venv"
 	@$(PIP_INSTALL) -r requirements-dev.txt | $(ONLY_NEWS)
 	@touch $@

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: requirement
 from laser.attention import dot_product_attention
 from laser.torch import scaled_dot_product_attention
 
+pytestmark = pytest.mark.slow
 laser = functools.partial(scaled_dot_product_attention, kind="laser")
 B, T, S, H, K, D = 2, 150, 140, 4, 2, 8  # two chunks of queries
 
@@ -118,6 +119,13 @@ def test_a_hidden_key_has_no_part(amount):
         np.testing.assert_allclose(x[:, :, :seen], y[:, :, :seen], rtol=1e-4, atol=2e-6)
     for x in after[1:]:
         assert not x[:, :, seen:].any()
+    # Padding sets no reference, so that no bit moves.
+    padding = {"mask": (np.arange(T) < seen)[None, None, None]}
+    after = values_and_gradients(query, key, value, d_out, **padding)
+    value[:, :, seen:] = 0
+    before = values_and_gradients(query, key, value, d_out, **padding)
+    for x, y in zip(after, before):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_operators_keep_torchs_rules_and_gradients_in_float64():

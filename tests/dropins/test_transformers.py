@@ -1,11 +1,15 @@
 """LASER in a Llama of transformers, where torch is installed (requirements-peers.txt)."""
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: requirements-peers.txt")
 transformers = pytest.importorskip("transformers", reason="requirements-peers.txt")
 
 from laser.dropins.transformers import laser_attention_forward
+
+pytestmark = pytest.mark.slow
 
 
 def formula(module, query, key, value, attention_mask, scaling=None, **_):
@@ -31,8 +35,9 @@ def models():
     )  # fmt: skip
     torch.manual_seed(0)
     build = transformers.AutoModelForCausalLM.from_config
-    laser = build(config, attn_implementation="laser")
-    oracle = build(config, attn_implementation="formula")
+    # A model sets the implementation in its config.
+    laser = build(copy.deepcopy(config), attn_implementation="laser")
+    oracle = build(copy.deepcopy(config), attn_implementation="formula")
     oracle.load_state_dict(laser.state_dict())
     return laser, oracle
 

@@ -59,6 +59,17 @@ def test_config_overrides_and_flags(monkeypatch):
     assert values.dry
 
 
+def test_configs_are_found_where_the_package_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = read_config_file("configs/quickstart.py:attention=laser")
+    assert config.attention.kind == "laser"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.py").write_text(
+        "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({'own': 1})"
+    )
+    assert read_config_file("configs/quickstart.py").own == 1
+
+
 def test_the_config_file_may_come_anywhere_and_apart(monkeypatch):
     config, _ = _parse(
         monkeypatch, "--config.training.steps=5000", WORKDIR, "--config", "configs/c4.py"
