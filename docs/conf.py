@@ -7,6 +7,7 @@ repository, or a docstring that does not parse is an error there.
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,15 +44,15 @@ def _with_navigation(app, docname, source):
 
 
 def _as_plain_text(app, what, name, obj, options, lines):
-    """Docstrings are written as text: a star is a star, and indented text of a module a listing."""
+    """Docstrings are written as text: a star is a star, and a listing of a module's stays one."""
     lines[:] = ["`".join(_stars_escaped(line.split("`"))) for line in lines]
     if what != "module":
         return
-    for i in range(len(lines) - 1, 0, -1):
-        if lines[i].startswith("    ") and not lines[i - 1].strip():
-            before = next((line for line in reversed(lines[:i]) if line.strip()), "")
-            if not before.startswith(" "):
-                lines[i:i] = ["::", ""]
+    text = "\n".join(lines)
+    # A listing is a paragraph that is indented, or in columns from its first line on.
+    listing = re.compile(r"(?<=\n\n)(?: {4}|\S+ {2,}\S).*?(?=\n\n(?! )|\Z)", re.DOTALL)
+    text = listing.sub(lambda found: "::\n\n" + textwrap.indent(found[0], "    "), text)
+    lines[:] = text.splitlines()
 
 
 def _stars_escaped(parts):

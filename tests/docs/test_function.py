@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from laser.attention import attention
+from laser.attention import attention, reference
 from tests.docs.pages import ROOT
 
 B, T, H, D = 1, 12, 2, 8
@@ -44,10 +44,12 @@ def test_small_values_give_standard_attention_and_half_the_variance():
 def test_large_values_approach_the_largest_one_that_is_seen():
     query, key, value = inputs()
     largest = np.maximum.accumulate(value, axis=1)
-    distances = []
+    distances, before = [], -np.inf
     for scale in (1, 10, 1000):
         _, laser, _ = both(query, key, scale * value)
         distances.append(np.abs(laser / scale - largest).max())
+        assert (laser / scale >= before - 1e-6).all()  # it grows
+        before = laser / scale
     assert distances[0] > distances[1] > distances[2]
     assert distances[2] < 0.02
 
@@ -59,6 +61,14 @@ def test_the_bounds():
     assert (laser >= mean - 1e-5).all()
     assert (laser <= largest + 1e-5).all()
     assert (laser > mean + 1e-3)[:, 1:].any()
+    log_probs = reference.log_probabilities(
+        query, key, logits_scale=D**-0.5, causal=True, segment_ids=None, logits_soft_cap=None
+    )
+    terms = log_probs[..., None] + value.transpose(0, 2, 1, 3)[:, :, None]  # (B, H, T, S, D)
+    top = np.asarray(terms.max(axis=3)).transpose(0, 2, 1, 3)
+    keys = np.arange(1, T + 1)[:, None, None]
+    assert (laser >= top - 1e-5).all()
+    assert (laser <= top + np.log(keys) + 1e-5).all()
     np.testing.assert_allclose(laser[:, 0], value[:, 0], atol=1e-6)  # one visible key
 
 

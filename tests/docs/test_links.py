@@ -32,8 +32,11 @@ def test_the_table_of_contents_has_every_page():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_math_is_closed_and_stays_on_its_line(page):
-    """GitHub and the site take $...$ within a line, and $$...$$ as a paragraph of its own."""
+    """GitHub and the site take $...$ within a line, and $$...$$ as a paragraph of its own; GitHub
+    takes the backslash before a punctuation mark away."""
     for paragraph in prose(page).split("\n\n"):
+        formulas = re.findall(r"\$\$(.*?)\$\$|\$(.*?)\$", paragraph, re.DOTALL)
+        assert not re.search(r"\\[,;:!{}|_]", "".join(map("".join, formulas))), paragraph
         assert paragraph.count("$$") % 2 == 0, paragraph
         inline = re.sub(r"\$\$.*?\$\$", "", paragraph, flags=re.DOTALL)
         assert all(line.count("$") % 2 == 0 for line in inline.splitlines()), paragraph
