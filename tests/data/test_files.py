@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data import files
+from data.loader import train_batches
 from data.store import StoreChangedError, TokenStore
 from tests.training import runs
 
@@ -108,6 +109,29 @@ def test_a_file_that_changes_while_it_is_read_is_named(shown, address, monkeypat
     system.rm_file(f"{path}/train-00000.bin")
     with pytest.raises(StoreChangedError, match=f"{address}/train-00000.bin: is gone"):
         split.piece(0, 3, 5)
+
+
+def test_a_network_that_dies_while_training_is_one_line(store, tmp_path, monkeypatch):
+    """What the library could not read after all of its tries, the loop hears as an OSError."""
+    address = f"memory://{tmp_path.name}/dies"
+    system, _ = upload(store, address)
+    split = TokenStore(address).split("train")
+    with train_batches(
+        split, seq_len=32, batch_size=4, seed=0, start_step=0, stop_step=1000, segment_ids=False,
+        eos_id=1, block_rows=2, read_ahead=2,
+    ) as batches:  # fmt: skip
+        next(batches)
+
+        def dies(*rest, **named):
+            raise RuntimeError("connection reset\nand more lines")
+
+        monkeypatch.setattr(type(system), "cat_file", dies)
+        with pytest.raises(
+            OSError, match=r"cannot be read \(RuntimeError: connection reset\)"
+        ) as error:
+            for _ in batches:
+                pass
+    assert address in str(error.value)
 
 
 def test_addresses_that_nothing_reads_are_one_line(monkeypatch):
