@@ -42,9 +42,24 @@ Options
 All workers must see one workdir and one store: put both on a bucket. Give it a hierarchical namespace,
 where renaming a folder is one operation, and keep it in the region of the TPUs.
 
+`run` and `start` check the config first, as train.py does, and `run` that it fits the slices; where
+docs/plans.md has a plan of it, they say whether it fits in memory. That needs `make install` here.
+
 Exit codes: 0 done; 2 mistake in the arguments or in the config; 1 anything else. `follow` alone leaves
 with the code of train.py.
 END
+}
+
+# What train.py would say of its arguments, and whether they fit the slices, before there are any.
+check_config() {
+  local root python said
+  root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
+  python=${LAUNCH_TPU_PYTHON:-$root/.venv/bin/python}
+  [[ $type && -x $(command -v "$python") ]] || { say "the config was not checked here"; return; }
+  if ! said=$(cd "$root" && "$python" scripts/check_launch.py "$type" "$slices" "${train[@]}" 2>&1); then
+    fail "${said##*error: }"
+  fi
+  [[ ! $said ]] || say "$said"
 }
 
 fail() { echo "launch_tpu.sh: error: $*" >&2; exit 2; }
@@ -119,6 +134,7 @@ if [[ $command == run || $command == start ]]; then
     [[ " ${train[*]-}" =~ \ --?$flag[=\ ] ]] ||
       fail "--$flag is missing among the arguments of train.py, after --"
   done
+  check_config
   [[ $bucket || ! $spot ]] || say "no --bucket: what train.py writes on the slice goes with it"
 fi
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data import files
+from data.loader import train_batches
 from data.store import StoreChangedError, TokenStore
 from tests.training import runs
 
@@ -26,6 +27,8 @@ def upload(folder, address):
 @pytest.fixture
 def bucket(monkeypatch):
     """Address of an empty bucket of a server on this machine that speaks as Google's does."""
+    # Without its client for zonal buckets, which speaks another protocol than the server.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     pytest.importorskip("gcsfs")
     server = pytest.importorskip("gcp_storage_emulator.server")
     with socket.socket() as free:
@@ -36,7 +39,6 @@ def bucket(monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
     monkeypatch.setenv("FSSPEC_GCS_TOKEN", "anon")
     monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
     fsspec.get_filesystem_class("gs").clear_instance_cache()
     yield "gs://bucket"
     emulator.stop()
@@ -109,11 +111,35 @@ def test_a_file_that_changes_while_it_is_read_is_named(shown, address, monkeypat
         split.piece(0, 3, 5)
 
 
+def test_a_network_that_dies_while_training_is_one_line(store, tmp_path, monkeypatch):
+    """What the library could not read after all of its tries, the loop hears as an OSError."""
+    address = f"memory://{tmp_path.name}/dies"
+    system, _ = upload(store, address)
+    split = TokenStore(address).split("train")
+    with train_batches(
+        split, seq_len=32, batch_size=4, seed=0, start_step=0, stop_step=1000, segment_ids=False,
+        eos_id=1, block_rows=2, read_ahead=2,
+    ) as batches:  # fmt: skip
+        next(batches)
+
+        def dies(*rest, **named):
+            raise RuntimeError("connection reset\nand more lines")
+
+        monkeypatch.setattr(type(system), "cat_file", dies)
+        with pytest.raises(
+            OSError, match=r"cannot be read \(RuntimeError: connection reset\)"
+        ) as error:
+            for _ in batches:
+                pass
+    assert address in str(error.value)
+
+
 def test_addresses_that_nothing_reads_are_one_line(monkeypatch):
     with pytest.raises(ValueError, match="nothing://x/y: Protocol not known: nothing"):
         TokenStore("nothing://x/y")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})  # what was imported once
+    for protocol in ("gs", "gcs"):  # if it was imported before
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
     with pytest.raises(ValueError, match=r"gs://x/y: .*; `pip install -r requirements-bucket.txt`"):
         TokenStore("gs://x/y")
 

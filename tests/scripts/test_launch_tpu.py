@@ -8,6 +8,7 @@ import os
 import shlex
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,6 +111,12 @@ class Cloud:
         return (self.folder / "started").read_text().splitlines()
 
 
+@pytest.fixture(autouse=True)
+def without_a_check(monkeypatch):
+    """Takes a second of Python each time; one test has it."""
+    monkeypatch.setenv("LAUNCH_TPU_PYTHON", "true")
+
+
 @pytest.fixture
 def cloud(tmp_path):
     return Cloud(tmp_path)
@@ -144,6 +151,31 @@ def test_dry_run_prints_the_commands():
         f"{ssh} --worker=0 '--command={worker} follow' {connection}",
         f"gcloud compute tpus queued-resources delete {where} --force --quiet",
     ]
+
+
+@pytest.mark.parametrize(
+    ("field", "slice_type", "code", "said"),
+    [
+        ("--config.training.steps=9", "v5e-256", 0, "by docs/plans.md the recipe fits"),
+        ("--config.training.stepps=9", "v5e-256", 2, "did you mean 'training.steps'?"),
+        ("--config.training.steps=x", "v5e-256", 2, "error: training.steps='x': expected int"),
+        ("--config.mesh.fsdp=64", "v5p-256", 2, "mesh of 64 devices, but there are 128"),
+        ("--config.init_from=bucket/runs/a", "v5e-256", 0, "not checked: bucket/runs/a is not"),
+    ],
+)  # fmt: skip
+def test_the_config_is_checked_before_a_slice_is_asked_for(
+    monkeypatch, field, slice_type, code, said
+):
+    monkeypatch.setenv("LAUNCH_TPU_PYTHON", sys.executable)
+    config = "--config=configs/c4.py:size=2p2b,attention=laser,slice=v5e-256"
+    done = subprocess.run(
+        [SCRIPT, "run", *OPTIONS[:2], f"--type={slice_type}", "--dry-run", "--", config,
+         "--config.optimizer.warmup_steps=1", field, "--workdir=bucket/a"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert ("queued-resources create" in done.stdout) == (code == 0)
 
 
 def test_the_short_name_of_a_type_is_taken_for_the_long_one():

@@ -1,0 +1,68 @@
+"""Checks the arguments of train.py for a slice before anybody asks for it, without jax.
+
+    python scripts/check_launch.py TYPE SLICES --config=... --workdir=...
+
+TYPE and SLICES are those of scripts/launch_tpu.sh. Exit code 2 and one line if the config is wrong
+or does not fit the slice's chips; else a line on whether a plan of docs/plans.md says that it fits
+in memory. A config that starts from a run that is not here, but in the bucket, is not checked.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from laser.training.config import check_devices
+from laser.training.flags import exit_with, parse
+from train import define_flags
+
+CORES_PER_CHIP = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2}  # where a type counts cores
+
+
+def main(argv: Sequence[str]) -> int:
+    for argument in argv[3:]:
+        name, _, folder = argument.partition("=")
+        if name.lstrip("-") == "config.init_from" and folder and not Path(folder).is_dir():
+            print(f"the config was not checked: {folder} is not in reach from here")
+            return 0
+    try:
+        type_name, slices, arguments = argv[1], int(argv[2]), argv[3:]
+        config, _ = parse(["train.py", *arguments], define_flags)
+        chips = chips_of(type_name)
+        check_devices(config, chips * slices, slices)
+    except ValueError as error:
+        exit_with("train.py", str(error))
+    plans = json.loads((ROOT / "docs" / "plans.json").read_text())
+    print(f"the config is right for {chips * slices} chips; {plan_of(plans, arguments)}")
+    return 0
+
+
+def chips_of(type_name: str) -> int:
+    """Of an accelerator's type, such as v5litepod-256 or v5p-512. Raises ValueError."""
+    found = re.fullmatch(r"(v\d+[a-z]*)-(\d+)", type_name)
+    if not found:
+        raise ValueError(f"--type={type_name}: no type with a number, such as v5litepod-256")
+    return int(found[2]) // CORES_PER_CHIP.get(found[1], 1)
+
+
+def plan_of(plans: Mapping[str, Any], arguments: Sequence[str]) -> str:
+    """What a plan says of the recipe among the arguments; fields set besides are not in it."""
+    recipe = next((x.partition("=")[2] for x in arguments if re.match("--?config=", x)), "")
+    chosen = sorted(recipe.partition(":")[2].split(","))
+    plan = next((plan for key, plan in plans.items() if sorted(key.split(",")) == chosen), None)
+    if plan is None:
+        return "no plan of it in docs/plans.md: scripts/plan.py makes one"
+    fits = "fits" if plan["fits"] else "does not fit"
+    return (
+        f"by docs/plans.md the recipe {fits}: {plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} "
+        "GiB of a chip"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
