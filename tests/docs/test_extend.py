@@ -97,3 +97,21 @@ def test_a_source_an_optimizer_and_a_task_of_your_own(follow):
 
 def _metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+def test_what_the_pages_say_of_export_and_of_a_task_without_data():
+    from eval.sources import MissingData, Source, available_split
+    from export.layouts import choose_layout
+    from models.config import AttentionConfig, ModelConfig
+
+    sizes = dict.fromkeys(
+        ("vocab_size", "num_layers", "model_dim", "mlp_dim", "num_heads", "head_dim"), 2
+    )
+    config = ModelConfig(**sizes, attention=AttentionConfig(kind="sigmoid"))
+    with pytest.raises(ValueError) as refused:
+        choose_layout(config)
+    assert "attention.kind=sigmoid" in str(refused.value)
+    source = Source(files={"validation": ("capitals.jsonl",)}, get="write capitals.jsonl")
+    with pytest.raises(MissingData) as missing:
+        available_split(source, "validation", None)
+    assert str(missing.value) == "no data; no --data_dir was given: write capitals.jsonl"
