@@ -18,7 +18,7 @@ Array = jax.Array
 class MultiheadAttention(equinox.nn.MultiheadAttention):
     """log(softmax(Q Kᵀ / √D) exp(V)) of each head (arXiv 2411.03493) between the projections."""
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # without `deterministic`, which is deprecated there
         self,
         query: Array,
         key_: Array,
