@@ -1,7 +1,7 @@
 """LASER under the name, and with the arguments, of `jax.nn.dot_product_attention`.
 
 One word is changed and `kind="laser"` added. What the fused kernels know, they compute; the rest
-goes to `chunked`, and the log says why.
+goes to `chunked`, and the log says why. Of jax.nn's arguments `return_residual` alone is not taken.
 
 Shapes: B batch, T queries, S keys, N heads of queries, K heads of keys and values, D sizes.
 """
