@@ -32,6 +32,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.data.store = "stores/bible"
     config.data.seq_len = 256
+    config.data.block_rows = 16  # a small store on a disk: an epoch has 30 rounds of blocks
 
     config.optimizer.learning_rate = 3e-3  # a small model bears more
     config.optimizer.warmup_steps = 50

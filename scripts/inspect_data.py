@@ -96,7 +96,8 @@ def verify(folder: str, store: TokenStore) -> None:
 
 def describe(folder: str, store: TokenStore, seq_len: int, png: str | None) -> None:
     """Prints what a store holds, and draws the lengths of its documents."""
-    whole = Path(folder).resolve()
+    # Beside a folder; of an address only the name is left.
+    whole = Path(folder.rpartition("/")[2] if "://" in folder else folder).resolve()
     picture = Path(png or f"{whole}-lengths.png")
     counts = {name: length_counts(store.split(name)) for name in store.split_names}
     print("\n".join(summary(store, name, counts[name]) for name in counts))

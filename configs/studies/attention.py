@@ -54,6 +54,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.data.store = "stores/packages"
     config.data.seq_len = 256
+    config.data.block_rows = 16  # an epoch has 290 rounds of blocks
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 50
     config.training.batch_size = 16
