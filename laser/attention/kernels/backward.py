@@ -33,7 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from laser.attention.chunked import LOG2_E
 from laser.attention.kernels import common
-from laser.attention.kernels.blocks import SAMPLED_ROWS, sampled_step
+from laser.attention.kernels.blocks import LANES, SAMPLED_ROWS, sampled_step
 from laser.attention.kernels.common import Options
 
 Array = jax.Array
@@ -158,6 +158,9 @@ def _step(
         prepare = functools.partial(_laser_queries, mu=mu, raw=raw)
     if blocks.some_keys is not None:
         center = _shared_offset(blocks.some_keys)
+    adds_heads = member is not None and not many
+    # There dK before dV, and what earlier heads add to dV amid the rest: 3 to 5 % fewer bundles.
+    large = adds_heads and blocks.k.shape[1] > LANES
     queries: dict[int, tuple[Array, Array]] = {}
     for key in range(options.tiles):
         rows = options.rows(key)
@@ -186,16 +189,19 @@ def _step(
             if slope is not None:
                 d_logits *= slope
             rounded = d_logits.astype(keys.dtype)
-            dv.append(common.dot(weights.astype(g.dtype), g))
-            dk.append(common.dot(rounded, blocks.q[options.rows(query), :]))
+            for sums in (dk, dv) if large else (dv, dk):
+                if sums is dv:
+                    dv.append(common.dot(weights.astype(g.dtype), g))
+                else:
+                    dk.append(common.dot(rounded, blocks.q[options.rows(query), :]))
             at = pl.ds(first_row + query * options.tile, options.tile)
             d_queries = common.dot(d_logits.T.astype(keys.dtype), keys)
             _add(blocks.dq_sum, at, d_queries, to_what_is_there)
         at = _rows_of_sums(options, first_key, key)
-        adds_heads = member is not None and not many
         if adds_heads:  # before the rest: 5 % fewer bundles than after it
             dk.insert(0, jnp.where(member == 0, 0.0, blocks.dk_sum[at, :]))
-            dv.insert(0, jnp.where(member == 0, 0.0, blocks.dv_sum[at, :]))
+            place = len(dv) // 2 if large else 0
+            dv.insert(place, jnp.where(member == 0, 0.0, blocks.dv_sum[at, :]))
         dk_tile = functools.reduce(jnp.add, dk)
         _add(blocks.dk_sum, at, dk_tile, many)
         dv_tile = functools.reduce(jnp.add, dv)
