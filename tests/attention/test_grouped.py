@@ -31,16 +31,16 @@ from tests.attention.implementations import (
 HEADS, KV_HEADS = 4, 2
 
 
-def inputs_of(tried, dtype=jnp.float32, kv_heads=KV_HEADS, seed=0):
+def inputs_of(tried, dtype=jnp.float32, kv_heads=KV_HEADS, seed=0, size=D):
     """query, key, value and a cotangent, float64 without what the dtype would round off."""
     rng = np.random.default_rng(seed)
 
     def normal(heads, size):
         return rng.normal(size=(2, tried.length, heads, size))
 
-    size = tried.value_size
-    arrays = [normal(HEADS, D), normal(kv_heads, D), normal(kv_heads, size), normal(HEADS, size)]
-    return rounded(arrays, dtype)
+    d_v = tried.value_size
+    shapes = [(HEADS, size), (kv_heads, size), (kv_heads, d_v), (HEADS, d_v)]
+    return rounded([normal(*shape) for shape in shapes], dtype)
 
 
 def repeated(inputs):
@@ -80,6 +80,14 @@ def test_equals_the_oracle_of_repeated_keys(tried, kind, options):
     if tried is CUDNN:  # one of them is enough to show that the oracle groups heads, too
         assert_close(oracle(inputs, kind=kind, **options), expected, 1e-12)
     assert_close(tried.run(inputs, kind=kind, **options)[0], expected, tried.tolerance)
+
+
+def test_large_heads_equal_the_oracle():
+    """Above a size of 128 the backward kernel adds in another order."""
+    inputs, options = inputs_of(PALLAS_ONE_BLOCK, size=136), {"logits_scale": 136**-0.5}
+    expected = summed(oracle(repeated(inputs), kind="standard", **options))
+    found = PALLAS_ONE_BLOCK.run(inputs, kind="standard", **options)[0]
+    assert_close(found, expected, PALLAS_ONE_BLOCK.tolerance)
 
 
 @pytest.mark.parametrize(

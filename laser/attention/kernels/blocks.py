@@ -21,8 +21,8 @@ LASER at N = 8192 on v5e, in thousands, forward / backward, by rows of a tile:
 | 720 | 512 | 54 | 1265 / 2879 | 1116 / 2819 | 1068 / 2903 |
 
 A group of 4 heads of queries to one of keys takes 10,172 (LASER at size 128, N = 1024, v5e; 10,445
-in the same program with repeated keys), and a causal window of 256 at N = 4096 and size 128 at most
-54 thousand, where all keys before a query take 159.
+in the same program with repeated keys), of size 256 17,938 (17,957), and a causal window of 256 at
+N = 4096 and size 128 at most 54 thousand, where all keys before a query take 159.
 
 What the compiler makes of equal work differs by 1 to 2 %, up or down, with details that do not
 matter otherwise. To renew: `python scripts/benchmark_attention.py static` for the first table, and
