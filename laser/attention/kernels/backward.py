@@ -171,7 +171,8 @@ def _step(
         keys = blocks.k[rows, :]
         if center is not None:
             keys = (keys.astype(jnp.float32) - center).astype(keys.dtype)
-        dk, dv = [], []
+        dk: list[Array] = []
+        dv: list[Array] = []
         # From the last query on: 3 % fewer bundles than in order, for both attentions.
         for query in reversed(met):
             to_what_is_there = many or query in queries
