@@ -146,9 +146,14 @@ class Mixture:
 
     def piece(self, first: int, count: int, seq_len: int) -> np.ndarray:
         """As `Split.piece`, of the numbers that `places` gives; all are rows of one store."""
-        for split in self._splits:
+        store, first = self.located(first, seq_len)
+        return self._splits[store].piece(first, count, seq_len)
+
+    def located(self, row: int, seq_len: int) -> tuple[int, int]:
+        """Which store a row of all is of, counted from 0, and which of its rows it is."""
+        for store, split in enumerate(self._splits):
             rows = split.num_rows(seq_len)
-            if first < rows:
-                return split.piece(first, count, seq_len)
-            first -= rows
-        raise ValueError(f"row {first} after the last one is not there")
+            if row < rows:
+                return store, row
+            row -= rows
+        raise ValueError(f"row {row} after the last one is not there")

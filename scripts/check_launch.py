@@ -17,11 +17,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from laser.planning.topologies import CORES_PER_CHIP
 from laser.training.config import check_devices
 from laser.training.flags import exit_with, parse
+from scripts import plan_table
 from train import define_flags
-
-CORES_PER_CHIP = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2}  # where a type counts cores
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,8 +53,9 @@ def chips_of(type_name: str) -> int:
 def plan_of(plans: Mapping[str, Any], arguments: Sequence[str]) -> str:
     """What a plan says of the recipe among the arguments; fields set besides are not in it."""
     recipe = next((x.partition("=")[2] for x in arguments if re.match("--?config=", x)), "")
-    chosen = sorted(recipe.partition(":")[2].split(","))
-    plan = next((plan for key, plan in plans.items() if sorted(key.split(",")) == chosen), None)
+    chosen = _in_any_order(recipe)
+    of_recipe = (plans[key] for key in plans if _in_any_order(plan_table.config(key)) == chosen)
+    plan = next(of_recipe, None)
     if plan is None:
         return "no plan of it in docs/plans.md: scripts/plan.py makes one"
     fits = "fits" if plan["fits"] else "does not fit"
@@ -62,6 +63,12 @@ def plan_of(plans: Mapping[str, Any], arguments: Sequence[str]) -> str:
         f"by docs/plans.md the recipe {fits}: {plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} "
         "GiB of a chip"
     )
+
+
+def _in_any_order(recipe: str) -> tuple[str, list[str]]:
+    """A config file and its arguments."""
+    file, _, arguments = recipe.partition(":")
+    return file, sorted(arguments.split(","))
 
 
 if __name__ == "__main__":

@@ -122,13 +122,12 @@ def step_rows(
     """
     splits = [store.split("train") for store in stores]
     tokenizer = Tokenizer(stores[0].tokenizer_path)
-    first = np.cumsum([0, *(split.num_rows(seq_len) for split in splits)])
-    places = mixture.Mixture(splits, shares).places(seed, step, batch_size, seq_len, block_rows)
+    mixed = mixture.Mixture(splits, shares)
+    places = mixed.places(seed, step, batch_size, seq_len, block_rows)
     texts = []
-    for i, row in enumerate(places.rows[:count].tolist()):
-        k = int(np.searchsorted(first, row, side="right")) - 1
+    for i, number in enumerate(places.rows[:count].tolist()):
+        k, row = mixed.located(number, seq_len)
         name = "the split" if len(stores) == 1 else stores[k].path
-        row -= int(first[k])
         text = "".join(row_pieces(splits[k], tokenizer, row, seq_len))
         texts.append(f"--- step {step}, row {i} of {batch_size}: row {row} of {name}\n{text}")
     return texts

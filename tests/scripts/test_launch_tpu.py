@@ -4,6 +4,7 @@ What the workers are sent is run for real there, by scripts/tpu_worker.sh; only 
 train.py of the copy are played.
 """
 
+import json
 import os
 import shlex
 import stat
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from scripts.check_launch import plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts" / "launch_tpu.sh")
@@ -176,6 +179,20 @@ def test_the_config_is_checked_before_a_slice_is_asked_for(
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert ("queued-resources create" in done.stdout) == (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "known"),
+    [
+        ("configs/c4.py:attention=laser,slice=v5e-256,size=2p2b", True),
+        ("configs/llama.py:slice=v5e-64,attention=laser", True),
+        ("configs/mine.py:attention=laser,slice=v5e-256,size=2p2b", False),
+    ],
+)
+def test_a_plan_is_of_one_config_file(recipe, known):
+    plans = json.loads((ROOT / "docs/plans.json").read_text())
+    said = plan_of(plans, ["--workdir=a", f"--config={recipe}"])
+    assert said.startswith("by docs/plans.md the recipe fits" if known else "no plan of it")
 
 
 def test_the_short_name_of_a_type_is_taken_for_the_long_one():

@@ -244,11 +244,10 @@ def _kernel(*refs, options: Options, segments: bool, blocks: int, group: int, ra
             _finish_keys(named, options, 0, raw)
         return
     key, query = pl.program_id(2), pl.program_id(3)
-    step_number, steps, after = query, blocks, 0
+    step_number = query
+    steps, _, after = options.steps(blocks)
     if options.window is not None:
         # The last axis of the grid goes through the blocks of queries in reach alone.
-        before, after = options.blocks_in_reach(blocks)
-        steps = min(before + after + 1, blocks)
         query += jnp.maximum(key - after, 0)
     first_row = pl.multiple_of(query * options.block, options.block)
     first_key: Any = 0
@@ -347,10 +346,7 @@ def backward(
             j = jnp.where(common.member_of_group(h, group) == group - 1, j, 0)
         return b, of_keys(h), j, 0
 
-    steps, before, after = blocks, 0, 0
-    if options.window is not None:
-        before, after = options.blocks_in_reach(blocks)
-        steps = min(before + after + 1, blocks)
+    steps, before, after = options.steps(blocks)
 
     def query_map(b, h, j, i):  # blocks above the diagonal, or out of the window, are not fetched
         if options.window is not None:

@@ -120,6 +120,13 @@ class Options:
         before, after = (min(-(-keys // self.block), blocks - 1) for keys in self.reach)
         return before, after
 
+    def steps(self, blocks: int) -> tuple[int, int, int]:
+        """How many blocks one block meets at most, and of a window `blocks_in_reach`, else 0."""
+        if self.window is None:
+            return blocks, 0, 0
+        before, after = self.blocks_in_reach(blocks)
+        return min(before + after + 1, blocks), before, after
+
     def _meets(self, query: int, key: int, apart: int) -> bool:
         before, after = self.reach
         nearest, farthest = self._distances(query, key, apart)

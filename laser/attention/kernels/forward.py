@@ -388,10 +388,7 @@ def forward(q, k, v, segment_ids, options: Options, *, reference=None, raw: bool
     def query_map(b, h, i, j):
         return b, h, i, 0
 
-    steps, before, after = blocks, 0, 0
-    if options.window is not None:
-        before, after = options.blocks_in_reach(blocks)
-        steps = min(before + after + 1, blocks)
+    steps, before, after = options.steps(blocks)
 
     def key_map(b, h, i, j):  # blocks above the diagonal, or out of the window, are not fetched
         if options.window is not None:
