@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
+from configs import quickstart
 from data.order import row_ids
 from data.store import TokenStore
 from eval.run import open_model
@@ -80,8 +81,9 @@ def final_parameters(workdir):
 def test_each_host_reads_only_its_own_rows(whole, store, over_hosts):
     num_rows = TokenStore(store).split("train").num_rows(32)
     read = [runs.rows_read(whole[1], host=i) for i in range(2)]
+    block_rows = quickstart.get_config().data.block_rows
     for step in range(STEPS):
-        ids = row_ids(0, step, 8, num_rows).tolist()
+        ids = row_ids(0, step, 8, num_rows, block_rows).tolist()
         assert [read[0][step], read[1][step]] == [ids[:4], ids[4:]]
 
 
