@@ -76,6 +76,9 @@ def _write_run(folder, plan, key):
         line = {"step": step, "eval/loss": loss, "eval/bits_per_byte": loss / 2}
         lines.insert(step // 10, line)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    if settings["attention"] == "standard":
+        spike = {"step": 300, "loss": 9.0, "deviations": 8.0, "row_ids": []}
+        (folder / "spikes.jsonl").write_text(f"{json.dumps(spike)}\n")
 
 
 def _table(text, title):
@@ -99,7 +102,8 @@ def test_a_study_to_its_report(fake, capsys):
     assert groups["attention=laser, learning_rate=0.003"][2:5] == [
         "3", "2.8000 ± 0.1000", "1.4000 ± 0.0500",
     ]  # fmt: skip
-    assert "attention=standard, learning_rate=0.001" in groups  # its own best rate
+    assert groups["attention=standard, learning_rate=0.001"][6] == "3"  # at its own rate
+    assert groups["attention=laser, learning_rate=0.003"][6] == "0"
     for name in ("rates_rates", "curves_main", "differences"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
