@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.sealed import seal, unseal
+from data.sealed import checksum, seal, unseal
 from laser.training.config import load_config
 from laser.training.metrics import METRICS_FILE, count_spikes, read_metrics
 from laser.training.run_folder import load_record, saved_step_folders, write_atomically
@@ -30,7 +30,11 @@ def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[st
     batch = record["config"]["training"]["batch_size"] * record["config"]["data"]["seq_len"]
     model = load_config(record["config"]).model
     speeds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
-    norms = [[line["step"], line["gradient_norm"]] for line in lines if "gradient_norm" in line]
+    norms = [
+        [line["step"], line["gradient_norm"] and float(f"{line['gradient_norm']:.4g}")]
+        for line in lines
+        if "gradient_norm" in line
+    ]
     skipped = [line["skipped_steps"] for line in lines if "skipped_steps" in line]
     result = _identity(cell) | {
         "status": "done",
@@ -45,11 +49,23 @@ def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[st
         "seconds_per_step": statistics.median(speeds),
         "gradient_norm": norms[:: max(1, len(norms) // 50)],
         "config": record["config"],
+        "config_sha256": config_sha256(record["config"]),
         "data": record["data"]["fingerprint"],
         **measured,
         **versions,
     }
     return _write(folder, result)
+
+
+def write_adopted(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run that was trained elsewhere, from the numbers that are kept of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _write(folder, {key: value for key, value in run.items() if key != "flags"})
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Of all fields but the place of the data."""
+    return checksum({**config, "data": {**config["data"], "store": ""}})
 
 
 def write_failed(cell: Cell, folder: Path, reason: str, versions: Mapping[str, str]) -> dict:
