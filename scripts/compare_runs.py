@@ -128,7 +128,7 @@ def same_rows(first: Run, other: Run) -> str:
         if first.config[section].get(key) != other.config[section].get(key)
     ]
     if first.data.get("order") != other.data.get("order"):
-        different.insert(0, "the version of data/order.py")
+        different.insert(0, "the version of data/reading/order.py")
     if first.data["fingerprint"] != other.data["fingerprint"]:
         different.insert(0, "the data")
     return (

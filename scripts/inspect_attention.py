@@ -135,7 +135,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def _read(path: Path | None) -> str:
     if path is not None:
         return path.read_text(encoding="utf-8")
-    from data import corpus
+    from data.sources import corpus
 
     return corpus.held_out_text()
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from absl import app, flags
 
 from configs import quickstart
-from data import corpus
+from data.sources import corpus
 from laser.training.console import end_on_ctrl_c, start_logging
 from laser.training.hardware import tune_cpu
 

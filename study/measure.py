@@ -2,7 +2,7 @@
 
 domains        bits per byte of each file of the folder of held-out text, under the file's name
 continuations  how often the model tells how a held-out passage of the Bible goes on, see
-               eval/offline.py
+               eval/tasks/offline.py
 
 A process of its own, because it imports jax. Writes measured.json into the run's folder.
 """
