@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = [
-    "train", "data.loader", "eval.during_training", "eval.finetuning", "laser.training.loop",
+    "data.reading.loader", "eval.generation.finetuning", "eval.likelihood.during_training",
+    "laser.training.loop", "train",
 ]  # fmt: skip
 _starting = threading.Lock()
 
@@ -61,8 +62,8 @@ def _main(program: str, arguments: list[str], env: dict[str, str], out: Path, er
     sys.argv = ["-c", *arguments]
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdout = os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
     finally:  # what multiprocessing leaves out at a process's end
