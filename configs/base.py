@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     model.positions = "sinusoidal"  # sinusoidal (on the embedding) | rotary (on queries and keys)
     model.logits_soft_cap = 0.0  # c * tanh(logits / c) on the output logits; 0 = off (PAX: 30)
     model.dtype = "float32"  # float32 | bfloat16, of activations and what fsdp moves; else float32
-    model.remat = "full"  # none | dots | full: what the backward pass keeps (see models/decoder.py)
+    model.remat = "full"  # none | dots | full: what the backward pass keeps (see models/stack.py)
     model.unroll = False  # unroll the scan over layers: faster for small models, slower to compile
 
     config.attention = ConfigDict()
