@@ -25,12 +25,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from data.images.augment import Image
+from data.images.draws import mixed
 
 log = logging.getLogger(__name__)
 
 TFDS, DIGITS = "tfds:", "digits"
 ENDINGS = (".jpeg", ".jpg", ".png")
-HELD_OUT_EVERY = 5  # digits
+HELD_OUT_OF = 5  # digits: one
 VALIDATION = ("validation", "val", "test")  # names of folders
 TFRECORD_HEAD, TFRECORD_TAIL = 12, 4  # length and its checksum; the content's
 SHOWN = 5  # names in a message
@@ -305,7 +306,7 @@ def _records(file: int, name: str) -> np.ndarray:
 class Digits:
     """1,797 handwritten digits of 8 x 8 (UCI, test part) from scikit-learn's package, unimported.
 
-    Every fifth is held out; as the file has them in the order of their writers, those of all.
+    A fifth is held out, by a hash of its place: the file has an order of classes and of writers.
     """
 
     num_classes = 10
@@ -318,7 +319,7 @@ class Digits:
         path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
         with gzip.open(path, "rt") as file:
             table = np.array([[float(x) for x in row] for row in csv.reader(file)])
-        held_out = np.arange(len(table)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        held_out = np.array([mixed(i) % HELD_OUT_OF == 0 for i in range(len(table))])
         table = table[held_out == (split == "validation")]
         grey = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
         self._images, self._labels = grey.repeat(3, axis=3), table[:, -1].astype(np.int32)

@@ -96,7 +96,7 @@ def train_batches(
         _, rows = next(reader)
         valid = np.full(len(rows), seq_len)
         arrays = _arrays(rows, valid, eos_id if segment_ids else None)
-        return step, global_batch(_parts(ranges, arrays), shape, sharding)
+        return step, global_batch(parts_of(ranges, arrays), shape, sharding)
 
     reader = BlockReader(split, seq_len, plan(), read_ahead, requests)
     try:
@@ -148,7 +148,7 @@ def eval_batches(
             rows[there], valid[there] = found, split.targets(ids[there], seq_len)
             rows[columns > valid[:, None]] = pad_id
             arrays = _arrays(rows, valid, eos_id if segment_ids else None)
-            yield global_batch(_parts(ranges, arrays), shape, sharding)
+            yield global_batch(parts_of(ranges, arrays), shape, sharding)
 
 
 class Prefetcher:
@@ -251,15 +251,15 @@ def _arrays(rows: np.ndarray, valid: np.ndarray, eos_id: int | None) -> Arrays:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def host_ranges(shape: tuple[int, int], sharding: Sharding | None) -> list[tuple[int, int]]:
-    """The rows [start, stop) of a global (batch, sequence) array that this host's devices hold."""
+def host_ranges(shape: tuple[int, ...], sharding: Sharding | None) -> list[tuple[int, int]]:
+    """The rows [start, stop) of a global (batch, ...) array that this host's devices hold."""
     if sharding is None:
         return [(0, shape[0])]
     indices = sharding.addressable_devices_indices_map(shape).values()
     return sorted({index[0].indices(shape[0])[:2] for index in indices if index is not None})
 
 
-def _parts(ranges: list[tuple[int, int]], arrays: Arrays) -> Callable[[int, int], Arrays]:
+def parts_of(ranges: list[tuple[int, int]], arrays: Arrays) -> Callable[[int, int], Arrays]:
     """For `global_batch`, where `arrays` has the rows of `ranges`, one after the other."""
     lengths = [stop - start for start, stop in ranges]
     places = dict(zip(ranges, itertools.accumulate(lengths, initial=0)))
@@ -272,9 +272,12 @@ def _parts(ranges: list[tuple[int, int]], arrays: Arrays) -> Callable[[int, int]
 
 
 def global_batch(
-    read: Callable[[int, int], Arrays], shape: tuple[int, int], sharding: Sharding | None
+    read: Callable[[int, int], Arrays], shape: tuple[int, ...], sharding: Sharding | None
 ) -> Batch:
-    """Global arrays from `read(start, stop)`, which is asked for this host's rows alone, once."""
+    """Global arrays from `read(start, stop)`, which is asked for this host's rows alone, once.
+
+    Their dims besides the rows are those of what is read; `shape` has the rows of all hosts first.
+    """
     batch_size = shape[0]
     if sharding is None:
         return {name: jax.device_put(array) for name, array in read(0, batch_size).items()}
@@ -282,9 +285,11 @@ def global_batch(
 
     def piece(name: str, index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(batch_size)
-        return parts[start, stop][name][:, index[1]]
+        return parts[start, stop][name][:, *index[1:]]
 
     return {
-        name: jax.make_array_from_callback(shape, sharding, functools.partial(piece, name))
-        for name in next(iter(parts.values()))
+        name: jax.make_array_from_callback(
+            (batch_size, *array.shape[1:]), sharding, functools.partial(piece, name)
+        )
+        for name, array in next(iter(parts.values())).items()
     }
