@@ -59,7 +59,9 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     optimizer = config.optimizer
-    optimizer.name = "adamw"  # adamw | lamb | muon (the layers' matrices; the rest by adamw)
+    # adamw | nadamw (Nesterov; decays all parameters) | lamb | muon (the layers' matrices; the rest
+    # by adamw)
+    optimizer.name = "adamw"
     optimizer.learning_rate = 1e-3  # peak
     optimizer.schedule = "cosine"  # to 0 | wsd: the peak, held up to the last decay_steps
     optimizer.warmup_steps = 1000  # linear from 0

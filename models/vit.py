@@ -116,7 +116,7 @@ class Vit(nnx.Module):
 
 
 def patches(images_BIIC: Array, size: int) -> Array:
-    """(B, I, I, C) to (B, T, size · size · C): patches and their pixels row by row."""
+    """(B, I, I, C) to (B, T, size · size · C): patches and their pixels row by row, colours last."""
     batch, side, _, colours = images_BIIC.shape
     count = side // size
     x = images_BIIC.reshape(batch, count, size, count, size, colours)

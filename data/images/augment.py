@@ -39,7 +39,8 @@ def decode(data: bytes) -> Image:
     """Pixels of a JPEG or PNG, not turned by what its header says. Raises BrokenImage."""
     if not data:
         raise BrokenImage("the file is empty")
-    if data.startswith(START) and data.find(END, max(data.rfind(SCAN), 0)) < 0:
+    whole = data.endswith(END) or data.find(END, max(data.rfind(SCAN), 0)) >= 0
+    if data.startswith(START) and not whole:
         raise BrokenImage("a JPEG that is cut off")
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -225,8 +226,8 @@ def _pixels(count: int, image: Image) -> float:
 
 def _histograms(image: Image) -> list[np.ndarray]:
     """Of each colour, (256,) int64."""
-    whole = (cv2.calcHist([image], [i], None, [256], [0, 256]) for i in range(3))
-    return [counts[:, 0].astype(np.int64) for counts in whole]
+    whole = (cv2.calcHist([x], [0], None, [256], [0, 256]) for x in cv2.split(image))
+    return [counts.reshape(-1).astype(np.int64) for counts in whole]
 
 
 def _looked_up(image: Image, table: np.ndarray) -> Image:

@@ -107,33 +107,31 @@ def train_batches(
       An iterator and context manager over (step, batch).
     """
     ranges = host_ranges((batch_size,), sharding)
-    own = np.concatenate([np.arange(*part) for part in ranges])
-    partners = (own - 1) % batch_size if augmentation.mixup else own[:0]
-    lanes, places = np.unique(np.concatenate([own, partners]), return_inverse=True)
-    mine, theirs = places[: len(own)], places[len(own) :]
+    lanes = _lanes(ranges, batch_size)
+    places = {start: lanes.index(start, 1) for start, _ in ranges}
 
     def begin(step: int) -> Callable[[], Arrays]:
         rows = row_ids(seed, step, batch_size, len(images), block_rows)[lanes].tolist()
 
         def make(k: int) -> tuple[augment.Image, int]:
             example = images.read(rows[k])
-            return augmentation.train(example, Draws(seed, step, int(lanes[k]))), example.label
+            return augmentation.train(example, Draws(seed, step, lanes[k])), example.label
 
-        read = crew.begin(rows, make)
-
-        def finish() -> Arrays:
-            arrays = read()
-            noise = [Draws(seed, step, lane, NOISE).bits() >> 32 for lane in own.tolist()]
-            mixed = _mixed(arrays, mine, theirs, _share(augmentation, seed, step))
-            return mixed | {"noise": np.array(noise, np.uint32)}
-
-        return finish
+        return crew.begin(rows, make)
 
     crew = _Crew(images, augmentation.size, broken, workers)
     work = _Ahead(begin, start_step, stop_step)
 
     def make_batch(step: int) -> tuple[int, Batch]:
-        return step, global_batch(parts_of(ranges, work.finish(step)), (batch_size,), sharding)
+        arrays = work.finish(step)
+        share = Draws(seed, step, MIXUP).beta(augmentation.mixup) if augmentation.mixup else None
+
+        def read(start: int, stop: int) -> Arrays:
+            part = _with_partners(arrays, places[start], places[start] + stop - start, share)
+            noise = [Draws(seed, step, lane, NOISE).bits() >> 32 for lane in range(start, stop)]
+            return part | {"noise": np.array(noise, np.uint32)}
+
+        return step, global_batch(read, (batch_size,), sharding)
 
     try:
         return Prefetcher(make_batch, range(start_step, stop_step), prefetch, crew.close)
@@ -179,33 +177,40 @@ def eval_batches(
         crew.close()
 
 
-def abstract_arrays(augmentation: Augmentation) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Of the arrays of a batch to train on: their shapes after the rows, and their types."""
-    pixels = ((augmentation.size, augmentation.size, 3), np.uint8)
-    arrays = {"images": pixels, "labels": ((), np.int32), "weights": ((), np.float32)}
+def row_arrays(size: int, mixup: bool) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Of each image of a batch to train on: its arrays' shapes and types."""
+    image = ((size, size, 3), np.uint8)
+    arrays = {"images": image, "labels": ((), np.int32), "weights": ((), np.float32)}
     arrays["noise"] = ((), np.uint32)
-    if augmentation.mixup:
-        arrays |= {"partners": pixels, "partner_labels": ((), np.int32)}
-        arrays["shares"] = ((), np.float32)
+    if mixup:
+        arrays |= {"partners": image, "partner_labels": ((), np.int32), "shares": ((), np.float32)}
     return arrays
 
 
-def _share(augmentation: Augmentation, seed: int, step: int) -> float | None:
-    """Of each image in what is mixed in a step; None without mixup."""
-    return Draws(seed, step, MIXUP).beta(augmentation.mixup) if augmentation.mixup else None
+def _lanes(ranges: list[tuple[int, int]], batch_size: int) -> list[int]:
+    """Places in the global batch of this host's images, each run of them after the one before it,
+    which is its first one's partner."""
+    lanes: list[int] = []
+    for start, stop in ranges:
+        if not lanes or lanes[-1] != start - 1:
+            lanes.append((start - 1) % batch_size)
+        lanes += range(start, stop)
+    return lanes
 
 
-def _mixed(arrays: Arrays, mine: np.ndarray, theirs: np.ndarray, share: float | None) -> Arrays:
-    """This host's rows of what was read, with their partners where there is a share.
+def _with_partners(arrays: Arrays, start: int, stop: int, share: float | None) -> Arrays:
+    """Images [start, stop) of what was read, and with a share the ones before as their partners.
 
     A partner that is broken leaves an image unmixed.
     """
-    own = {name: array[mine] for name, array in arrays.items()}
+    own = {name: array[start:stop] for name, array in arrays.items()}
     if share is None:
         return own
-    shares = np.where(arrays["weights"][theirs] > 0, np.float32(share), np.float32(1))
-    partners = {"partners": arrays["images"][theirs], "partner_labels": arrays["labels"][theirs]}
-    return own | partners | {"shares": shares}
+    before = {name: array[start - 1 : stop - 1] for name, array in arrays.items()}
+    shares = np.where(before["weights"] > 0, np.float32(share), np.float32(1))
+    return own | {
+        "partners": before["images"], "partner_labels": before["labels"], "shares": shares,
+    }  # fmt: skip
 
 
 class _Crew:

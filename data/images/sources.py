@@ -275,7 +275,7 @@ class TfRecords:
     def __init__(self, files: Sequence[str]):
         """Raises ValueError for a file that is cut off."""
         self._files = [os.open(file, os.O_RDONLY) for file in files]
-        places = [_records(file, number) for number, file in zip(self._files, files)]
+        places = [_records(number, file) for number, file in zip(self._files, files)]
         self._file = np.repeat(np.arange(len(files)), [len(found) for found in places])
         self._place = np.concatenate(places)
 

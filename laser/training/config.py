@@ -55,7 +55,7 @@ class DataConfig:
 class OptimizerConfig:
     """Update rule and schedule. Fields as in configs/base.py, section `optimizer`."""
 
-    name: Literal["adamw", "lamb", "muon"]
+    name: Literal["adamw", "nadamw", "lamb", "muon"]
     learning_rate: float
     schedule: Literal["cosine", "wsd"]
     warmup_steps: int
