@@ -93,8 +93,10 @@ def get_config(arguments: str = "") -> ConfigDict:
 def _set_digits(config: ConfigDict) -> None:
     """1,435 images to train on and 362 to evaluate on; ours."""
     config.images.source, config.images.test = "digits", ""
-    config.images.crop, config.images.operations = "none", 0  # a 6 turned round is a 9
+    config.images.crop = "none"
+    config.images.operations, config.images.magnitude = 1, 3.0  # turned by 9 degrees at most
     config.images.label_smoothing = 0.1
+    config.model.unroll = True
     config.images.max_broken = 0
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 110
