@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": (),
     "data.sources": ("data.tokenizer",),
     "data.reading": ("data.sealed", "data.tokenizer"),
+    "data.images": ("data.reading",),
     "eval": (
         "models",
         "laser.attention",

@@ -177,16 +177,6 @@ def eval_batches(
         crew.close()
 
 
-def row_arrays(size: int, mixup: bool) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Of each image of a batch to train on: its arrays' shapes and types."""
-    image = ((size, size, 3), np.uint8)
-    arrays = {"images": image, "labels": ((), np.int32), "weights": ((), np.float32)}
-    arrays["noise"] = ((), np.uint32)
-    if mixup:
-        arrays |= {"partners": image, "partner_labels": ((), np.int32), "shares": ((), np.float32)}
-    return arrays
-
-
 def _lanes(ranges: list[tuple[int, int]], batch_size: int) -> list[int]:
     """Places in the global batch of this host's images, each run of them after the one before it,
     which is its first one's partner."""

@@ -1,15 +1,26 @@
 """The rows of a run that is no fine-tuning, by the kind of its model."""
 
+import importlib.util
 from collections.abc import Callable
 
 from laser.training.config import RunConfig
-from laser.training.image_rows import ImageRows
 from laser.training.rows import MaskedRows, Rows, StoreRows
+
+
+def _image_rows(config: RunConfig) -> Rows:
+    if importlib.util.find_spec("cv2") is None:
+        raise ValueError(
+            "model.kind=vit: images need OpenCV: pip install -r requirements-images.txt"
+        )
+    from laser.training.image_rows import ImageRows
+
+    return ImageRows(config)
+
 
 ROWS: dict[str, Callable[[RunConfig], Rows]] = {
     "decoder": StoreRows,
     "bert": MaskedRows,
-    "vit": ImageRows,
+    "vit": _image_rows,
 }
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data.images.loader import row_arrays
 from laser.training.config import RunConfig
 from laser.training.objectives.base import Batch, Loss, Objective, Rows, Sums
 from models.vit import structure
@@ -75,7 +74,12 @@ def targets(batch: Batch, num_classes: int) -> Array:
 def _rows(config: RunConfig) -> Rows:
     """As made by data/images/loader.py to train on."""
     assert config.images is not None
-    arrays = row_arrays(config.model.image_size, config.images.mixup > 0)
+    image = ((config.model.image_size, config.model.image_size, 3), jnp.uint8)
+    arrays = {"images": image, "labels": ((), jnp.int32), "weights": ((), jnp.float32)}
+    arrays["noise"] = ((), jnp.uint32)
+    if config.images.mixup:
+        arrays |= {"partners": image, "partner_labels": ((), jnp.int32)}
+        arrays["shares"] = ((), jnp.float32)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in arrays.items()}
 
 
