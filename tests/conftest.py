@@ -53,9 +53,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """A test that is given the arguments of a run starts train.py, and so is slow."""
+    """A test that starts train.py is slow: it is given the arguments of a run, or a finetuned one.
+
+    A few others are marked by hand; `trained_run`, which many share, is worth its seconds.
+    """
     for item in items:
-        if "module_arguments" in item.fixturenames:
+        if {"module_arguments", "finetuned"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
 
 

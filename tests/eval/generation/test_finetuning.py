@@ -141,7 +141,6 @@ def test_a_finished_run_stays_as_it_is(finetuned, arguments, tmp_path):
     assert (workdir / "metrics.jsonl").read_text() == (finetuned / "metrics.jsonl").read_text()
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_is_bit_equal(finetuned, arguments, tmp_path):
     """Stopped within an epoch, killed while it saves, and its origin has gone on meanwhile."""
     parts = tmp_path / "parts"
@@ -174,6 +173,7 @@ def test_another_origin_is_refused(finetuned, arguments, trained_run, tmp_path):
     refused([*arguments, f"--config.init_from={other}"], workdir, f"-> {other}")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(arguments, trained_run, store, tmp_path):
     empty = shutil.copytree(trained_run, tmp_path / "empty")
     shutil.rmtree(empty / "checkpoints")
@@ -197,6 +197,7 @@ def test_what_does_not_fit_is_refused(arguments, trained_run, store, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_from_a_run_on_other_rows(trained_run, store, tmp_path):
     """The same init_from with a store: for continued pretraining."""
     arguments = [

@@ -40,6 +40,7 @@ def test_metrics_are_those_of_the_checkpoint(trained_run, tokenizer):
     assert evaluate(model.params) == {"eval/held_out/accuracy": expected}
 
 
+@pytest.mark.slow
 def test_a_run_writes_them_beside_its_loss_and_trains_the_same(trained_run, store, tmp_path):
     evaluated = tmp_path / "evaluated"
     done = runs.train(
@@ -84,6 +85,7 @@ def test_what_is_missing_is_said_before_training(trained_run, tokenizer, tmp_pat
         load_tasks(config, tokenizer)
 
 
+@pytest.mark.slow
 def test_a_mistake_leaves_with_2_and_no_folder(store, tmp_path):
     refused = runs.train([*small_run(store), "--config.evaluation.tasks=copaa"], tmp_path / "run")
     assert refused.returncode == 2
