@@ -26,7 +26,7 @@ from configs.arguments import choose, parse_arguments, set_attention
 SIZES = {
     "2p2b": (32, 2048, 8192, 16, 256),
     "110m": (12, 768, 3072, 12, 64),
-    "tiny": (4, 256, 1024, 4, 64),
+    "tiny": (2, 128, 512, 2, 64),
 }
 
 
