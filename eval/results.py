@@ -21,7 +21,7 @@ from typing import Any
 from eval.oneshot import Settings, spread
 from eval.paper import Figures
 from eval.tasks import TASKS
-from laser.training.run_folder import write_atomically
+from laser.training.folders import write_atomically
 
 Result = dict[str, Any]
 Record = dict[str, Any]

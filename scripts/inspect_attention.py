@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from laser.training.folders import write_atomically
 from laser.training.hardware import tune_cpu
-from laser.training.run_folder import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,12 +15,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from data.files import path_of
 from data.sealed import SEAL
 from laser.training import hardware, hosts, preemption, roofline, sharding
 from laser.training.checkpoint import (
@@ -31,6 +31,7 @@ from laser.training.checkpoint import (
     tensor_types,
 )
 from laser.training.config import RunConfig, check_devices
+from laser.training.folders import folder_of, told_as_os_errors
 from laser.training.goodput import Goodput
 from laser.training.metrics import (
     METRICS_FILE,
@@ -42,6 +43,7 @@ from laser.training.metrics import (
 )
 from laser.training.profile import Profile
 from laser.training.program import Program
+from laser.training.records import Records
 from laser.training.report import Report
 from laser.training.rows import Rows, resolved
 from laser.training.run_folder import (
@@ -108,7 +110,10 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
     steps = run.config.training.steps
     began = began or time.time()
     try:
-        with Checkpoints(run.workdir, run.config.checkpoint) as checkpoints:
+        with (
+            told_as_os_errors(run.workdir),
+            Checkpoints(run.workdir, run.config.checkpoint) as checkpoints,
+        ):
             state = checkpoints.restore_latest(run.program.abstract_state)
             if state is None:
                 log.info("starting a new run in %s", run.workdir)
@@ -136,6 +141,7 @@ class Run:
     """What does not change while a run goes on: its program, its data and its folder.
 
     Attributes:
+      records: the files of this host that grow.
       config: of the program, with numbers for what was left to the data.
       init_step: of the checkpoint of config.init_from that the run started from.
       spikes: what was seen of the loss so far.
@@ -146,7 +152,9 @@ class Run:
     def __init__(self, program: Program, workdir: str, rows: Rows, record: dict[str, Any]):
         self.config = program.config
         self.program = program
-        self.workdir = Path(workdir)
+        self.workdir = folder_of(workdir)
+        names = (METRICS_FILE, SKIPPED_FILE, SPIKES_FILE) if hosts.is_first() else ()
+        self.records = Records(self.workdir, names)
         self.rows = rows
         self.init_step: int | None = record["init_step"]
         self.spikes = Spikes()
@@ -162,12 +170,13 @@ class Run:
             return state
         log.info("with the parameters of %s, step %d", self.config.init_from, self.init_step)
         wanted = self.program.abstract_state.params
-        params = restore_parameters(Path(self.config.init_from), wanted, self.init_step)
+        params = restore_parameters(folder_of(self.config.init_from), wanted, self.init_step)
         return state._replace(params=params)
 
     def note(self, owed: bool) -> dict[str, Any]:
         """What a checkpoint says of the rest of the folder, and whether an evaluation is owed."""
-        mark = mark_of(self.workdir / METRICS_FILE) if hosts.is_first() else None
+        self.records.write()
+        mark = mark_of(self.records.folder / METRICS_FILE) if hosts.is_first() else None
         losses = list(self.spikes.recent)
         return {
             "config": self._config_sha256, "owed": owed, "metrics": mark, "losses": losses,
@@ -216,7 +225,7 @@ def _train_from(
     config, step = run.config, int(state.step)
     run.spikes = Spikes(checkpoints.restored.get("losses", ()))
     writer = make_writer(
-        run.workdir,
+        run.records,
         config.training.steps,
         resume_step=step,
         mark=checkpoints.restored.get("metrics"),
@@ -266,7 +275,7 @@ def _run_steps(
             log.warning("%s: left in the evaluation of step %d", preempted.name, start)
             return EXIT_PREEMPTED
         checkpoints.add_score(start, scores)
-    profile = Profile(run.workdir, config.training.profile_steps)
+    profile = Profile(run.records, config.training.profile_steps)
     run.goodput.steps_begin()
     with run.train_batches(start) as batches, profile:
         for step, batch in batches:
@@ -375,20 +384,20 @@ def _record_spike(run: Run, step: int, metrics: dict[str, float]) -> None:
 
 def _append(run: Run, name: str, record: dict[str, Any]) -> None:
     if hosts.is_first():
-        with (run.workdir / name).open("a") as file:
+        with (run.records.folder / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def _check_init(config: RunConfig, rows: Rows) -> int:
     """The newest step of init_from. Raises ValueError if its parameters do not fit this run."""
-    start = Path(config.init_from)
+    start = folder_of(config.init_from)
     where = f"init_from={config.init_from}"
     try:
         theirs = load_run_config(config.init_from).model
         step = saved_steps(start)[-1]
     except (ValueError, CheckpointError) as error:
         raise ValueError(f"{where}: {error}") from error
-    if (start / "tokenizer.model").read_bytes() != Path(rows.tokenizer_path).read_bytes():
+    if (start / "tokenizer.model").read_bytes() != path_of(rows.tokenizer_path).read_bytes():
         raise ValueError(
             f"{where}: its tokenizer is not that of {rows.tokenizer_path}, so the same ids mean "
             "other text; prepare the data with --tokenizer=" + str(start / "tokenizer.model")
