@@ -66,7 +66,8 @@ def main(argv: list[str]) -> int:
 def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evaluation]]":
     """The run, and what is evaluated besides its loss. Raises ValueError before it writes."""
     from data.tokenizer import Tokenizer
-    from eval import during_training, finetuning
+    from eval.generation import finetuning
+    from eval.likelihood import during_training
     from laser.training import hosts
     from laser.training.loop import Evaluation, open_run
     from laser.training.rows import ExampleRows, StoreRows

@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     data.tasks_dir = ""  # folder with their data as downloaded; "" = TFDS's
     data.seq_len = 1024  # tokens of a row; of tasks: at most, longer prompts lose their left
     data.segment_ids = False  # True: tokens attend within their own document only
-    data.shuffle_seed = 0  # of the order of rows, see data/order.py
+    data.shuffle_seed = 0  # of the order of rows, see data/reading/order.py
     # rows that are read in one piece; a batch takes one of each piece, so 1 is the most random
     # order. 256 are 0.5 MB of 1,024 tokens: for a bucket 50 ms away a request of a few ms' work
     data.block_rows = 256

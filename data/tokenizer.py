@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from data.files import path_of
+from data.reading.files import path_of
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SAMPLE_BYTES = 2**26  # of text that a vocabulary is trained on; needs about 20 times as much memory

@@ -61,9 +61,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from eval import hub, oneshot, sources
+from eval.harnesses import hub
+from eval.likelihood import oneshot
 from eval.run import TrainedModel, open_model
-from eval.tasks import TASKS, choose_tasks
+from eval.tasks import sources
+from eval.tasks.catalogue import TASKS, choose_tasks
 from laser.training.checkpoint import CheckpointError
 from models.decoder import structure
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.files import path_of
+from data.reading.files import path_of
 from data.sealed import SEAL
 from laser.training import hardware, hosts, preemption, roofline, sharding
 from laser.training.checkpoint import (

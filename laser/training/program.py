@@ -51,7 +51,7 @@ class Program:
         return self._init()
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch of data/loader.py as ShapeDtypeStructs with their shardings."""
+        """A batch of data/reading/loader.py as ShapeDtypeStructs with their shardings."""
         names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
         if self.config.data.segment_ids:
             names["segment_ids"] = jnp.int32

@@ -15,10 +15,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jax.sharding import Sharding
 
-from data import examples, loader, mixture
-from data.examples import Examples
-from data.files import path_of
-from data.store import Split, TokenStore
+from data.reading import examples, loader, mixture
+from data.reading.examples import Examples
+from data.reading.files import path_of
+from data.reading.store import Split, TokenStore
 from data.tokenizer import Tokenizer
 from laser.training.config import RunConfig
 

@@ -28,8 +28,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from data.files import path_of
-from data.order import ORDER
+from data.reading.files import path_of
+from data.reading.order import ORDER
 from data.sealed import SEAL, file_sha256, seal, unseal
 from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict

@@ -26,7 +26,7 @@ Array = jax.Array
 NORMS = 128  # of the last gradients, to tell what is usual
 Batch = dict[
     str, Array
-]  # as made by data/loader.py: (B, T) inputs, targets, weights[, segment_ids]
+]  # as made by data/reading/loader.py: (B, T) inputs, targets, weights[, segment_ids]
 
 
 class TrainState(NamedTuple):

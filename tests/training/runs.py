@@ -128,20 +128,20 @@ class Recorded(BlockReader):
         with (record / f"rows-{this}.jsonl").open("a") as file:
             print(json.dumps({"step": step, "ids": places.rows.tolist()}), file=file)
         return super()._gather(step, places)
-make_batches = data.loader.train_batches
+make_batches = data.reading.loader.train_batches
 def train_batches(*rest, **named):  # and not those of the validation split
-    data.loader.BlockReader = Recorded
+    data.reading.loader.BlockReader = Recorded
     try:
         return make_batches(*rest, **named)
     finally:
-        data.loader.BlockReader = BlockReader
+        data.reading.loader.BlockReader = BlockReader
 def restore_and_record(self, abstract):
     state = restore_latest(self, abstract)
     name = "/tensorstore/kvstore/file/bytes_read"
     metrics = tensorstore.experimental_collect_matching_metrics(name)
     (record / f"bytes-{this}").write_text(str(sum(m["values"][0]["value"] for m in metrics)))
     return state
-data.loader.train_batches = train_batches
+data.reading.loader.train_batches = train_batches
 Checkpoints.restore_latest = restore_and_record
 """
 
@@ -152,8 +152,8 @@ sys.path.insert(0, {root!r})
 import train
 from laser.training.hardware import tune_cpu
 tune_cpu()
-import data.loader, tensorstore
-from data.blocks import BlockReader
+import data.reading.loader, tensorstore
+from data.reading.blocks import BlockReader
 from laser.training.checkpoint import Checkpoints
 from laser.training.report import Report
 this = int(os.environ.get("JAX_PROCESS_ID", 0))
