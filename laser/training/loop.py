@@ -22,7 +22,7 @@ import numpy as np
 
 from data.reading.files import path_of
 from data.sealed import SEAL
-from laser.training import hardware, hosts, preemption, roofline, sharding
+from laser.training import hardware, hosts, preemption, roofline, sharding, wandb_writer
 from laser.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -30,7 +30,7 @@ from laser.training.checkpoint import (
     saved_steps,
     tensor_types,
 )
-from laser.training.config import RunConfig, check_devices
+from laser.training.config import RunConfig, check_devices, to_dict
 from laser.training.folders import folder_of, told_as_os_errors
 from laser.training.goodput import Goodput
 from laser.training.metrics import (
@@ -53,6 +53,7 @@ from laser.training.run_folder import (
 )
 from laser.training.spikes import Spikes
 from laser.training.step import TrainState
+from laser.training.wandb_writer import WandbWriter
 from laser.training.watchdog import Watchdog
 from models.config import ModelConfig
 from models.decoder import init_parameters, train_flops_per_token
@@ -88,6 +89,7 @@ def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: b
     with hosts.together("compare config and data"):
         check_hosts_agree(config, rows, init_step)
     with hosts.together("lay out the program"):
+        wandb_writer.check_installed(config.training.wandb_project)
         complete = resolved(config, rows)
         program = Program(complete, sharding.make_mesh(complete))
     tensors = tensor_types(program.abstract_state)
@@ -230,6 +232,7 @@ def _train_from(
         resume_step=step,
         mark=checkpoints.restored.get("metrics"),
         enabled=hosts.is_first(),
+        more=_other_writers(run),
     )
     report = Report(
         writer,
@@ -248,6 +251,13 @@ def _train_from(
             return _run_steps(run, state, checkpoints, due, report, preempted)
     finally:
         writer.close()
+
+
+def _other_writers(run: Run) -> list[MetricsWriter]:
+    project = run.config.training.wandb_project
+    if not project or not hosts.is_first():
+        return []
+    return [WandbWriter(project, run.records, to_dict(run.config))]
 
 
 def _bound_seconds(program: Program) -> float:
@@ -277,6 +287,7 @@ def _run_steps(
         checkpoints.add_score(start, scores)
     profile = Profile(run.records, config.training.profile_steps)
     run.goodput.steps_begin()
+    run.watchdog.step_ended(start)
     with run.train_batches(start) as batches, profile:
         for step, batch in batches:
             done = step + 1
@@ -286,7 +297,7 @@ def _run_steps(
             profile.step_dispatched(done, metrics)
             run.goodput.waited(batches.seconds_waited)
             report.push(done, metrics, batches.seconds_waited)
-            run.watchdog.step_ended(step)
+            run.watchdog.step_ended(done)
             first = False
             scores, owed = evaluations.after(done, state)
             leave = preempted.stops()

@@ -62,6 +62,7 @@ def make_writer(
     resume_step: int,
     enabled: bool,
     mark: Mapping[str, Any] | None = None,
+    more: Sequence[MetricsWriter] = (),
 ) -> MetricsWriter:
     """All writers of a run.
 
@@ -72,6 +73,7 @@ def make_writer(
         process recorded after it is dropped: those steps are done again.
       enabled: False on all processes but the first, which then write nothing.
       mark: of metrics.jsonl when that checkpoint was saved, see `mark_of`.
+      more: writers beside those.
     """
     if not enabled:
         return MultiWriter([], records)
@@ -80,7 +82,7 @@ def make_writer(
     for name in (SKIPPED_FILE, SPIKES_FILE):
         drop_lines_after(resume_step, records.folder / name)
     tensorboard = TensorBoardWriter(records, first_step=resume_step + 1)
-    return MultiWriter([jsonl, tensorboard, TerminalLine(steps)], records)
+    return MultiWriter([jsonl, tensorboard, *more, TerminalLine(steps)], records)
 
 
 class MultiWriter:

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 # May differ when a run goes on: where the same data lie, how they are read, and how it is watched.
 OF_NO_MATTER = (
     "data.store", "data.tasks_dir", "data.prefetch", "data.read_ahead", "data.requests",
+    "data.cache_dir", "data.cache_gb", "training.wandb_project",
     "training.profile_steps", "training.step_timeout_seconds",
 )  # fmt: skip
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of some file systems
