@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -33,7 +32,6 @@ class Bucket:
         url = f"http://localhost:{port}"
         self.environment = {
             "STORAGE_EMULATOR_HOST": url,  # gcsfs
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # its client for zonal buckets is other
             "FSSPEC_GCS": json.dumps({"token": "anon"}),
             "TENSORSTORE_GCS_HTTP_URL": url,
             "TENSORSTORE_GCS_HTTP_VERSION": "1",  # the server knows no newer one
@@ -42,7 +40,6 @@ class Bucket:
 
     def files(self):
         """fsspec's file system of it, in this process."""
-        os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported
         url = self.environment["STORAGE_EMULATOR_HOST"]
         return fsspec.filesystem("gs", token="anon", endpoint_url=url, use_listings_cache=False)
 

@@ -111,8 +111,10 @@ class CachedFile:
 
     def read(self, start: int, size: int) -> bytes:
         first, last = start // PIECE, (start + size - 1) // PIECE
-        pieces = [self._cache.get(self._place(i)) for i in range(first, last + 1)]
-        missing = [i for i, piece in enumerate(pieces, start=first) if piece is None]
+        numbers = range(first, last + 1)
+        found = {i: self._cache.get(self._place(i)) for i in numbers}
+        pieces = {i: piece for i, piece in found.items() if piece is not None}
+        missing = [i for i in numbers if i not in pieces]
         if missing:  # those between them are read again: one request
             begin, end = missing[0] * PIECE, min((missing[-1] + 1) * PIECE, self.size)
             if not self._cache.has_room(end - begin + len(missing) * DIGEST):
@@ -121,11 +123,11 @@ class CachedFile:
             self._file.check()  # before it is kept under its name
             for i in range(missing[0], missing[-1] + 1):
                 offset = i * PIECE - begin
-                pieces[i - first] = content[offset : offset + PIECE]
+                pieces[i] = content[offset : offset + PIECE]
                 if i in missing:
-                    self._cache.keep(self._place(i), content[offset : offset + PIECE])
+                    self._cache.keep(self._place(i), pieces[i])
         offset = start - first * PIECE
-        return b"".join(pieces)[offset : offset + size]
+        return b"".join(pieces[i] for i in numbers)[offset : offset + size]
 
     def check(self) -> None:
         self._file.check()

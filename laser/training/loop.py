@@ -20,19 +20,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.reading.files import path_of
 from data.sealed import SEAL
 from laser.training import hardware, hosts, preemption, roofline, sharding, wandb_writer
 from laser.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     restore_parameters,
-    saved_steps,
     tensor_types,
 )
 from laser.training.config import RunConfig, check_devices, to_dict
 from laser.training.folders import folder_of, told_as_os_errors
 from laser.training.goodput import Goodput
+from laser.training.init_from import check_init
 from laser.training.metrics import (
     METRICS_FILE,
     SKIPPED_FILE,
@@ -48,15 +47,13 @@ from laser.training.report import Report
 from laser.training.rows import Rows, resolved
 from laser.training.run_folder import (
     check_hosts_agree,
-    load_run_config,
     open_run_folder,
 )
 from laser.training.spikes import Spikes
 from laser.training.step import TrainState
 from laser.training.wandb_writer import WandbWriter
 from laser.training.watchdog import Watchdog
-from models.config import ModelConfig
-from models.decoder import init_parameters, train_flops_per_token
+from models.decoder import train_flops_per_token
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +82,7 @@ def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: b
       ValueError: they do not, on this host or another one; nothing was changed.
     """
     with hosts.together("find the run to start from"):
-        init_step = _check_init(config, rows) if config.init_from else None
+        init_step = check_init(config, rows) if config.init_from else None
     with hosts.together("compare config and data"):
         check_hosts_agree(config, rows, init_step)
     with hosts.together("lay out the program"):
@@ -397,34 +394,3 @@ def _append(run: Run, name: str, record: dict[str, Any]) -> None:
     if hosts.is_first():
         with (run.records.folder / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def _check_init(config: RunConfig, rows: Rows) -> int:
-    """The newest step of init_from. Raises ValueError if its parameters do not fit this run."""
-    start = folder_of(config.init_from)
-    where = f"init_from={config.init_from}"
-    try:
-        theirs = load_run_config(config.init_from).model
-        step = saved_steps(start)[-1]
-    except (ValueError, CheckpointError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    if (start / "tokenizer.model").read_bytes() != path_of(rows.tokenizer_path).read_bytes():
-        raise ValueError(
-            f"{where}: its tokenizer is not that of {rows.tokenizer_path}, so the same ids mean "
-            "other text; prepare the data with --tokenizer=" + str(start / "tokenizer.model")
-        )
-    there, here = (_parameter_shapes(model) for model in (theirs, config.model))
-    for name in sorted(there.keys() | here.keys()):
-        if there.get(name) != here.get(name):
-            raise ValueError(
-                f"{where}: its model has other parameters: {name} is {there.get(name, 'absent')} "
-                f"there and {here.get(name, 'absent')} here; leave the sections model and "
-                "attention as that run has them"
-            )
-    return step
-
-
-def _parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    abstract = jax.eval_shape(functools.partial(init_parameters, model, 0))
-    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}

@@ -228,7 +228,7 @@ class TensorBoardWriter:
 
 
 def _next_number(folder: Path) -> int:
-    found = folder.iterdir() if folder.is_dir() else ()
+    found = folder.iterdir() if folder.exists() else ()
     numbers = [path.name.partition(".")[0].rpartition("-")[2] for path in found]
     return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
 

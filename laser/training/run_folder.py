@@ -239,13 +239,20 @@ def load_record(workdir: str) -> dict[str, Any]:
 
     Raises ValueError where there is no run, or one of the two is missing or damaged.
     """
-    folder = folder_of(workdir)
+    try:
+        with told_as_os_errors(workdir):
+            return _load_record(folder_of(workdir))
+    except OSError as error:
+        raise ValueError(f"{workdir}: cannot be read ({error})") from error
+
+
+def _load_record(folder: Path) -> dict[str, Any]:
     path, tokenizer = folder / "config.json", folder / "tokenizer.model"
     again = "put it back from a backup, or start train.py again as before: it writes the file anew"
     if not path.exists():
         if saved_step_folders(folder):
             raise ValueError(f"{path} is missing beside checkpoints: {again}")
-        raise ValueError(f"{workdir}: no run here (config.json is missing)")
+        raise ValueError(f"{folder}: no run here (config.json is missing)")
     try:
         record = _read_record(path)
     except ValueError as error:
@@ -274,7 +281,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 def saved_step_folders(workdir: Path) -> dict[int, Path]:
     """Step → folder of each checkpoint that was finished, damaged or not, in order."""
     folder = workdir / "checkpoints"
-    found = folder.iterdir() if folder.is_dir() else ()
+    found = folder.iterdir() if folder.exists() else ()  # is_dir() hides that nothing answers
     steps = sorted((int(path.name), path) for path in found if path.name.isdigit())
     if is_address(workdir):
         return {step: path for step, path in steps if (path / COMMITTED).exists()}
