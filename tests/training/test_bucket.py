@@ -151,6 +151,9 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, files, in_bucket, run, on_dis
     assert (here / "20.unreadable/record/metadata").is_file()
     assert tensors(here, 20) == tensors(on_disk, 20)
     assert runs.losses(here) == runs.losses(on_disk)
+    seen = script(bucket, "scripts/verify_run.py", "gs://bucket/runs/damaged")
+    assert "20.unreadable: damaged" in seen.stdout
+    assert "checkpoints/20: intact" in seen.stdout
     events = sorted(path.name.partition(".")[0] for path in (here / "tensorboard").glob("events*"))
     assert events == ["events-000001", "events-000002"]
 
