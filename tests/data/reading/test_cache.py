@@ -1,5 +1,7 @@
 """Blocks that are kept on this machine: read once from the bucket, and never trained on damaged."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from data.reading import cache as cache_module
 from data.reading.cache import DIGEST, Cache, CachedFile
 from data.reading.files import Address, AddressFile, StoreChangedError
 from data.reading.store import TokenStore
+from laser.training import rows
 from tests.data.reading.test_files import upload
 
 CONTENT = np.random.default_rng(0).bytes(1000)
@@ -117,3 +120,11 @@ def test_a_store_reads_through_it(store, reads, tmp_path):
         before = len(reads)
         np.testing.assert_array_equal(split.piece(3, 20, 32), local.piece(3, 20, 32))
         assert (len(reads) > before) == expect
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path):
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "cache")
+    config = SimpleNamespace(data=SimpleNamespace(cache_dir=folder, cache_gb=1.0))
+    with pytest.raises(ValueError, match=f"data.cache_dir={folder}: cannot be made"):
+        rows._cache(config)
