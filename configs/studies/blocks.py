@@ -1,4 +1,4 @@
-"""What rows in blocks cost: the quickstart in the order without blocks, its own, and in longer ones.
+"""What rows in blocks cost: the quickstart without blocks, with its own, and with longer ones.
 
     python scripts/study.py --study=configs/studies/blocks.py --output=studies/blocks
 
