@@ -85,10 +85,9 @@ def told_as_os_errors(where: str | Path) -> Iterator[None]:
     with one line."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in LIBRARIES:
+        theirs = type(error).__module__.partition(".")[0] in LIBRARIES
+        if not theirs and not (isinstance(error, OSError) and "\n" in str(error)):
             raise
         line = (str(error).splitlines() or [""])[0][:200]
         raise OSError(errno.EIO, f"{type(error).__name__}: {line}", str(where)) from error

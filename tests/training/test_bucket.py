@@ -96,6 +96,19 @@ def run(bucket, in_bucket):
     return "runs/done"
 
 
+@pytest.fixture(scope="module")
+def data(files):
+    """Address of a folder with the data of one task."""
+    text = "".join(
+        json.dumps({"premise": "He ran.", "choice1": "He was late.", "choice2": "He slept.",
+                    "question": "cause", "label": 0, "idx": i}) + "\n"
+        for i in range(4)
+    )  # fmt: skip
+    for split in ("train", "val"):
+        files.pipe_file(f"bucket/data/COPA/{split}.jsonl", text.encode())
+    return "gs://bucket/data"
+
+
 def fetched(files, name, folder):
     """A folder of the bucket as one of this machine."""
     files.get(f"bucket/{name}", str(folder), recursive=True)
@@ -158,7 +171,7 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, files, in_bucket, run, on_dis
     assert events == ["events-000001", "events-000002"]
 
 
-def test_what_reads_runs_reads_them_there(bucket, files, run, in_bucket, on_disk, tmp_path):
+def test_what_reads_runs_reads_them_there(bucket, files, run, data, on_disk, tmp_path):
     address = f"gs://bucket/{run}"
     (trace,) = files.glob(f"bucket/{run}/tensorboard/plugins/profile/*/*.xplane.pb")
     assert files.size(trace) > 1000
@@ -167,7 +180,7 @@ def test_what_reads_runs_reads_them_there(bucket, files, run, in_bucket, on_disk
     here = script(bucket, "scripts/generate.py", f"--workdir={on_disk}", "--prompt=In the")
     assert said.stdout == here.stdout
     scored = script(
-        bucket, "scripts/evaluate.py", f"--workdir={address}", "--tasks=offline", "--limit=4"
+        bucket, "scripts/evaluate.py", f"--workdir={address}", "--tasks=copa", f"--data_dir={data}"
     )
     assert scored.returncode == 0, scored.stderr
     assert files.glob(f"bucket/{run}/eval/20/*/results.json")
@@ -179,18 +192,11 @@ def test_what_reads_runs_reads_them_there(bucket, files, run, in_bucket, on_disk
     assert exported.returncode == 0, exported.stdout + exported.stderr
 
 
-def test_a_run_starts_from_one_and_is_scored_with_data_there(bucket, files, run, in_bucket):
-    text = "".join(
-        json.dumps({"premise": "He ran.", "choice1": "He was late.", "choice2": "He slept.",
-                    "question": "cause", "label": 0, "idx": i}) + "\n"
-        for i in range(4)
-    )  # fmt: skip
-    for split in ("train", "val"):
-        files.pipe_file(f"bucket/data/COPA/{split}.jsonl", text.encode())
+def test_a_run_starts_from_one_and_is_scored_with_data_there(bucket, files, run, in_bucket, data):
     done = runs.train(
         in_bucket, "gs://bucket/runs/second", f"--config.init_from=gs://bucket/{run}",
         "--config.training.steps=2", "--config.evaluation.tasks=copa",
-        "--config.evaluation.data_dir=gs://bucket/data", env=bucket.environment,
+        f"--config.evaluation.data_dir={data}", env=bucket.environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"with the parameters of gs://bucket/{run}, step 20" in done.stdout
