@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -27,7 +29,7 @@ class Bucket:
 
     address = "gs://bucket"
 
-    def __init__(self, port: int, process: subprocess.Popen):
+    def __init__(self, port: int, process: subprocess.Popen, folder: str):
         self.process = process
         url = f"http://localhost:{port}"
         self.environment = {
@@ -36,6 +38,7 @@ class Bucket:
             "TENSORSTORE_GCS_HTTP_URL": url,
             "TENSORSTORE_GCS_HTTP_VERSION": "1",  # the server knows no newer one
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+            "TMPDIR": folder,  # where processes of a machine lock an address: others have its name
         }
 
     def files(self):
@@ -47,7 +50,7 @@ class Bucket:
 @contextlib.contextmanager
 def running(fail_every=0):
     """A `Bucket`, which ends with the context; see bucket_server.py."""
-    port = free_port()
+    port, folder = free_port(), tempfile.mkdtemp(prefix="bucket-")
     process = subprocess.Popen(
         [sys.executable, SERVER, str(port), str(fail_every)],
         stdout=subprocess.DEVNULL,
@@ -62,7 +65,8 @@ def running(fail_every=0):
                 urllib.request.urlopen(f"http://localhost:{port}/storage/v1/b/bucket").close()
                 break
             time.sleep(0.1)
-        yield Bucket(port, process)
+        yield Bucket(port, process, folder)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+        shutil.rmtree(folder, ignore_errors=True)

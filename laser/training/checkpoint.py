@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from data.sealed import seal
 from laser.training import hosts, retention, run_folder
 from laser.training.config import CheckpointConfig
-from laser.training.folders import absolute, folder_of, is_address
+from laser.training.folders import absolute, folder_of
 from laser.training.run_folder import UNREADABLE
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Checkpoints:
             return
         with self._explained(), hosts.together(f"add metrics to checkpoint {step}"):
             if hosts.is_first() and not folder.exists():
-                _write_score(folder, json.dumps({name: metrics[name]}))
+                retention.write_score(folder, json.dumps({name: metrics[name]}))
         self._manager.reload()
 
     def best(self) -> tuple[int, float] | None:
@@ -225,18 +225,6 @@ class Checkpoints:
                 log.error("checkpoint %d moved to %s", step, target.name)
         self._interim.difference_update(steps)
         self._manager.reload()
-
-
-def _write_score(folder: Path, text: str) -> None:
-    """Metrics as Orbax writes them, whole or not at all."""
-    if is_address(folder):
-        (folder / "metrics").write_text(text)
-        (folder / run_folder.COMMITTED).write_text("")
-        return
-    temporary = folder.with_name("metrics.new")
-    temporary.mkdir(exist_ok=True)
-    (temporary / "metrics").write_text(text)
-    temporary.rename(folder)
 
 
 def _free_place(workdir: Path, step: int) -> Path:

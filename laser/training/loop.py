@@ -303,7 +303,7 @@ def _run_steps(
                 report.flush()
             if (in_turn or leave) and (not report.skipping or done == steps):
                 save = functools.partial(
-                    checkpoints.save, done, state, scores, interim=not in_turn, note=run.note(owed)
+                    _save, run, checkpoints, done, state, scores, interim=not in_turn, owed=owed
                 )
                 with run.off_the_steps("checkpoints"):
                     report.off_the_clock(save)
@@ -323,6 +323,19 @@ def _run_steps(
     if best := checkpoints.best():
         log.info("best checkpoint: step %d, %s %.4f", best[0], config.checkpoint.best, best[1])
     return EXIT_DONE
+
+
+def _save(
+    run: Run,
+    checkpoints: Checkpoints,
+    done: int,
+    state: TrainState,
+    scores: dict[str, float],
+    *,
+    interim: bool,
+    owed: bool,
+) -> None:
+    checkpoints.save(done, state, scores, interim=interim, note=run.note(owed))
 
 
 class _Evaluations:

@@ -15,6 +15,7 @@ from tests.training import runs
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
+pytestmark = pytest.mark.slow
 KILLS = 5
 
 # In the process that trains: armed by its first step, or when a save has begun.
@@ -250,7 +251,6 @@ def hold(bucket, address, machine):
     )
 
 
-@pytest.mark.slow
 def test_one_process_at_a_time(bucket, tmp_path):
     address, here, there = "gs://bucket/runs/held", tmp_path / "here", tmp_path / "there"
     first = hold(bucket, address, here)
@@ -319,3 +319,32 @@ def test_a_network_that_dies_ends_the_run_in_one_line(store, module_arguments, o
     assert "after step 5" in gone_on.stdout
     assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "reference")
     assert tensors(tmp_path / "run", 20) == tensors(tmp_path / "reference", 20)
+
+
+SCORES = """
+import jax.numpy as jnp
+from configs import base
+from laser.training.checkpoint import Checkpoints
+from laser.training.config import CheckpointConfig
+config = CheckpointConfig(every=1, keep=1, keep_period=0, best="loss")
+for steps in ((1, 2), (3,), ()):
+    with Checkpoints("gs://bucket/runs/scores", config) as checkpoints:
+        for step in steps:
+            loss = {"eval/loss": {1: 3.0, 2: 1.0, 3: 2.0}[step]}
+            late = step == 2
+            checkpoints.save(step, {"x": jnp.ones(3)}, None if late else loss)
+            checkpoints.wait()
+            if late:
+                checkpoints.add_score(step, loss)
+        print(checkpoints.best(), checkpoints._steps())
+"""
+
+
+def test_the_best_checkpoint_is_kept_by_a_score_that_came_later(bucket):
+    said = script(bucket, "-c", SCORES)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.splitlines()[-3:] == [
+        "(2, 1.0) [1, 2]",
+        "(2, 1.0) [2, 3]",
+        "(2, 1.0) [2, 3]",
+    ]
