@@ -10,8 +10,7 @@ from laser.training.config import RunConfig
 from laser.training.folders import folder_of
 from laser.training.rows import Rows
 from laser.training.run_folder import load_run_config
-from models.config import ModelConfig
-from models.decoder import init_parameters
+from models.families import AnyModelConfig, init_parameters
 
 
 def check_init(config: RunConfig, rows: Rows) -> int:
@@ -23,9 +22,10 @@ def check_init(config: RunConfig, rows: Rows) -> int:
         step = saved_steps(start)[-1]
     except (ValueError, CheckpointError) as error:
         raise ValueError(f"{where}: {error}") from error
-    if (start / "tokenizer.model").read_bytes() != path_of(rows.tokenizer_path).read_bytes():
+    tokenizer = rows.tokenizer_path
+    if tokenizer and (start / "tokenizer.model").read_bytes() != path_of(tokenizer).read_bytes():
         raise ValueError(
-            f"{where}: its tokenizer is not that of {rows.tokenizer_path}, so the same ids mean "
+            f"{where}: its tokenizer is not that of {tokenizer}, so the same ids mean "
             "other text; prepare the data with --tokenizer=" + str(start / "tokenizer.model")
         )
     there, here = (_parameter_shapes(model) for model in (theirs, config.model))
@@ -39,7 +39,7 @@ def check_init(config: RunConfig, rows: Rows) -> int:
     return step
 
 
-def _parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _parameter_shapes(model: AnyModelConfig) -> dict[str, tuple[int, ...]]:
     abstract = jax.eval_shape(functools.partial(init_parameters, model, 0))
     leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}

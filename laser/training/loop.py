@@ -7,6 +7,7 @@ skipped nothing is saved, so that good checkpoints stay. An evaluation that a si
 owed: the checkpoint says so, and the run that goes on from there begins with it.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -53,7 +54,7 @@ from laser.training.spikes import Spikes
 from laser.training.step import TrainState
 from laser.training.wandb_writer import WandbWriter
 from laser.training.watchdog import Watchdog
-from models.decoder import train_flops_per_token
+from models.families import train_flops_per_token
 
 log = logging.getLogger(__name__)
 
@@ -192,26 +193,30 @@ class Run:
         return self.rows.train_batches(self.config, start_step, self.program.batch_sharding)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Loss in nats per token and bits per byte of text on the validation split.
+        """Loss in nats per token, the objective's shares, and bits per byte of text, on the
+        validation split.
 
-        Of a mixture, of each store and their mean by its shares. Bits per byte is there only where
-        the whole of every split was read.
+        Of several parts, of each and their mean by the parts' shares. Bits per byte is there only
+        where the whole of every split was read.
         """
         metrics: dict[str, float] = {}
-        loss = bits = 0.0
+        means: dict[str, float] = collections.defaultdict(float)
+        bits = 0.0
         for part in self.rows.validation_parts(self.config, self.program.batch_sharding):
-            nll = tokens = 0.0
+            total: dict[str, float] = collections.defaultdict(float)
             for batch in part.batches:
                 preemption.between_batches()
                 sums = self.program.eval_step(state.params, batch)
-                nll += float(sums.nll)
-                tokens += float(sums.tokens)
+                for name, x in {"loss": sums.nll, **sums.shares, "": sums.tokens}.items():
+                    total[name] += float(x)
+            tokens, nll = total.pop(""), total["loss"]
             whole = part.bytes > 0 and tokens == part.tokens
-            loss += part.share * nll / tokens
             bits += part.share * nll / math.log(2) / part.bytes if whole else math.nan
-            if part.name:
-                metrics[f"eval/loss/{part.name}"] = nll / tokens
-        metrics["eval/loss"] = loss
+            for name, x in total.items():
+                means[name] += part.share * x / tokens
+                if part.name:
+                    metrics[f"eval/{name}/{part.name}"] = x / tokens
+        metrics |= {f"eval/{name}": mean for name, mean in means.items()}
         if math.isfinite(bits):
             metrics["eval/bits_per_byte"] = bits
         return metrics

@@ -205,14 +205,16 @@ def _open(
 
 
 def write_run(folder: Path, record: Mapping[str, Any], tokenizer_path: str | Path) -> None:
-    """Writes config.json, a record that is sealed, and then the tokenizer beside it."""
+    """Writes config.json, a record that is sealed, and then the tokenizer, if any, beside it."""
     write_atomically(folder / "config.json", json.dumps(record, indent=2) + "\n")
-    write_atomically(folder / "tokenizer.model", path_of(tokenizer_path).read_bytes())
+    if tokenizer_path:
+        write_atomically(folder / "tokenizer.model", path_of(tokenizer_path).read_bytes())
 
 
 def _record(config: RunConfig, rows: "Rows", init_step: int | None) -> dict[str, Any]:
     data = {"fingerprint": rows.fingerprint, "order": ORDER}
-    tokenizer = file_sha256(path_of(rows.tokenizer_path))
+    path = rows.tokenizer_path
+    tokenizer = file_sha256(path_of(path)) if path else ""
     return {
         "config": to_dict(config), "data": data, "init_step": init_step, "tokenizer": tokenizer,
     }  # fmt: skip
@@ -257,6 +259,8 @@ def _load_record(folder: Path) -> dict[str, Any]:
         record = _read_record(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {again}") from error
+    if not record["tokenizer"]:
+        return record
     if not tokenizer.exists():
         raise ValueError(f"{tokenizer} is missing: {again}")
     if file_sha256(tokenizer) != record["tokenizer"]:

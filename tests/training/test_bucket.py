@@ -176,9 +176,10 @@ def test_what_reads_runs_reads_them_there(bucket, files, run, data, on_disk, tmp
     address = f"gs://bucket/{run}"
     (trace,) = files.glob(f"bucket/{run}/tensorboard/plugins/profile/*/*.xplane.pb")
     assert files.size(trace) > 1000
-    said = script(bucket, "scripts/generate.py", f"--workdir={address}", "--prompt=In the")
+    prompt = ["--prompt=In the", "--max_new_tokens=8"]
+    said = script(bucket, "scripts/generate.py", f"--workdir={address}", *prompt)
     assert said.returncode == 0, said.stderr
-    here = script(bucket, "scripts/generate.py", f"--workdir={on_disk}", "--prompt=In the")
+    here = script(bucket, "scripts/generate.py", f"--workdir={on_disk}", *prompt)
     assert said.stdout == here.stdout
     scored = script(
         bucket, "scripts/evaluate.py", f"--workdir={address}", "--tasks=copa", f"--data_dir={data}"
@@ -196,7 +197,7 @@ def test_what_reads_runs_reads_them_there(bucket, files, run, data, on_disk, tmp
 def test_a_run_starts_from_one_and_is_scored_with_data_there(bucket, files, run, in_bucket, data):
     done = runs.train(
         in_bucket, "gs://bucket/runs/second", f"--config.init_from=gs://bucket/{run}",
-        "--config.training.steps=2", "--config.evaluation.tasks=copa",
+        "--config.training.steps=4", "--config.evaluation.tasks=copa",
         f"--config.evaluation.data_dir={data}", env=bucket.environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

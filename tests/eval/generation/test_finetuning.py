@@ -18,6 +18,7 @@ from laser.training.run_folder import (
     load_run_config,
     write_run,
 )
+from tests.once import once
 from tests.training import runs
 
 TASKS = ("copa", "cb")
@@ -42,11 +43,12 @@ def write(folder, name, count, split):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("superglue")
-    for name, train in (("COPA", 12), ("CB", 11)):
-        write(folder, name, train, "train")
-        write(folder, name, 5, "val")
-    return folder
+    def make(folder):
+        for name, train in (("COPA", 12), ("CB", 11)):
+            write(folder, name, train, "train")
+            write(folder, name, 5, "val")
+
+    return once(tmp_path_factory, "superglue", make)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +65,14 @@ def arguments(trained_run, data_dir):
 
 @pytest.fixture(scope="module")
 def finetuned(arguments, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "finetuned"
-    done = runs.train(arguments, workdir)
-    assert done.returncode == 0, done.stderr
-    assert "with the parameters of" in done.stdout
-    assert "train: 23 examples" in done.stdout
-    assert "best checkpoint: step" in done.stdout
-    return workdir
+    def make(folder):
+        done = runs.train(arguments, folder / "finetuned")
+        assert done.returncode == 0, done.stderr
+        assert "with the parameters of" in done.stdout
+        assert "train: 23 examples" in done.stdout
+        assert "best checkpoint: step" in done.stdout
+
+    return once(tmp_path_factory, "finetuned-run", make) / "finetuned"
 
 
 def records(workdir):
@@ -130,12 +133,12 @@ def test_best_and_last_are_kept_and_the_folder_is_enough(finetuned):
         assert text == record["generated"]
 
 
-def test_a_finished_run_stays_as_it_is(finetuned, arguments):
-    before = (finetuned / "metrics.jsonl").read_text()
-    again = runs.train(arguments, finetuned)
+def test_a_finished_run_stays_as_it_is(finetuned, arguments, tmp_path):
+    workdir = shutil.copytree(finetuned, tmp_path / "run")
+    again = runs.train(arguments, workdir)
     assert again.returncode == 0
     assert "nothing left to do" in again.stdout
-    assert (finetuned / "metrics.jsonl").read_text() == before
+    assert (workdir / "metrics.jsonl").read_text() == (finetuned / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow
@@ -167,7 +170,8 @@ def refused(arguments, workdir, message):
 
 def test_another_origin_is_refused(finetuned, arguments, trained_run, tmp_path):
     other = shutil.copytree(trained_run, tmp_path / "other")
-    refused([*arguments, f"--config.init_from={other}"], finetuned, f"-> {other}")
+    workdir = shutil.copytree(finetuned, tmp_path / "run")
+    refused([*arguments, f"--config.init_from={other}"], workdir, f"-> {other}")
 
 
 def test_what_does_not_fit_is_refused(arguments, trained_run, store, tmp_path):

@@ -19,7 +19,6 @@ import datasets
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.tasks import TaskManager
 
 from eval.harnesses.lm_eval_adapter import LaserLM
 from eval.likelihood.scoring import encode_pairs
@@ -112,13 +111,7 @@ class FirstIsBest(TemplateLM):
         raise NotImplementedError
 
 
-@pytest.fixture(scope="module")
-def task_manager():
-    """The harness's list of its tasks, which takes it seconds to make."""
-    return TaskManager()
-
-
-def samples(name, model, task_manager):
+def samples(name, model):
     task, row = HUB[name]
     rows = datasets.Dataset.from_list([row])
     splits = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
@@ -129,16 +122,16 @@ def samples(name, model, task_manager):
             num_fewshot=0,
             bootstrap_iters=0,
             log_samples=True,
-            task_manager=task_manager,
+            task_manager=check_lm_eval.harness_tasks(),
         )
     return report["samples"][task][0]
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_the_harness_asks_the_same(name, task_manager):
+def test_the_harness_asks_the_same(name):
     if name == "record":
         pytest.importorskip("transformers", reason="the harness's ReCoRD needs transformers")
-    sample = samples(name, FirstIsBest(), task_manager)
+    sample = samples(name, FirstIsBest())
     contexts, continuations, gold = EXPECTED[name, "lm_eval"]
     if isinstance(contexts, str):
         contexts = [contexts] * len(continuations)
