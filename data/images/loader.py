@@ -111,8 +111,7 @@ def train_batches(
     places = {start: lanes.index(start, 1) for start, _ in ranges}
 
     def begin(step: int) -> Callable[[], Arrays]:
-        places = step_places(seed, step, batch_size, len(images), block_rows)
-        rows = places.rows[lanes].tolist()
+        rows = step_places(seed, step, batch_size, len(images), block_rows).rows[lanes].tolist()
 
         def make(k: int) -> tuple[augment.Image, int]:
             example = images.read(rows[k])
