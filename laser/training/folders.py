@@ -2,7 +2,8 @@
 
     runs/laser                   pathlib.Path
     gs://bucket/runs/laser       etils.epath.Path, which Orbax takes, too; by gcsfs
-    s3://bucket/runs/laser       the same by s3fs, if it is installed
+
+Not s3://: there Orbax has no file that says that a checkpoint is finished, and renames folders.
 
 What lies behind an address is not a disk. A file there is whole or absent, so that to write one is
 atomic; but nothing can be added to it, no folder is renamed at once, and nothing can be locked. See
@@ -16,12 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-ADDRESSES = ("gs://", "s3://")
-NEEDED = {"gs": "pip install -r requirements-bucket.txt", "s3": "pip install s3fs"}
-# The libraries behind addresses, whose errors are of as many types as there are libraries.
-LIBRARIES = frozenset(
-    {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"}
-)
+ADDRESS = "gs://"
+# The libraries behind it, whose errors are of as many types as there are libraries.
+LIBRARIES = frozenset({"aiohttp", "fsspec", "gcsfs", "google", "requests"})
 
 
 def folder_of(text: str | Path) -> Path:
@@ -32,19 +30,19 @@ def folder_of(text: str | Path) -> Path:
     address = str(text)
     if "://" not in address:
         return Path(text)
-    if not address.startswith(ADDRESSES):
-        raise ValueError(f"{address}: only {' and '.join(ADDRESSES)} are known")
+    if not address.startswith(ADDRESS):
+        raise ValueError(f"{address}: runs and data of tasks have addresses of {ADDRESS} alone")
     # Before epath is asked for the first time: TensorFlow's client takes seconds to import.
     os.environ["EPATH_USE_TF"] = "false"
     import fsspec
     from etils import epath
 
-    protocol = address.partition("://")[0]
     try:
-        names = fsspec.get_filesystem_class(protocol).protocol
+        names = fsspec.get_filesystem_class("gs").protocol
     except ImportError as error:
-        raise ValueError(f"{address}: {error}; `{NEEDED[protocol]}` has what it needs") from error
-    for name in (names,) if isinstance(names, str) else names:
+        need = "pip install -r requirements-bucket.txt"
+        raise ValueError(f"{address}: {error}; `{need}` has what it needs") from error
+    for name in names:
         # Other hosts, and tensorstore, write there, too: a listing that is kept would be wrong.
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
     return cast(Path, epath.Path(address))  # has those of its methods that are used
@@ -52,7 +50,7 @@ def folder_of(text: str | Path) -> Path:
 
 def is_address(path: Path) -> bool:
     """Whether a folder or file lies behind an address."""
-    return str(path).startswith(ADDRESSES)
+    return str(path).startswith(ADDRESS)
 
 
 def absolute(path: Path) -> Path:
