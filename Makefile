@@ -73,7 +73,7 @@ clean:  ## remove .venv, site/ and caches; runs/ and stores/ stay
 	@$(PIP_INSTALL) -r requirements.txt | $(ONLY_NEWS)
 	@touch $@
 
-.venv/.dev: requirements-dev.txt requirements-plan.txt .venv/.runtime
+.venv/.dev: requirements-dev.txt requirements-bucket.txt requirements-plan.txt requirements-wandb.txt .venv/.runtime
 	@echo "Installing requirements-dev.txt into .venv"
 	@$(PIP_INSTALL) -r requirements-dev.txt | $(ONLY_NEWS)
 	@touch $@
@@ -83,7 +83,7 @@ clean:  ## remove .venv, site/ and caches; runs/ and stores/ stay
 	@$(PIP_INSTALL) -r requirements-docs.txt | $(ONLY_NEWS)
 	@touch $@
 
-.venv/.tpu: requirements-tpu.txt .venv/.runtime
+.venv/.tpu: requirements-tpu.txt requirements-bucket.txt .venv/.runtime
 	@echo "Installing requirements-tpu.txt into .venv"
 	@$(PIP_INSTALL) -r requirements-tpu.txt | $(ONLY_NEWS)
 	@touch $@

@@ -13,7 +13,6 @@ again), 130 stopped by Ctrl-C at once, as before the first step, 1 anything else
 import contextlib
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -21,6 +20,7 @@ from absl import flags
 from laser.training.config import RunConfig
 from laser.training.console import end_on_ctrl_c, start_logging
 from laser.training.flags import exit_with, parse_or_exit
+from laser.training.folders import folder_of
 from laser.training.hardware import tune_cpu
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evalu
         rows: Rows
         if texts:
             pairs = [finetuning.pairs(texts, split) for split in finetuning.SPLITS]
-            rows = ExampleRows(config, Path(config.init_from) / "tokenizer.model", *pairs)
+            rows = ExampleRows(config, folder_of(config.init_from) / "tokenizer.model", *pairs)
         else:
             rows = open_rows(config)
         tasks = []

@@ -57,6 +57,8 @@ def get_config() -> ConfigDict:
     data.prefetch = 2  # batches made ready ahead of the step
     data.read_ahead = 32  # steps whose pieces are asked for ahead: the seconds a bucket may take
     data.requests = 64  # reads of a host under way at once
+    data.cache_dir = ""  # folder on this host's disk for what is read from an address; "" = none
+    data.cache_gb = 20.0  # that it may take, in 10**9 bytes; a full one keeps what it has
 
     config.optimizer = ConfigDict()
     optimizer = config.optimizer
@@ -89,6 +91,8 @@ def get_config() -> ConfigDict:
     training.log_every = 10  # steps
     training.eval_every = 1000  # steps, 0 = an epoch; the last step is always evaluated
     training.eval_batches = 0  # batches of the validation split; 0 = all of it
+    # project of Weights & Biases for the numbers, too; "" = none (requirements-wandb.txt)
+    training.wandb_project = ""
     training.profile_steps = ""  # trace of the steps FIRST,LAST, as 100,105 (docs/watching.md)
     # without the end of a step: then the process says where it hangs and ends; 0 = any. Compiling,
     # evaluation and saves do not count, so it is far above any step

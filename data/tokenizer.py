@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from data.reading.files import path_of
+
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SAMPLE_BYTES = 2**26  # of text that a vocabulary is trained on; needs about 20 times as much memory
 MAX_LINE = 2**16  # characters; longer lines are cut for training
@@ -48,9 +50,10 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         """Reads a model file. Raises ValueError where it isn't one or has no EOS."""
-        if not Path(path).is_file():
+        file = path_of(path)
+        if not file.is_file():
             raise ValueError(f"tokenizer={path}: no such file; give a SentencePiece .model file")
-        model = Path(path).read_bytes()
+        model = file.read_bytes()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:

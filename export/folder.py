@@ -27,6 +27,7 @@ from data.tokenizer import Tokenizer
 from export.layouts import Layout, Tensors, choose_layout, from_tensors, to_tensors
 from laser.training.checkpoint import Checkpoints
 from laser.training.config import RunConfig, load_config, to_dict
+from laser.training.folders import is_address
 from laser.training.run_folder import write_run
 from models.config import ModelConfig, require
 from models.decoder import Parameters
@@ -119,6 +120,9 @@ def import_run(folder: Path, workdir: Path) -> Origin:
       CheckpointError: the parameters could not be saved.
     """
     require(not workdir.exists(), f"workdir={workdir}: exists; choose another or remove it")
+    require(
+        not is_address(workdir), f"workdir={workdir}: make a folder here, and copy it to the bucket"
+    )
     parent = workdir.absolute().parent
     require(parent.is_dir(), f"workdir={workdir}: no folder {parent}")
     origin, _ = _read_origin(folder / "config.json")

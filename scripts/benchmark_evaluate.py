@@ -17,6 +17,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from laser.training.folders import folder_of
 from laser.training.hardware import tune_cpu
 
 if __name__ == "__main__":
@@ -38,8 +39,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--data_dir", type=Path, required=True, help="as for evaluate.py")
+    parser.add_argument("--workdir", type=folder_of, required=True, help="folder of the run")
+    parser.add_argument("--data_dir", type=folder_of, required=True, help="as for evaluate.py")
     parser.add_argument("--candidates", type=int, default=1000)
     arguments = parser.parse_args()
     model = open_model(arguments.workdir)

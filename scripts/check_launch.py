@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from laser.planning.topologies import CORES_PER_CHIP
 from laser.training.config import check_devices
 from laser.training.flags import exit_with, parse
+from laser.training.folders import folder_of
 from scripts import plan_table
 from train import define_flags
 
@@ -27,7 +28,7 @@ from train import define_flags
 def main(argv: Sequence[str]) -> int:
     for argument in argv[3:]:
         name, _, folder = argument.partition("=")
-        if name.lstrip("-") == "config.init_from" and folder and not Path(folder).is_dir():
+        if name.lstrip("-") == "config.init_from" and folder and not folder_of(folder).is_dir():
             print(f"the config was not checked: {folder} is not in reach from here")
             return 0
     try:

@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
 
+from laser.training.folders import folder_of
 from laser.training.hardware import tune_cpu
 
 
@@ -32,8 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--data_dir", type=Path, required=True, help="as for evaluate.py")
+    parser.add_argument("--workdir", type=folder_of, required=True, help="folder of the run")
+    parser.add_argument("--data_dir", type=folder_of, required=True, help="as for evaluate.py")
     parser.add_argument("--tasks", default="all", help="as for evaluate.py")
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--limit", type=int, help="documents of each task")

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from laser.training.config import diff_configs
+from laser.training.folders import folder_of, is_address
 from laser.training.metrics import METRICS_FILE, count_spikes, read_metrics
 
 SEEDS = (("training", "seed"), ("data", "shuffle_seed"))
@@ -48,15 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--png", help="where to draw the curves (default: beside the first run)")
+    parser.add_argument(
+        "--png",
+        help="where to draw the curves (default: beside the first run)",
+    )
     arguments = parser.parse_args(argv)
     try:
-        runs = [read_run(Path(folder)) for folder in arguments.runs]
+        runs = [read_run(folder_of(folder)) for folder in arguments.runs]
     except ValueError as error:
         print(f"compare_runs.py: error: {error}", file=sys.stderr)
         return 2
     print("\n\n".join(report(runs)))
-    png = Path(arguments.png or Path(arguments.runs[0]).resolve().parent / "compare.png")
+    first = folder_of(arguments.runs[0])
+    beside = Path() if is_address(first) else first.resolve().parent
+    png = Path(arguments.png or beside / "compare.png")
     draw(runs, png)
     print(f"\ncurves: {png}")
     return 0

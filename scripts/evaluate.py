@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from laser.training.console import end_on_ctrl_c
+from laser.training.folders import folder_of
 from laser.training.hardware import tune_cpu
 
 if __name__ == "__main__":
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=files_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--workdir", type=folder_of, required=True, help="folder of the run")
     parser.add_argument(
         "--step", default="last", help="checkpoint: a number, several as 100,200, last or all"
     )
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, help="draws of the demonstrations; default: 5, for lm_eval 1, as there"
     )
     parser.add_argument("--limit", type=int, help="examples of each task, the first ones")
-    parser.add_argument("--data_dir", type=Path, help="where the tasks' data are")
+    parser.add_argument("--data_dir", type=folder_of, help="where the tasks' data are")
     parser.add_argument("--records", action="store_true", help="also write every example's scores")
     parser.add_argument(
         "--show", type=int, default=0, metavar="N", help="only print N prompts of each task"

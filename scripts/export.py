@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from laser.training.folders import folder_of
 from laser.training.hardware import tune_cpu
 
 if __name__ == "__main__":
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--workdir", type=folder_of, required=True, help="folder of the run")
     parser.add_argument("--step", type=int, help="checkpoint; the newest if not given")
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--output", type=Path, help="folder to write; must not be there yet")

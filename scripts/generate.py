@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from eval.run import open_model
 from laser.training.checkpoint import CheckpointError
-from laser.training.run_folder import write_atomically
+from laser.training.folders import folder_of, write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--workdir", type=folder_of, required=True, help="folder of the run")
     parser.add_argument("--step", type=int, help="checkpoint; the newest if not given")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text that begins a document; may be empty")

@@ -21,15 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from laser.training.folders import folder_of, write_atomically
 from laser.training.hardware import tune_cpu
-from laser.training.run_folder import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("run", type=folder_of, metavar="RUN", help="folder of a run")
     parser.add_argument("--text", type=Path, help="a text file in UTF-8")
     parser.add_argument("--rows", type=int, default=8, help="of the run's length (default 8)")
     arguments = parser.parse_args(argv)

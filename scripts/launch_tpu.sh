@@ -39,8 +39,9 @@ Options
   --delete         delete the queued resource when the run is done
   --dry-run        print the commands and run none
 
-All workers must see one workdir and one store: put both on a bucket. Give it a hierarchical namespace,
-where renaming a folder is one operation, and keep it in the region of the TPUs.
+All workers must see one workdir and one store: put both in a bucket in the region of the TPUs, and name
+them by gs:// addresses (docs/buckets.md). Or have it mounted by --bucket; then give it a hierarchical
+namespace, where renaming a folder is one operation.
 
 `run` and `start` check the config first, as train.py does, and `run` that it fits the slices; where
 docs/plans.md has a plan of it, they say whether it fits in memory. That needs `make install` here.
@@ -135,7 +136,8 @@ if [[ $command == run || $command == start ]]; then
       fail "--$flag is missing among the arguments of train.py, after --"
   done
   check_config
-  [[ $bucket || ! $spot ]] || say "no --bucket: what train.py writes on the slice goes with it"
+  [[ $bucket || ! $spot || "${train[*]-}" == *workdir?gs://* ]] ||
+    say "no --bucket: what train.py writes on the slice goes with it"
 fi
 
 if [[ ($command == run || $command == create) && ! $project && ! $dry ]]; then

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from laser.training.run_folder import write_atomically
+from laser.training.folders import write_atomically
 from scripts.inspect_attention import report
 from study.report import read_numbers
 from study.tables import all_tables

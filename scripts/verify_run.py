@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from laser.training.flags import exit_with
+from laser.training.folders import folder_of
 from laser.training.run_folder import UNREADABLE, claim
 from laser.training.verification import checkpoint_problems, checkpoints_of, other_problems
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
         return 0
     if len(argv) != 2:
         exit_with(argv[0], "give the folder of one run: python scripts/verify_run.py RUN")
-    workdir = Path(argv[1])
+    workdir = folder_of(argv[1])
     if not workdir.is_dir():
         exit_with(argv[0], f"{workdir}: no such folder")
     problems = other_problems(workdir)

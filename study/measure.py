@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from laser.training.folders import write_atomically
 from laser.training.hardware import tune_cpu
-from laser.training.run_folder import write_atomically
 from study.results import MEASURED
 
 

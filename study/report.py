@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.study import Best
 from data.sealed import seal, unseal
-from laser.training.run_folder import write_atomically
+from laser.training.folders import write_atomically
 from study import figures, tables
 from study.plan import names_of, number_of_runs
 from study.run import Folder

@@ -12,8 +12,9 @@ from typing import Any
 
 from data.sealed import checksum, seal, unseal
 from laser.training.config import load_config
+from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, count_spikes, read_metrics
-from laser.training.run_folder import load_record, saved_step_folders, write_atomically
+from laser.training.run_folder import load_record, saved_step_folders
 from models.config import ModelConfig
 from study.plan import Cell
 

@@ -26,8 +26,8 @@ from typing import Any
 
 from configs.study import Stage
 from laser.training.config import diff_configs, to_dict
+from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, format_duration, read_metrics
-from laser.training.run_folder import write_atomically
 from study import results
 from study.plan import Cell, Plan, number_of_runs
 

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "data",
         "laser.training.checkpoint",
         "laser.training.config",
+        "laser.training.folders",
         "laser.training.preemption",
         "laser.training.run_folder",
         "laser.training.share",
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "data.tokenizer",
         "laser.training.checkpoint",
         "laser.training.config",
+        "laser.training.folders",
         "laser.training.run_folder",
     ),
     "study": (

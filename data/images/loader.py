@@ -23,7 +23,7 @@ from data.images import augment
 from data.images.draws import Draws
 from data.images.sources import Broken, Example, Images
 from data.reading.loader import Arrays, Batch, Prefetcher, global_batch, host_ranges, parts_of
-from data.reading.order import row_ids
+from data.reading.order import step_places
 
 ROWS_PER_TASK = 8  # of a thread
 STEPS_AHEAD = 1  # whose images are in work besides those of the batch that is waited for
@@ -111,7 +111,7 @@ def train_batches(
     places = {start: lanes.index(start, 1) for start, _ in ranges}
 
     def begin(step: int) -> Callable[[], Arrays]:
-        rows = row_ids(seed, step, batch_size, len(images), block_rows)[lanes].tolist()
+        rows = step_places(seed, step, batch_size, len(images), block_rows).rows[lanes].tolist()
 
         def make(k: int) -> tuple[augment.Image, int]:
             example = images.read(rows[k])

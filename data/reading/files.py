@@ -158,12 +158,17 @@ def _file_system(address: str) -> tuple[Any, str]:
 
 
 class AddressFile:
-    """A `File` behind an address; looked at again once a minute while it is read."""
+    """A `File` behind an address; looked at again once a minute while it is read.
+
+    Attributes:
+      name: of this content: another one if the file is written again.
+    """
 
     def __init__(self, path: Address):
         self._path = path
         self._state = _version(path.info())
         self.size: int = self._state[0]
+        self.name = f"{path} {self._state}"
         self._looked = time.monotonic()
 
     def read(self, start: int, size: int) -> bytes:

@@ -62,27 +62,6 @@ def one_piece_each(runs: Sequence[np.ndarray]) -> Places:
     )
 
 
-def row_ids(
-    seed: int, step: int, batch_size: int, num_rows: int, block_rows: int = BLOCK_ROWS
-) -> np.ndarray:
-    """Rows of the global batch of one step.
-
-    Args:
-      seed: any integer; another seed gives another order.
-      step: counted from 0. A step may begin in one epoch and end in the next.
-      batch_size: rows of a step over all hosts.
-      num_rows: rows of the split, 1 to 2**60.
-      block_rows: most rows of a block, at least 1.
-
-    Returns:
-      (batch_size,) int64, values in [0, num_rows).
-
-    Raises:
-      ValueError: an argument is out of range.
-    """
-    return step_places(seed, step, batch_size, num_rows, block_rows).rows
-
-
 def step_places(
     seed: int,
     step: int,
@@ -91,7 +70,22 @@ def step_places(
     block_rows: int = BLOCK_ROWS,
     steps: int = 1,
 ) -> Places:
-    """`row_ids`, with the blocks that they are read with, of `steps` steps one after the other."""
+    """Rows of the global batches of steps, with the blocks that they are read with.
+
+    Args:
+      seed: any integer; another seed gives another order.
+      step: the first one, counted from 0. A step may begin in one epoch and end in the next.
+      batch_size: rows of a step over all hosts.
+      num_rows: rows of the split, 1 to 2**60.
+      block_rows: most rows of a block, at least 1.
+      steps: how many, one after the other.
+
+    Returns:
+      steps x batch_size places; rows are in [0, num_rows).
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
     check_step(step, batch_size)
     _check(num_rows, block_rows)
     epoch, offset = divmod(step * batch_size, num_rows)  # Python integers: no overflow
@@ -102,12 +96,12 @@ def step_places(
 def places_at(
     seed: int, positions: np.ndarray, num_rows: int, lanes: int, block_rows: int
 ) -> Places:
-    """The same at any positions of the endless order that `row_ids` cuts into batches.
+    """The same at any positions of the endless order that `step_places` cuts into batches.
 
     Args:
-      seed, num_rows, block_rows: as of `row_ids`.
+      seed, num_rows, block_rows: as of `step_places`.
       positions: (n,) int64, counted from 0.
-      lanes: rows between two of a block; for `row_ids` the batch size.
+      lanes: rows between two of a block; for `step_places` the batch size.
     """
     _check(num_rows, block_rows)
     return _places(seed, 0, positions.astype(np.uint64), num_rows, lanes, block_rows)

@@ -23,7 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from data.reading.files import Address, File, StoreChangedError, look_at, path_of
+from data.reading.cache import Cache, CachedFile
+from data.reading.files import (
+    Address,
+    AddressFile,
+    File,
+    StoreChangedError,
+    look_at,
+    path_of,
+)
 from data.reading.manifest import PREPARE_AGAIN, fingerprint, read_manifest
 from data.reading.order import BLOCK_ROWS, Places, step_places
 from data.sealed import file_sha256
@@ -50,12 +58,13 @@ class TokenStore:
       is_verified: whether the content of all files was compared with its checksums.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, cache: Cache | None = None):
         """Opens the store: checks the manifest, the tokenizer and the sizes of all files, and up to
         16 GiB also their content; behind an address up to 256 MiB.
 
         Args:
           path: folder written by scripts/prepare_data.py, or the address of its copy.
+          cache: for what is read from an address.
 
         Raises:
           ValueError: no store there, not a finished one, or a file differs from the manifest.
@@ -76,7 +85,7 @@ class TokenStore:
             Path(self.tokenizer_path).write_bytes((self.path / TOKENIZER).read_bytes())
         sizes = self._file_sizes()
         with ThreadPoolExecutor(THREADS) as pool:
-            files = list(pool.map(lambda name: _found(self.path / name, sizes[name]), sizes))
+            files = list(pool.map(lambda name: _found(self.path / name, sizes[name], cache), sizes))
         self._files = dict(zip(sizes, files))
         afar = isinstance(self.path, Address)
         if sum(sizes.values()) <= (VERIFIED_BYTES_OF_BUCKETS if afar else VERIFIED_BYTES):
@@ -158,7 +167,16 @@ class Split:
           ValueError: an id is not in [0, num_rows(seq_len)).
           StoreChangedError: a file has changed since the store was opened; so everywhere here.
         """
-        return self._read(ids, seq_len, self.num_rows(seq_len), 0)[0]
+        ids, num_rows = np.asarray(ids, np.int64), self.num_rows(seq_len)
+        if ids.size and (ids.min() < 0 or ids.max() >= num_rows):
+            raise ValueError(
+                f"row ids from {ids.min()} to {ids.max()}: the split has {num_rows} rows of "
+                f"{seq_len} tokens, counted from 0"
+            )
+        rows = np.empty((len(ids), seq_len + 1), np.int32)
+        for row, start in zip(rows, (ids * seq_len).tolist(), strict=True):
+            row[:] = self._stream(start, seq_len + 1)
+        return rows
 
     def places(
         self,
@@ -190,20 +208,6 @@ class Split:
             stream = np.pad(stream, (0, size - len(stream)))
         return np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len]
 
-    def padded_rows(
-        self, ids: Sequence[int] | np.ndarray, seq_len: int, pad_id: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that may include the shorter one at the end, filled up with `pad_id`.
-
-        Returns:
-          (len(ids), seq_len + 1) int32, and (len(ids),) int64: the targets of each row that are
-          real; they come first.
-
-        Raises:
-          ValueError: an id is not in [0, num_rows(seq_len, partial=True)).
-        """
-        return self._read(ids, seq_len, self.num_rows(seq_len, partial=True), pad_id)
-
     def document(self, number: int) -> np.ndarray:
         """Tokens of a document, without EOS, as (length,) int32; numbers count from 0.
 
@@ -234,22 +238,6 @@ class Split:
     def document_lengths(self) -> Iterator[np.ndarray]:
         """Tokens of each document, without EOS: an array (documents,) int64 for every shard."""
         return (np.diff(shard.bounds()) - 1 for shard in self._shards)
-
-    def _read(
-        self, ids: Sequence[int] | np.ndarray, seq_len: int, num_rows: int, pad_id: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.asarray(ids, np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= num_rows):
-            raise ValueError(
-                f"row ids from {ids.min()} to {ids.max()}: the split has {num_rows} rows of "
-                f"{seq_len} tokens, counted from 0"
-            )
-        starts = ids * seq_len
-        rows = np.full((len(ids), seq_len + 1), pad_id, np.int32)
-        for row, start in zip(rows, starts.tolist()):
-            tokens = self._stream(start, seq_len + 1)
-            row[: len(tokens)] = tokens
-        return rows, self.targets(ids, seq_len)
 
     def targets(self, ids: np.ndarray, seq_len: int) -> np.ndarray:
         """Targets of rows: seq_len, and fewer in the shorter one at the end; (len(ids),) int64."""
@@ -297,7 +285,7 @@ class Shard:
         return np.append(starts.astype(np.int64), np.array(end, np.int64))
 
 
-def _found(path: Path | Address, size: int) -> File:
+def _found(path: Path | Address, size: int, cache: Cache | None) -> File:
     """A file of a store. Raises ValueError if it is missing or has another size."""
     try:
         file = look_at(path)
@@ -305,6 +293,8 @@ def _found(path: Path | Address, size: int) -> File:
         raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
     if file.size != size:
         raise ValueError(f"{path} has {file.size} bytes, expected {size}; {PREPARE_AGAIN}")
+    if cache and isinstance(file, AddressFile):
+        return CachedFile(file, file.name, cache)
     return file
 
 

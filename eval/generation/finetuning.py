@@ -23,7 +23,7 @@ from eval.tasks.catalogue import TASKS
 from eval.tasks.prompts import Example
 from eval.tasks.text_to_text import PROMPTS
 from laser.training.config import RunConfig, nearest
-from laser.training.run_folder import write_atomically
+from laser.training.folders import write_atomically
 from models.decoder import Parameters
 
 GENERATIONS = "generations"

@@ -10,7 +10,6 @@ as the harness does for its own models.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -20,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.likelihood.scoring import Request, encode_pairs
 from eval.run import open_model
+from laser.training.folders import folder_of
 
 GENERATED_TOKENS = 256  # where a task does not say how many; half of a short model's length
 
@@ -37,7 +37,7 @@ class LaserLM(LM):
     def __init__(self, workdir: str, step: int | None = None, **unused: Any):
         super().__init__()
         del unused
-        self.model = open_model(Path(workdir), step)
+        self.model = open_model(folder_of(workdir), step)
         self._tokenizer = self.model.tokenizer
 
     def loglikelihood(

@@ -16,6 +16,7 @@ from eval.likelihood.oneshot import Settings, TaskData
 from eval.likelihood.scoring import Scorer
 from eval.tasks.catalogue import choose_tasks
 from laser.training.config import EvaluationConfig, RunConfig
+from laser.training.folders import folder_of, told_as_os_errors
 from models.decoder import Parameters
 
 
@@ -71,9 +72,13 @@ def task_data(tasks_key: str, tasks: str, folder_key: str, folder: str) -> Itera
     """The folder for reading the tasks of a config, None if it is unset. What goes wrong while they
     are read is a ValueError in the terms of the config."""
     try:
-        if folder and not Path(folder).is_dir():
+        place = folder_of(folder) if folder else None
+        if place and not place.is_dir():
             raise ValueError(f"{folder_key}={folder}: no such folder")
-        yield Path(folder) if folder else None
+        with told_as_os_errors(folder):
+            yield place
+    except OSError as error:
+        raise ValueError(f"{folder_key}={folder}: cannot be read ({error})") from error
     except ValueError as error:
         words = str(error).replace("--data_dir", f"--config.{folder_key}")
         raise ValueError(f"{tasks_key}={tasks}: {words}") from error

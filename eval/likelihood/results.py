@@ -21,7 +21,7 @@ from typing import Any
 from eval.likelihood.oneshot import Settings, spread
 from eval.likelihood.paper import Figures
 from eval.tasks.catalogue import TASKS
-from laser.training.run_folder import write_atomically
+from laser.training.folders import write_atomically
 
 Result = dict[str, Any]
 Record = dict[str, Any]

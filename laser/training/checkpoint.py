@@ -3,8 +3,9 @@
 `workdir/checkpoints/<step>` holds the TrainState and a small sealed JSON record beside it, the
 sidecar, with type and checksum of every tensor. A checksum is the wrapping sum of the tensor's
 32-bit words: it does not depend on the mesh or the order of summation, so a restore onto any other
-mesh is verified bit for bit. Orbax writes asynchronously into a temporary folder and renames it, so
-that a killed save leaves the older ones.
+mesh is verified bit for bit. Orbax writes asynchronously into a temporary folder and renames it, or
+behind an address into the folder itself and a file last that says that it is finished; so a killed
+save leaves the older ones.
 
 Only a checkpoint whose checksum or format says that it is damaged is passed over, and it is moved
 aside once an older one was read. Any other error, such as no memory or another model, leaves all of
@@ -29,6 +30,7 @@ import orbax.checkpoint as ocp
 from data.sealed import seal
 from laser.training import hosts, retention, run_folder
 from laser.training.config import CheckpointConfig
+from laser.training.folders import absolute, folder_of
 from laser.training.run_folder import UNREADABLE
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
-        self._workdir = Path(workdir).absolute()
+        self._workdir = absolute(folder_of(workdir))
         self._folder = self._workdir / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
         self.restored: dict[str, Any] = {}
@@ -125,10 +127,7 @@ class Checkpoints:
             return
         with self._explained(), hosts.together(f"add metrics to checkpoint {step}"):
             if hosts.is_first() and not folder.exists():
-                temporary = folder.with_name("metrics.new")
-                temporary.mkdir(exist_ok=True)
-                (temporary / "metrics").write_text(json.dumps({name: metrics[name]}))
-                temporary.rename(folder)
+                retention.write_score(folder, json.dumps({name: metrics[name]}))
         self._manager.reload()
 
     def best(self) -> tuple[int, float] | None:
@@ -144,8 +143,9 @@ class Checkpoints:
             self._mark_saved()
 
     def _mark_saved(self) -> None:
-        if hosts.is_first() and self._steps():
-            (self._workdir / ".saved").touch()
+        mark = self._workdir / ".saved"
+        if hosts.is_first() and self._steps() and not mark.exists():
+            mark.touch()
 
     def _steps(self) -> list[int]:
         return list(run_folder.saved_step_folders(self._workdir))
@@ -246,7 +246,7 @@ def _is_interim(folder: Path) -> bool:
 
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of a run's checkpoints, in order. Raises CheckpointError where it has none."""
-    steps = list(run_folder.saved_step_folders(workdir.absolute()))
+    steps = list(run_folder.saved_step_folders(absolute(workdir)))
     if not steps:
         raise CheckpointError(f"{workdir}: the run has no checkpoint yet")
     return steps
@@ -263,8 +263,8 @@ def restore_parameters(workdir: Path, abstract_params: Any, step: int | None = N
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    folder = workdir.absolute() / "checkpoints"
-    steps = list(run_folder.saved_step_folders(workdir.absolute()))
+    folder = absolute(workdir) / "checkpoints"
+    steps = list(run_folder.saved_step_folders(absolute(workdir)))
     if not steps or (step is not None and step not in steps):
         raise CheckpointError(
             f"no checkpoint{f' {step}' if step else ''} in {folder}; there are {steps}"

@@ -37,10 +37,12 @@ class DataConfig:
     prefetch: int
     read_ahead: int
     requests: int
+    cache_dir: str
+    cache_gb: float
 
     def __post_init__(self):
         _require_at_least(1, "data", self, "seq_len", "block_rows", "prefetch", "requests")
-        _require_at_least(0, "data", self, "shuffle_seed", "read_ahead")
+        _require_at_least(0, "data", self, "shuffle_seed", "read_ahead", "cache_gb")
         require(
             not (self.store and self.tasks),
             f"data.store={self.store} and data.tasks={self.tasks}: one of them must be empty",
@@ -105,6 +107,7 @@ class TrainingConfig:
     eval_every: int
     eval_batches: int
     profile_steps: str
+    wandb_project: str
     step_timeout_seconds: float
 
     def __post_init__(self):

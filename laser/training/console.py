@@ -75,8 +75,10 @@ def start_logging() -> None:
     sys.unraisablehook = _quiet(sys.unraisablehook)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("jax").setLevel(logging.ERROR)
-    # Orbax logs by absl what it also raises, each error with several pages of tracebacks.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax logs by absl what it also raises, each error with several pages of tracebacks; so does
+    # what reads and writes behind addresses.
+    for name in ("absl", "fsspec", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def end_on_ctrl_c(words: str) -> None:

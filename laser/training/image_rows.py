@@ -10,7 +10,7 @@ from data.images import loader, sources
 from data.images.loader import Augmentation
 from data.preparation.workers import cores
 from data.reading.loader import Prefetcher
-from data.reading.order import row_ids
+from data.reading.order import step_places
 from laser.training.config import RunConfig
 from laser.training.rows import Validation
 
@@ -58,7 +58,7 @@ class ImageRows:
 
     def row_ids(self, config: RunConfig, step: int) -> np.ndarray:
         data, size = config.data, config.training.batch_size
-        return row_ids(data.shuffle_seed, step, size, len(self._train), data.block_rows)
+        return step_places(data.shuffle_seed, step, size, len(self._train), data.block_rows).rows
 
     def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
         del config, steps

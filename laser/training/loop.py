@@ -16,23 +16,23 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from data.sealed import SEAL
-from laser.training import hardware, hosts, preemption, roofline, sharding
+from laser.training import hardware, hosts, preemption, roofline, sharding, wandb_writer
 from laser.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     restore_parameters,
-    saved_steps,
     tensor_types,
 )
-from laser.training.config import RunConfig, check_devices
+from laser.training.config import RunConfig, check_devices, to_dict
+from laser.training.folders import folder_of, told_as_os_errors
 from laser.training.goodput import Goodput
+from laser.training.init_from import check_init
 from laser.training.metrics import (
     METRICS_FILE,
     SKIPPED_FILE,
@@ -43,17 +43,18 @@ from laser.training.metrics import (
 )
 from laser.training.profile import Profile
 from laser.training.program import Program
+from laser.training.records import Records
 from laser.training.report import Report
 from laser.training.rows import Rows, resolved
 from laser.training.run_folder import (
     check_hosts_agree,
-    load_run_config,
     open_run_folder,
 )
 from laser.training.spikes import Spikes
 from laser.training.step import TrainState
+from laser.training.wandb_writer import WandbWriter
 from laser.training.watchdog import Watchdog
-from models.families import AnyModelConfig, init_parameters, train_flops_per_token
+from models.families import train_flops_per_token
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +83,11 @@ def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: b
       ValueError: they do not, on this host or another one; nothing was changed.
     """
     with hosts.together("find the run to start from"):
-        init_step = _check_init(config, rows) if config.init_from else None
+        init_step = check_init(config, rows) if config.init_from else None
     with hosts.together("compare config and data"):
         check_hosts_agree(config, rows, init_step)
     with hosts.together("lay out the program"):
+        wandb_writer.check_installed(config.training.wandb_project)
         complete = resolved(config, rows)
         program = Program(complete, sharding.make_mesh(complete))
     tensors = tensor_types(program.abstract_state)
@@ -108,7 +110,10 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
     steps = run.config.training.steps
     began = began or time.time()
     try:
-        with Checkpoints(run.workdir, run.config.checkpoint) as checkpoints:
+        with (
+            told_as_os_errors(run.workdir),
+            Checkpoints(run.workdir, run.config.checkpoint) as checkpoints,
+        ):
             state = checkpoints.restore_latest(run.program.abstract_state)
             if state is None:
                 log.info("starting a new run in %s", run.workdir)
@@ -136,6 +141,7 @@ class Run:
     """What does not change while a run goes on: its program, its data and its folder.
 
     Attributes:
+      records: the files of this host that grow.
       config: of the program, with numbers for what was left to the data.
       init_step: of the checkpoint of config.init_from that the run started from.
       spikes: what was seen of the loss so far.
@@ -146,7 +152,9 @@ class Run:
     def __init__(self, program: Program, workdir: str, rows: Rows, record: dict[str, Any]):
         self.config = program.config
         self.program = program
-        self.workdir = Path(workdir)
+        self.workdir = folder_of(workdir)
+        names = (METRICS_FILE, SKIPPED_FILE, SPIKES_FILE) if hosts.is_first() else ()
+        self.records = Records(self.workdir, names)
         self.rows = rows
         self.init_step: int | None = record["init_step"]
         self.spikes = Spikes()
@@ -162,12 +170,13 @@ class Run:
             return state
         log.info("with the parameters of %s, step %d", self.config.init_from, self.init_step)
         wanted = self.program.abstract_state.params
-        params = restore_parameters(Path(self.config.init_from), wanted, self.init_step)
+        params = restore_parameters(folder_of(self.config.init_from), wanted, self.init_step)
         return state._replace(params=params)
 
     def note(self, owed: bool) -> dict[str, Any]:
         """What a checkpoint says of the rest of the folder, and whether an evaluation is owed."""
-        mark = mark_of(self.workdir / METRICS_FILE) if hosts.is_first() else None
+        self.records.write()
+        mark = mark_of(self.records.folder / METRICS_FILE) if hosts.is_first() else None
         losses = list(self.spikes.recent)
         return {
             "config": self._config_sha256, "owed": owed, "metrics": mark, "losses": losses,
@@ -220,11 +229,12 @@ def _train_from(
     config, step = run.config, int(state.step)
     run.spikes = Spikes(checkpoints.restored.get("losses", ()))
     writer = make_writer(
-        run.workdir,
+        run.records,
         config.training.steps,
         resume_step=step,
         mark=checkpoints.restored.get("metrics"),
         enabled=hosts.is_first(),
+        more=_other_writers(run),
     )
     report = Report(
         writer,
@@ -243,6 +253,13 @@ def _train_from(
             return _run_steps(run, state, checkpoints, due, report, preempted)
     finally:
         writer.close()
+
+
+def _other_writers(run: Run) -> list[MetricsWriter]:
+    project = run.config.training.wandb_project
+    if not project or not hosts.is_first():
+        return []
+    return [WandbWriter(project, run.records, to_dict(run.config))]
 
 
 def _bound_seconds(program: Program) -> float:
@@ -270,8 +287,9 @@ def _run_steps(
             log.warning("%s: left in the evaluation of step %d", preempted.name, start)
             return EXIT_PREEMPTED
         checkpoints.add_score(start, scores)
-    profile = Profile(run.workdir, config.training.profile_steps)
+    profile = Profile(run.records, config.training.profile_steps)
     run.goodput.steps_begin()
+    run.watchdog.step_ended(start)
     with run.train_batches(start) as batches, profile:
         for step, batch in batches:
             done = step + 1
@@ -281,7 +299,7 @@ def _run_steps(
             profile.step_dispatched(done, metrics)
             run.goodput.waited(batches.seconds_waited)
             report.push(done, metrics, batches.seconds_waited)
-            run.watchdog.step_ended(step)
+            run.watchdog.step_ended(done)
             first = False
             scores, owed = evaluations.after(done, state)
             leave = preempted.stops()
@@ -290,7 +308,7 @@ def _run_steps(
                 report.flush()
             if (in_turn or leave) and (not report.skipping or done == steps):
                 save = functools.partial(
-                    checkpoints.save, done, state, scores, interim=not in_turn, note=run.note(owed)
+                    _save, run, checkpoints, done, state, scores, interim=not in_turn, owed=owed
                 )
                 with run.off_the_steps("checkpoints"):
                     report.off_the_clock(save)
@@ -310,6 +328,19 @@ def _run_steps(
     if best := checkpoints.best():
         log.info("best checkpoint: step %d, %s %.4f", best[0], config.checkpoint.best, best[1])
     return EXIT_DONE
+
+
+def _save(
+    run: Run,
+    checkpoints: Checkpoints,
+    done: int,
+    state: TrainState,
+    scores: dict[str, float],
+    *,
+    interim: bool,
+    owed: bool,
+) -> None:
+    checkpoints.save(done, state, scores, interim=interim, note=run.note(owed))
 
 
 class _Evaluations:
@@ -379,37 +410,5 @@ def _record_spike(run: Run, step: int, metrics: dict[str, float]) -> None:
 
 def _append(run: Run, name: str, record: dict[str, Any]) -> None:
     if hosts.is_first():
-        with (run.workdir / name).open("a") as file:
+        with (run.records.folder / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def _check_init(config: RunConfig, rows: Rows) -> int:
-    """The newest step of init_from. Raises ValueError if its parameters do not fit this run."""
-    start = Path(config.init_from)
-    where = f"init_from={config.init_from}"
-    try:
-        theirs = load_run_config(config.init_from).model
-        step = saved_steps(start)[-1]
-    except (ValueError, CheckpointError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    tokenizer = rows.tokenizer_path
-    if tokenizer and (start / "tokenizer.model").read_bytes() != Path(tokenizer).read_bytes():
-        raise ValueError(
-            f"{where}: its tokenizer is not that of {tokenizer}, so the same ids mean "
-            "other text; prepare the data with --tokenizer=" + str(start / "tokenizer.model")
-        )
-    there, here = (_parameter_shapes(model) for model in (theirs, config.model))
-    for name in sorted(there.keys() | here.keys()):
-        if there.get(name) != here.get(name):
-            raise ValueError(
-                f"{where}: its model has other parameters: {name} is {there.get(name, 'absent')} "
-                f"there and {here.get(name, 'absent')} here; leave the sections model and "
-                "attention as that run has them"
-            )
-    return step
-
-
-def _parameter_shapes(model: AnyModelConfig) -> dict[str, tuple[int, ...]]:
-    abstract = jax.eval_shape(functools.partial(init_parameters, model, 0))
-    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}

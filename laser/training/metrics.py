@@ -35,7 +35,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from data.sealed import SEAL
-from laser.training.run_folder import write_atomically
+from laser.training.folders import write_atomically
+from laser.training.records import Records
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
@@ -55,46 +56,50 @@ class MetricsWriter(Protocol):
 
 
 def make_writer(
-    workdir: str | Path,
+    records: Records,
     steps: int,
     *,
     resume_step: int,
     enabled: bool,
     mark: Mapping[str, Any] | None = None,
+    more: Sequence[MetricsWriter] = (),
 ) -> MetricsWriter:
     """All writers of a run.
 
     Args:
-      workdir: folder of the run.
+      records: of the run.
       steps: number of steps of the whole run, for the time left.
       resume_step: step of the checkpoint that the run goes on from, 0 at a start. What an earlier
         process recorded after it is dropped: those steps are done again.
       enabled: False on all processes but the first, which then write nothing.
       mark: of metrics.jsonl when that checkpoint was saved, see `mark_of`.
+      more: writers beside those.
     """
     if not enabled:
-        return MultiWriter([])
-    jsonl = JsonlWriter(workdir)
+        return MultiWriter([], records)
+    jsonl = JsonlWriter(records.folder)
     jsonl.truncate_after(resume_step, mark)
     for name in (SKIPPED_FILE, SPIKES_FILE):
-        drop_lines_after(resume_step, Path(workdir) / name)
-    tensorboard = TensorBoardWriter(workdir, first_step=resume_step + 1)
-    return MultiWriter([jsonl, tensorboard, TerminalLine(steps)])
+        drop_lines_after(resume_step, records.folder / name)
+    tensorboard = TensorBoardWriter(records, first_step=resume_step + 1)
+    return MultiWriter([jsonl, tensorboard, *more, TerminalLine(steps)], records)
 
 
 class MultiWriter:
     """Hands everything to several writers; with none of them it writes nothing."""
 
-    def __init__(self, writers: Sequence[MetricsWriter]):
-        self._writers = writers
+    def __init__(self, writers: Sequence[MetricsWriter], records: Records):
+        self._writers, self._records = writers, records
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for writer in self._writers:
             writer.write(step, metrics)
+        self._records.write_now_and_then()
 
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
+        self._records.write()
 
 
 class JsonlWriter:
@@ -202,10 +207,11 @@ class TensorBoardWriter:
     waits for it for ever once that thread has met a full disk.
     """
 
-    def __init__(self, workdir: str | Path, first_step: int):
-        folder = Path(workdir) / "tensorboard"
+    def __init__(self, records: Records, first_step: int):
+        folder = records.folder / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(folder / f"events-{_next_number(folder):06}"))
+        number = _next_number(records.workdir / "tensorboard")
+        self._events = EventsWriter(str(folder / f"events-{number:06}"))
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -222,7 +228,8 @@ class TensorBoardWriter:
 
 
 def _next_number(folder: Path) -> int:
-    numbers = [path.name.partition(".")[0].rpartition("-")[2] for path in folder.iterdir()]
+    found = folder.iterdir() if folder.exists() else ()
+    numbers = [path.name.partition(".")[0].rpartition("-")[2] for path in found]
     return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
 
 

@@ -5,12 +5,12 @@ It lies in the run's tensorboard/, under plugins/profile, one .xplane.pb for eac
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from laser.training.config import profiled_steps
+from laser.training.records import Records
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +19,13 @@ class Profile:
     """Traces the steps of training.profile_steps. Use as a context manager.
 
     Args:
-      workdir: the run's folder.
+      records: of the run.
       steps: "FIRST,LAST", both included and counted from 1; "" = none.
     """
 
-    def __init__(self, workdir: Path, steps: str):
-        self._folder = workdir / "tensorboard"
+    def __init__(self, records: Records, steps: str):
+        self._records, self._where = records, records.workdir
+        self._folder = records.folder / "tensorboard"
         self._first, self._last = profiled_steps(steps)
         self._running = False
 
@@ -51,4 +52,5 @@ class Profile:
     def _stop(self) -> None:
         self._running = False
         jax.profiler.stop_trace()
-        log.info("trace of the steps from %d on: xprof %s", self._first, self._folder)
+        self._records.write()
+        log.info("trace of the steps from %d on: xprof %s/tensorboard", self._first, self._where)

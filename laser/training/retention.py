@@ -1,11 +1,14 @@
-"""Which checkpoints of a run are kept."""
+"""Which checkpoints of a run are kept, and by which scores."""
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 
 from orbax.checkpoint import checkpoint_managers
 
 from laser.training.config import CheckpointConfig
+from laser.training.folders import is_address
+from laser.training.run_folder import COMMITTED
 
 
 class _NewestInTurn(checkpoint_managers.PreservationPolicy):
@@ -41,3 +44,15 @@ def score(best: str, metrics: Mapping[str, float]) -> float:
     """The larger, the better."""
     value = metrics[f"eval/{best}"]
     return -value if best == "loss" else value
+
+
+def write_score(folder: Path, text: str) -> None:
+    """Metrics as Orbax writes them, whole or not at all."""
+    if is_address(folder):
+        (folder / "metrics").write_text(text)
+        (folder / COMMITTED).write_text("")
+        return
+    temporary = folder.with_name("metrics.new")
+    temporary.mkdir(exist_ok=True)
+    (temporary / "metrics").write_text(text)
+    temporary.rename(folder)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from data.reading import examples, loader, mixture
+from data.reading.cache import Cache
 from data.reading.examples import Examples
 from data.reading.files import path_of
 from data.reading.masking import Masking
@@ -92,7 +93,8 @@ class StoreRows:
                 raise ValueError(
                     f"data.store={part.path!r}: no such folder; see scripts/prepare_data.py"
                 )
-        self._stores = [TokenStore(part.path) for part in self._parts]
+        cache = _cache(config)
+        self._stores = [TokenStore(part.path, cache) for part in self._parts]
         self._store = self._stores[0]
         self.tokenizer_path = self._store.tokenizer_path
         for part, store in zip(self._parts, self._stores, strict=True):
@@ -176,6 +178,15 @@ class StoreRows:
         if self._masking:
             return Validation(name, share, batches)  # targets are parts of texts
         return Validation(name, share, batches, split.num_tokens - 1, split.num_bytes)
+
+
+def _cache(config: RunConfig) -> Cache | None:
+    """For what is read from addresses. Raises ValueError if its folder cannot be made."""
+    folder = config.data.cache_dir
+    try:
+        return Cache(folder, int(config.data.cache_gb * 1e9)) if folder else None
+    except OSError as error:
+        raise ValueError(f"data.cache_dir={folder}: cannot be made ({error.strerror})") from error
 
 
 class MaskedRows(StoreRows):

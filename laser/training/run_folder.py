@@ -17,20 +17,24 @@ What is there:
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
-import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from data.reading.files import path_of
 from data.reading.order import ORDER
 from data.sealed import SEAL, file_sha256, seal, unseal
 from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
+from laser.training.folders import folder_of, is_address, told_as_os_errors, write_atomically
+from laser.training.lease import Lease
 
 if TYPE_CHECKING:  # imports jax; what reads a config must not
     from laser.training.rows import Rows
@@ -40,11 +44,14 @@ log = logging.getLogger(__name__)
 # May differ when a run goes on: where the same data lie, how they are read, and how it is watched.
 OF_NO_MATTER = (
     "data.store", "data.tasks_dir", "data.prefetch", "data.read_ahead", "data.requests",
+    "data.cache_dir", "data.cache_gb", "training.wandb_project",
     "training.profile_steps", "training.step_timeout_seconds",
 )  # fmt: skip
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of some file systems
-_locks: dict[Path, IO[str]] = {}  # of this process, open: to close one is to give it back
+# Of this process. An open file is a lock, and to close it is to give it back.
+_locks: dict[Path, tuple[IO[str], Lease | None]] = {}
 SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
+COMMITTED = "commit_success.txt"  # Orbax's, where no folder can be renamed when it is finished
 UNREADABLE = "unreadable"  # ending of the folder that a damaged checkpoint is moved to
 
 
@@ -91,12 +98,14 @@ def open_run_folder(
       or damaged; another process trains there; it cannot be written; or it is not one folder for
       all hosts. Nothing in it was changed.
     """
-    path = Path(workdir) / "config.json"
+    folder = folder_of(workdir)
+    path = folder / "config.json"
     with hosts.together("open the run's folder"):
         if hosts.is_first():
             try:
-                claim(Path(workdir))
-                _open(Path(workdir), config, rows, init_step, allow_change, tensors)
+                with told_as_os_errors(folder):
+                    claim(folder)
+                    _open(folder, config, rows, init_step, allow_change, tensors)
             except OSError as error:
                 raise ValueError(
                     f"workdir={workdir}: cannot be written ({error}); choose another --workdir"
@@ -111,12 +120,13 @@ def open_run_folder(
 def claim(folder: Path) -> None:
     """Keeps other processes from training here until this one has ended, however it ends.
 
-    On a mounted bucket those of this machine alone. Raises ValueError if one does already.
+    On a mounted bucket those of this machine alone. Raises ValueError if one does already, OSError
+    if nothing can be written there.
     """
     if folder in _locks:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a+", encoding="utf-8")
+    file = _lock_file(folder).open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -133,7 +143,15 @@ def claim(folder: Path) -> None:
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    _locks[folder] = file
+    _locks[folder] = (file, Lease(folder) if is_address(folder) else None)
+
+
+def _lock_file(folder: Path) -> Path:
+    """What processes of this machine lock."""
+    if not is_address(folder):
+        return folder / ".lock"
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"laser-{os.getuid()}-{name}.lock"
 
 
 def _open(
@@ -189,16 +207,14 @@ def _open(
 def write_run(folder: Path, record: Mapping[str, Any], tokenizer_path: str | Path) -> None:
     """Writes config.json, a record that is sealed, and then the tokenizer, if any, beside it."""
     write_atomically(folder / "config.json", json.dumps(record, indent=2) + "\n")
-    if not tokenizer_path:
-        return
-    temporary = folder / "tokenizer.model.tmp"
-    shutil.copyfile(tokenizer_path, temporary)
-    temporary.replace(folder / "tokenizer.model")
+    if tokenizer_path:
+        write_atomically(folder / "tokenizer.model", path_of(tokenizer_path).read_bytes())
 
 
 def _record(config: RunConfig, rows: "Rows", init_step: int | None) -> dict[str, Any]:
     data = {"fingerprint": rows.fingerprint, "order": ORDER}
-    tokenizer = file_sha256(Path(rows.tokenizer_path)) if rows.tokenizer_path else ""
+    path = rows.tokenizer_path
+    tokenizer = file_sha256(path_of(path)) if path else ""
     return {
         "config": to_dict(config), "data": data, "init_step": init_step, "tokenizer": tokenizer,
     }  # fmt: skip
@@ -210,7 +226,7 @@ def _wait_for(path: Path, text: str) -> None:
         if time.monotonic() > deadline:
             raise ValueError(
                 f"{path}: not what host 0 has written there; workdir must be one folder that all "
-                "hosts share, such as a mounted bucket"
+                "hosts share, such as one in a bucket"
             )
         time.sleep(0.2)
 
@@ -225,13 +241,20 @@ def load_record(workdir: str) -> dict[str, Any]:
 
     Raises ValueError where there is no run, or one of the two is missing or damaged.
     """
-    folder = Path(workdir)
+    try:
+        with told_as_os_errors(workdir):
+            return _load_record(folder_of(workdir))
+    except OSError as error:
+        raise ValueError(f"{workdir}: cannot be read ({error})") from error
+
+
+def _load_record(folder: Path) -> dict[str, Any]:
     path, tokenizer = folder / "config.json", folder / "tokenizer.model"
     again = "put it back from a backup, or start train.py again as before: it writes the file anew"
     if not path.exists():
         if saved_step_folders(folder):
             raise ValueError(f"{path} is missing beside checkpoints: {again}")
-        raise ValueError(f"{workdir}: no run here (config.json is missing)")
+        raise ValueError(f"{folder}: no run here (config.json is missing)")
     try:
         record = _read_record(path)
     except ValueError as error:
@@ -262,8 +285,11 @@ def _read_record(path: Path) -> dict[str, Any]:
 def saved_step_folders(workdir: Path) -> dict[int, Path]:
     """Step → folder of each checkpoint that was finished, damaged or not, in order."""
     folder = workdir / "checkpoints"
-    found = folder.iterdir() if folder.is_dir() else ()
-    return dict(sorted((int(path.name), path) for path in found if path.name.isdigit()))
+    found = folder.iterdir() if folder.exists() else ()  # is_dir() hides that nothing answers
+    steps = sorted((int(path.name), path) for path in found if path.name.isdigit())
+    if is_address(workdir):
+        return {step: path for step, path in steps if (path / COMMITTED).exists()}
+    return dict(steps)
 
 
 def set_aside(workdir: Path) -> list[Path]:
@@ -331,16 +357,6 @@ def different_tensors(sidecar: Mapping[str, Any], tensors: Mapping[str, str]) ->
     return f"{name} is {there.get(name, 'absent')} there and {tensors.get(name, 'absent')} here" + (
         more
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

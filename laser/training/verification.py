@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from laser.training.folders import url_of
 from laser.training.metrics import METRICS_FILE, mark_of, read_metrics
 from laser.training.run_folder import (
     check_origin,
@@ -74,7 +75,7 @@ def _mark_problems(workdir: Path, path: Path) -> Iterator[str]:
 
 
 def _tensor_problems(state: Path, tensors: dict[str, dict[str, Any]]) -> Iterator[str]:
-    base = state.absolute().as_uri() + "/"
+    base = url_of(state)
     for name, entry in tensors.items():
         kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
         try:

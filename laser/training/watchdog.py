@@ -50,7 +50,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def step_ended(self, step: int) -> None:
-        """Another step is done."""
+        """So many steps are done."""
         self._step, self._last = step, time.monotonic()
 
     @contextlib.contextmanager

@@ -35,6 +35,7 @@ from data.reading.store import StoreChangedError, TokenStore
 from data.sources import corpus, text_files
 from data.tokenizer import train_tokenizer
 from tests.campaign.damage import ROOT, Trial, Verdict, Way, damage, files_of, report
+from tests.data.padded import padded_rows
 
 DOCUMENTS = 240
 
@@ -287,7 +288,7 @@ def _rows(opened: TokenStore | Path) -> str:
     for name in ("train", "validation"):
         split = store.split(name)
         count = split.num_rows(64, partial=True)
-        rows, valid = split.padded_rows(range(count), 64, store.pad_id)
+        rows, valid = padded_rows(split, range(count), 64, store.pad_id)
         lengths = np.concatenate(list(split.document_lengths()))
         parts += [rows.tobytes(), valid.tobytes(), lengths.tobytes(), str(split.num_bytes).encode()]
     return _digest(parts)

@@ -190,15 +190,24 @@ def train(arguments, workdir, *extra, event="", command=(), env=None, timeout=80
 
 
 def train_on_hosts(
-    arguments, workdir, *extra, hosts, devices, event="", record=None, env=None, timeout=800
+    arguments,
+    workdir,
+    *extra,
+    hosts,
+    devices,
+    event="",
+    record=None,
+    env=None,
+    common=(),
+    timeout=800,
 ):
     """The finished processes of one run on this machine, each with its simulated devices.
 
     With `record`, a folder, every host writes there what it reads. `env` by host says how they
-    find each other; by jax's variables if it is None.
+    find each other; by jax's variables if it is None. `common` is for all of them.
     """
     simulated = f"--xla_force_host_platform_device_count={devices}"
-    common = {"XLA_FLAGS": f"{simulated} {QUICK_TO_COMPILE}"}
+    common = {**dict(common), "XLA_FLAGS": f"{simulated} {QUICK_TO_COMPILE}"}
     if record is not None:
         record.mkdir()
         event += RECORD_READING

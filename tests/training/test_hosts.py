@@ -12,7 +12,7 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
 from configs import quickstart
-from data.reading.order import row_ids
+from data.reading.order import step_places
 from data.reading.store import TokenStore
 from eval.run import open_model
 from laser.training import hosts
@@ -83,7 +83,7 @@ def test_each_host_reads_only_its_own_rows(whole, store, over_hosts):
     read = [runs.rows_read(whole[1], host=i) for i in range(2)]
     block_rows = quickstart.get_config().data.block_rows
     for step in range(STEPS):
-        ids = row_ids(0, step, 8, num_rows, block_rows).tolist()
+        ids = step_places(0, step, 8, num_rows, block_rows).rows.tolist()
         assert [read[0][step], read[1][step]] == [ids[:4], ids[4:]]
 
 

@@ -16,6 +16,7 @@ from laser.training.metrics import (
     mark_of,
     read_metrics,
 )
+from laser.training.records import Records
 
 
 class _Terminal(io.StringIO):
@@ -84,14 +85,14 @@ def test_a_change_of_what_was_written_is_told(tmp_path, caplog):
 def test_skipped_steps_that_are_done_again_are_there_once(tmp_path):
     path = tmp_path / "skipped.jsonl"
     path.write_text('{"step": 3}\n{"step": 9}\n')
-    make_writer(tmp_path, 10, resume_step=5, enabled=True).close()
+    make_writer(Records(tmp_path), 10, resume_step=5, enabled=True).close()
     assert path.read_text() == '{"step": 3}\n'
 
 
 def test_tensorboard_reads_a_resumed_run_last_though_the_clock_was_set_back(tmp_path, monkeypatch):
     for now in (2e9, 1e9, 3e9):
         monkeypatch.setattr("time.time", lambda now=now: now)
-        writer = TensorBoardWriter(str(tmp_path), first_step=int(now // 1e8))
+        writer = TensorBoardWriter(Records(tmp_path), first_step=int(now // 1e8))
         writer.close()
     events = _read_events(tmp_path / "tensorboard")  # in the order of their names, as there
     starts = [e.step for e in events if e.session_log.status == SessionLog.START]
@@ -130,7 +131,7 @@ def _read_events(folder):
 
 
 def test_tensorboard_gets_the_values_and_hides_what_is_done_again(tmp_path):
-    writer = TensorBoardWriter(str(tmp_path), first_step=21)
+    writer = TensorBoardWriter(Records(tmp_path), first_step=21)
     writer.write(30, {"eval/loss": 2.5})
     writer.close()
     events = _read_events(tmp_path / "tensorboard")
@@ -183,7 +184,7 @@ def test_durations(seconds, text):
 
 
 def test_only_the_first_process_writes(tmp_path):
-    writer = make_writer(str(tmp_path / "other"), 10, resume_step=0, enabled=False)
+    writer = make_writer(Records(tmp_path / "other"), 10, resume_step=0, enabled=False)
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert not (tmp_path / "other").exists()
@@ -191,7 +192,7 @@ def test_only_the_first_process_writes(tmp_path):
 
 def test_a_fresh_run_in_a_folder_with_metrics_starts_them_anew(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
-    writer = make_writer(str(tmp_path), 10, resume_step=0, enabled=True)
+    writer = make_writer(Records(tmp_path), 10, resume_step=0, enabled=True)
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert _steps(tmp_path / "metrics.jsonl") == [1]

@@ -96,7 +96,7 @@ def test_a_step_that_hangs_ends_the_run_which_then_goes_on(arguments, tmp_path):
     limit = "--config.training.step_timeout_seconds=8"
     hung = runs.train(arguments, workdir, *watched, limit, event=HANG_AT_12)
     assert hung.returncode == 1, hung.stderr
-    assert "host 0: no step has ended for 8 s, since step 10" in hung.stdout
+    assert "host 0: no step has ended for 8 s, since step 11" in hung.stdout
     assert "in push_and_hang" in hung.stdout
     assert "data-prefetch" in hung.stdout or "_fill" in hung.stdout  # other threads, too
 

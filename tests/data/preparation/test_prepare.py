@@ -16,6 +16,7 @@ from data.sources import text_files
 from data.sources.parts import texts
 from data.sources.text_files import TextFolder
 from data.tokenizer import SPACE_MARK, Tokenizer
+from tests.data.padded import padded_rows
 
 DOCUMENTS = 60
 CONTROL = "".join(map(chr, range(32))) + "\x7f\x80\u2028\ufeff"
@@ -103,7 +104,7 @@ def test_documents_longer_than_a_row_and_rows_of_many_documents(run, source, tmp
     tokenizer = Tokenizer(tmp_path / "store" / "tokenizer.model")
     _, tokens = _expected(source, tokenizer, "train")
     for seq_len in (3, 1024):
-        rows, valid = split.padded_rows(range(split.num_rows(seq_len, partial=True)), seq_len, 0)
+        rows, valid = padded_rows(split, range(split.num_rows(seq_len, partial=True)), seq_len, 0)
         targets = [token for row, n in zip(rows, valid) for token in row[1 : n + 1].tolist()]
         assert targets == tokens[1:]
 

@@ -1,6 +1,5 @@
 """Stores behind addresses: the same rows, and the same word for what is missing or has changed."""
 
-import socket
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from data.reading import files
 from data.reading.loader import train_batches
 from data.reading.store import StoreChangedError, TokenStore
+from tests import buckets
 from tests.training import runs
 
 STREAM = [1, *range(100, 1000), 1]
@@ -26,22 +26,15 @@ def upload(folder, address):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Address of an empty bucket of a server on this machine that speaks as Google's does."""
-    # Without its client for zonal buckets, which speaks another protocol than the server.
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    """Address of an empty bucket, for this process and those that it starts."""
     pytest.importorskip("gcsfs")
-    server = pytest.importorskip("gcp_storage_emulator.server")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    emulator = server.create_server("localhost", port, in_memory=True, default_bucket="bucket")
-    emulator.start()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
-    monkeypatch.setenv("FSSPEC_GCS_TOKEN", "anon")
-    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-    fsspec.get_filesystem_class("gs").clear_instance_cache()
-    yield "gs://bucket"
-    emulator.stop()
+    pytest.importorskip("gcp_storage_emulator")
+    with buckets.running() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
+        yield server.address
 
 
 @pytest.fixture(params=["memory", "bucket"])

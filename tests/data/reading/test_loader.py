@@ -18,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from data.reading import loader
 from data.reading.blocks import BlockReader
 from data.reading.loader import Prefetcher, eval_batches, train_batches
-from data.reading.order import row_ids
+from data.reading.order import step_places
 from data.reading.store import StoreChangedError
+from tests.data.padded import padded_rows
 
 EOS, PAD, LENGTH = 1, 0, 6
 
@@ -54,7 +55,7 @@ def test_a_batch_is_the_rows_of_its_step(split):
         steps = [(step, jax.device_get(batch)) for step, batch in batches]
     assert [step for step, _ in steps] == [0, 1, 2, 3]
     for step, batch in steps:
-        rows = split.rows(row_ids(3, step, 16, 200), LENGTH)
+        rows = split.rows(step_places(3, step, 16, 200).rows, LENGTH)
         assert set(batch) == {"inputs", "targets", "weights"}
         np.testing.assert_array_equal(batch["inputs"], rows[:, :-1])
         np.testing.assert_array_equal(batch["targets"], rows[:, 1:])
@@ -156,7 +157,7 @@ def test_evaluation_scores_every_token_exactly_once(split, batch_size):
         scored += np.array(batch["targets"])[np.array(batch["weights"]) == 1].tolist()
         assert (np.array(batch["targets"])[np.array(batch["weights"]) == 0] == PAD).all()
     stream = split.rows(range(200), LENGTH)[:, :-1].ravel().tolist()
-    last, valid = split.padded_rows([200], LENGTH, PAD)
+    last, valid = padded_rows(split, [200], LENGTH, PAD)
     assert valid[0] == 5
     assert scored == stream[1:] + last[0, :6].tolist()
 
@@ -245,7 +246,7 @@ def test_two_hosts_read_half_each_and_make_the_same_batch(make_store, unused_por
     store = make_store(train=[[(i * 37) % 5000 for i in range(200 * LENGTH + 1)]])
     (alone,) = _hosts(1, store.path, unused_port)
     pair = _hosts(2, store.path, unused_port)
-    expected = row_ids(3, 5, 16, 200).tolist()
+    expected = step_places(3, 5, 16, 200).rows.tolist()
     assert alone["read"] == expected
     assert [host["read"] for host in pair] == [expected[:8], expected[8:]]
     assert sorted(pair[0]["blocks"] + pair[1]["blocks"]) == sorted(alone["blocks"])

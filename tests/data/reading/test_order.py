@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from data.reading.order import ROUNDS, places_at, row_ids, shuffled, step_places
+from data.reading.order import ROUNDS, places_at, shuffled, step_places
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -95,7 +95,7 @@ def test_the_order_is_that_of_whole_epochs_written_out():
             found = list(zip(places.rows, places.first, places.length))
             assert found == [*epochs[0], *epochs[1]][step * batch : (step + 1) * batch], case
         later = step_places(seed, last, batch, num_rows, block, steps=3)
-        alone = [row_ids(seed, last + i, batch, num_rows, block) for i in range(3)]
+        alone = [step_places(seed, last + i, batch, num_rows, block).rows for i in range(3)]
         assert later.rows.tolist() == np.concatenate(alone).tolist(), case
         places = step_places(seed, 0, 2 * num_rows, num_rows, block)  # more than an epoch at once
         halves = places.rows.reshape(2, num_rows)
@@ -153,8 +153,8 @@ def test_the_ranks_of_rows_that_lie_together_are_unrelated(num_rows):
 
 def test_the_order_is_what_it_was():
     # Frozen: another order would silently change what a resumed run reads.
-    assert row_ids(0, 0, 8, 1000).tolist() == [724, 546, 473, 158, 978, 90, 769, 346]
-    assert row_ids(1, 10**6, 4, 2**40).tolist() == [
+    assert step_places(0, 0, 8, 1000).rows.tolist() == [724, 546, 473, 158, 978, 90, 769, 346]
+    assert step_places(1, 10**6, 4, 2**40).rows.tolist() == [
         499272106909,
         278779219678,
         145477994077,
@@ -171,7 +171,7 @@ def test_all_orders_of_few_rows_are_equally_frequent():
 
 
 def test_late_steps_and_many_rows_cost_nothing():
-    rows = row_ids(-5, 10**12, 4096, 2**40)
+    rows = step_places(-5, 10**12, 4096, 2**40).rows
     assert len(np.unique(rows)) == 4096
     assert rows.min() >= 0
     assert rows.max() < 2**40
@@ -184,5 +184,5 @@ def test_late_steps_and_many_rows_cost_nothing():
 )
 def test_what_is_out_of_range_is_an_error(step, batch_size, num_rows, block_rows):
     with pytest.raises(ValueError) as error:
-        row_ids(0, step, batch_size, num_rows, block_rows)
+        step_places(0, step, batch_size, num_rows, block_rows)
     assert "=" in str(error.value)

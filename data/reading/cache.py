@@ -1,0 +1,136 @@
+"""Pieces of files behind addresses, kept in a folder of this machine.
+
+A file is kept in pieces of 1 MiB, each beside the SHA-256 of its place and its content: a piece
+that was damaged on the disk is read from the bucket again. A file that was written again has
+another version and so other pieces. When the folder is full nothing more is kept: an epoch reads
+each place once, so to make room for new pieces would throw away each just before it is of use.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+from data.reading.files import File
+
+PIECE = 2**20
+DIGEST = hashlib.sha256().digest_size
+LEFT_BEHIND_SECONDS = 3600.0  # a file that was begun so long ago is nobody's any more
+
+log = logging.getLogger(__name__)
+
+
+class Cache:
+    """A folder of pieces, which several processes may share. Safe for threads."""
+
+    def __init__(self, folder: str | Path, limit: int):
+        """Args:
+          folder: made if it is not there.
+          limit: bytes that all of it may take.
+
+        Raises:
+          OSError: the folder cannot be made.
+        """
+        self._folder, self._limit = Path(folder), limit
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._used, self._is_full = 0, False
+        for path in self._folder.iterdir():
+            status = path.stat()
+            if path.suffix == ".tmp" and time.time() - status.st_mtime > LEFT_BEHIND_SECONDS:
+                path.unlink(missing_ok=True)
+            else:
+                self._used += status.st_size
+
+    def get(self, place: str) -> bytes | None:
+        """What was kept of a place, or None."""
+        path = self._path(place)
+        try:
+            kept = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        content = kept[:-DIGEST]
+        if _digest(place, content) != kept[-DIGEST:]:
+            log.warning("%s in the cache is damaged: it is read from the bucket again", path)
+            path.unlink(missing_ok=True)
+            with self._lock:
+                self._used -= len(kept)
+            return None
+        return content
+
+    def keep(self, place: str, content: bytes) -> None:
+        """Keeps it, if there is room."""
+        size = len(content) + DIGEST
+        with self._lock:
+            if not self.has_room(size):
+                return
+            self._used += size
+        path = self._path(place)
+        temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
+        try:
+            temporary.write_bytes(content + _digest(place, content))
+            temporary.replace(path)
+        except OSError as error:  # a full disk, above all
+            self._end(f"it cannot be written ({error.strerror})")
+            temporary.unlink(missing_ok=True)
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes more would be kept."""
+        if not self._is_full and self._used + size > self._limit:
+            self._end(f"its limit of {self._limit / 1e9:g} GB is reached")
+        return not self._is_full
+
+    def _end(self, why: str) -> None:
+        self._is_full = True
+        log.warning(
+            "cache %s: %s; what is there is used, and nothing more is kept", self._folder, why
+        )
+
+    def _path(self, place: str) -> Path:
+        return self._folder / hashlib.sha256(place.encode()).hexdigest()
+
+
+def _digest(place: str, content: bytes) -> bytes:
+    return hashlib.sha256(place.encode() + b"\0" + content).digest()
+
+
+class CachedFile:
+    """A `File` whose pieces are kept.
+
+    Args:
+      file: behind an address.
+      name: of this content of it, other than that of any other.
+      cache: for its pieces.
+    """
+
+    def __init__(self, file: File, name: str, cache: Cache):
+        self._file, self._name, self._cache = file, name, cache
+        self.size = file.size
+
+    def read(self, start: int, size: int) -> bytes:
+        first, last = start // PIECE, (start + size - 1) // PIECE
+        numbers = range(first, last + 1)
+        found = {i: self._cache.get(self._place(i)) for i in numbers}
+        pieces = {i: piece for i, piece in found.items() if piece is not None}
+        missing = [i for i in numbers if i not in pieces]
+        if missing:  # those between them are read again: one request
+            begin, end = missing[0] * PIECE, min((missing[-1] + 1) * PIECE, self.size)
+            if not self._cache.has_room(end - begin + len(missing) * DIGEST):
+                return self._file.read(start, size)
+            content = self._file.read(begin, end - begin)
+            self._file.check()  # before it is kept under its name
+            for i in range(missing[0], missing[-1] + 1):
+                offset = i * PIECE - begin
+                pieces[i] = content[offset : offset + PIECE]
+                if i in missing:
+                    self._cache.keep(self._place(i), pieces[i])
+        offset = start - first * PIECE
+        return b"".join(pieces[i] for i in numbers)[offset : offset + size]
+
+    def check(self) -> None:
+        self._file.check()
+
+    def _place(self, piece: int) -> str:
+        return f"{self._name} {piece}"

@@ -1,0 +1,141 @@
+"""One process at a time in a folder where nothing can be locked: a lease, renewed while it lives.
+
+The file `.lock` says who trains there, and a number that grows every few seconds. Whoever finds one
+of another machine looks whether it grows, and takes over what has stood still. It is written only
+if it is what was last seen, which tensorstore asks of the bucket: of two that come at once, one
+has it. Who finds that another one has taken over, as after a long sleep, ends at once.
+"""
+
+import atexit
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from laser.training.folders import url_of
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+BEAT_SECONDS, SILENCE_SECONDS = 5.0, 20.0
+PATIENCE_SECONDS = 10.0  # with a bucket that does not answer, at the end
+EXIT_TAKEN_OVER = 1
+
+
+class Lease:
+    """Kept until the process ends, or `give_back`. Another process of this machine must not try.
+
+    Raises:
+      ValueError: another process has it.
+      OSError: nothing can be written there.
+    """
+
+    def __init__(self, folder: Path):
+        import tensorstore  # not for those who only read
+
+        self._folder = folder
+        self._own = {"token": uuid.uuid4().hex, "who": _who(), "machine": _machine()}
+        self._beats = 0
+        self._stop = threading.Event()
+        with _told_as_os_errors(folder):
+            self._store = tensorstore.KvStore.open(url_of(folder)).result()
+            found = self._store.read(LOCK).result()
+            # Of another process of this machine that is there: `claim` knows.
+            if found.state == "value" and json.loads(found.value)["machine"] != _machine():
+                found = self._watched(found)
+            self._generation = found.stamp.generation
+            if not self._renew():
+                raise _taken(folder, self._store.read(LOCK).result().value)
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+        atexit.register(self.give_back)
+
+    def give_back(self) -> None:
+        """So that the next process need not look first."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join()
+        deleted = self._store.write(LOCK, None, if_equal=self._generation)
+        try:
+            deleted.result(timeout=PATIENCE_SECONDS)
+        except (TimeoutError, ValueError) as error:  # what tensorstore calls everything
+            log.warning("%s/%s could not be removed: %s", self._folder, LOCK, error)
+
+    def _watched(self, found: Any) -> Any:
+        """What is there when it has stood still for long enough. Raises ValueError if it grows."""
+        log.info(
+            "%s: looking for %.0f s whether %s still trains here",
+            self._folder, SILENCE_SECONDS, json.loads(found.value)["who"],
+        )  # fmt: skip
+        deadline = time.monotonic() + SILENCE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(SILENCE_SECONDS / 10)
+            now = self._store.read(LOCK).result()
+            if now.state != "value":
+                return now
+            if now.value != found.value:
+                raise _taken(self._folder, now.value)
+        return found
+
+    def _renew(self) -> bool:
+        """False if another process has it."""
+        self._beats += 1
+        text = json.dumps(self._own | {"beats": self._beats})
+        stamp = self._store.write(LOCK, text, if_equal=self._generation).result()
+        if not stamp.generation:
+            # Refused; or written by a try whose answer was lost, and refused when tried again.
+            found = self._store.read(LOCK).result()
+            if found.state != "value" or json.loads(found.value)["token"] != self._own["token"]:
+                return False
+            stamp = found.stamp
+        self._generation = stamp.generation
+        return True
+
+    def _keep(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            try:
+                kept = self._renew()
+            except ValueError as error:
+                log.warning("%s/%s: not renewed: %s", self._folder, LOCK, error)
+                continue
+            if not kept:
+                log.error("%s: another process trains here now, so this one ends", self._folder)
+                os._exit(EXIT_TAKEN_OVER)
+
+
+@contextlib.contextmanager
+def _told_as_os_errors(folder: Path) -> Iterator[None]:
+    """tensorstore calls everything a ValueError, as "NOT_FOUND: ..."."""
+    try:
+        yield
+    except ValueError as error:
+        if not re.match(r"[A-Z_]+: ", str(error)):
+            raise
+        raise OSError(errno.EIO, str(error).splitlines()[0][:200], str(folder)) from error
+
+
+def _taken(folder: Path, lock: bytes) -> ValueError:
+    who = json.loads(lock)["who"] if lock else "which has just ended"
+    return ValueError(
+        f"{folder}: another process trains here ({who}); stop it or choose another --workdir"
+    )
+
+
+def _who() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def _machine() -> str:
+    """Another one after each start of the machine."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"

@@ -1,0 +1,58 @@
+"""A bucket in memory that speaks as Google's: gcp-storage-emulator, and what it leaves out.
+
+    python tests/bucket_server.py PORT [FAIL_EVERY]
+
+Here a write or removal may ask for the generation that is replaced, and a read says which it is. In
+the bucket `denied` nobody may do anything. Every FAIL_EVERY-th read answers that it is busy.
+"""
+
+import itertools
+import sys
+from http import HTTPStatus
+
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import buckets, objects
+
+numbers = itertools.count(1)
+fail_every = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+
+
+def _generation(storage, bucket, name):
+    try:
+        return storage.get_file_obj(bucket, name)["generation"]
+    except NotFound:
+        return "0"
+
+
+def _faithful(handler):
+    def handle(request, response, storage, *rest, **more):
+        bucket = request.params["bucket_name"]
+        name = request.params.get("object_id") or request.query.get("name", [""])[0]
+        wanted = request.query.get("ifGenerationMatch")
+        reads = request.query.get("alt") == ["media"] or handler is objects_download
+        if bucket == "denied":
+            response.status = HTTPStatus.FORBIDDEN
+        elif wanted and wanted[0] != _generation(storage, bucket, name):
+            response.status = HTTPStatus.PRECONDITION_FAILED
+        elif reads and fail_every and next(numbers) % fail_every == 0:
+            response.status = HTTPStatus.SERVICE_UNAVAILABLE
+        else:
+            handler(request, response, storage, *rest, **more)
+            if reads:
+                response["x-goog-generation"] = _generation(storage, bucket, name)
+
+    return handle
+
+
+objects_download = objects.download
+for module, names in (
+    (objects, ("download", "get", "ls", "insert", "delete", "copy", "rewrite", "patch")),
+    (buckets, ("get",)),
+):
+    for name in names:
+        setattr(module, name, _faithful(getattr(module, name)))
+
+# It looks the handlers up when it is imported.
+from gcp_storage_emulator.server import create_server  # noqa: E402
+
+create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
