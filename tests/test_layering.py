@@ -35,10 +35,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "data",
         "laser.training.checkpoint",
         "laser.training.config",
+        "laser.training.objectives",
         "laser.training.preemption",
         "laser.training.run_folder",
         "laser.training.share",
         "laser.training.sharding",
+        "laser.training.speech_rows",
     ),
     "eval.tasks": ("data.sources.corpus", "laser.training.config"),
     "export": (

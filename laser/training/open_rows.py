@@ -5,11 +5,13 @@ from collections.abc import Callable
 from laser.training.config import RunConfig
 from laser.training.image_rows import ImageRows
 from laser.training.rows import MaskedRows, Rows, StoreRows
+from laser.training.speech_rows import SpeechRows
 
 ROWS: dict[str, Callable[[RunConfig], Rows]] = {
     "decoder": StoreRows,
     "bert": MaskedRows,
     "vit": ImageRows,
+    "conformer": SpeechRows,
 }
 
 
