@@ -66,14 +66,12 @@ def main(argv: list[str]) -> int:
 def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evaluation]]":
     """The run, and what is evaluated besides its loss. Raises ValueError before it writes."""
     from data.tokenizer import Tokenizer
-    from eval import speech
     from eval.generation import finetuning
     from eval.likelihood import during_training
     from laser.training import hosts
     from laser.training.loop import Evaluation, open_run
     from laser.training.open_rows import open_rows
     from laser.training.rows import ExampleRows, Rows
-    from laser.training.speech_rows import SpeechRows
 
     with hosts.together("open the data"):
         texts = finetuning.load_tasks(config.data.tasks, config.data.tasks_dir)
@@ -100,7 +98,11 @@ def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evalu
         )
         every = rows.steps_per_epoch(run.config)
         evaluations.append(Evaluation(every, lambda state: decode(state.params, int(state.step))))
-    if isinstance(rows, SpeechRows):
+    if config.model.kind == "conformer":
+        from eval import speech
+        from laser.training.speech_rows import SpeechRows
+
+        assert isinstance(rows, SpeechRows)
         transcribe = speech.make_evaluation(run.config, run.program.mesh, rows.store.validation)
         every = run.config.evaluation.every
         evaluations.append(Evaluation(every, lambda state: transcribe(state.params)))

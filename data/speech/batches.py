@@ -79,17 +79,6 @@ def eval_batches(
             yield global_batch(read, shape[:2], sharding)
 
 
-def row_arrays(frames: int, labels: int) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Of a row to train on: its arrays' shapes and types."""
-    return {
-        "inputs": ((frames, MEL_BINS), np.float32),
-        "frames": ((), np.int32),
-        "targets": ((labels,), np.int32),
-        "labels": ((), np.int32),
-        "noise": ((), np.uint32),
-    }
-
-
 def _arrays(
     split: Split,
     ids: np.ndarray,
@@ -102,11 +91,15 @@ def _arrays(
 
     With `fill`, that of training: it masks the features of a row, and draws its noise.
     """
+    count = len(rows)
     arrays: Arrays = {
-        name: np.zeros((len(rows), *dims), dtype)
-        for name, (dims, dtype) in row_arrays(shape.frames, shape.labels).items()
-        if fill or name != "noise"
+        "inputs": np.zeros((count, shape.frames, MEL_BINS), np.float32),
+        "frames": np.zeros(count, np.int32),
+        "targets": np.zeros((count, shape.labels), np.int32),
+        "labels": np.zeros(count, np.int32),
     }
+    if fill:
+        arrays["noise"] = np.zeros(count, np.uint32)
 
     def make(place: int) -> None:
         row = rows[place]
@@ -120,5 +113,5 @@ def _arrays(
         arrays["targets"][place, : len(labels)] = labels
         arrays["labels"][place] = len(labels)
 
-    list(pool.map(make, range(len(rows))))
+    list(pool.map(make, range(count)))
     return arrays

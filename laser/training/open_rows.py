@@ -5,13 +5,19 @@ from collections.abc import Callable
 from laser.training.config import RunConfig
 from laser.training.image_rows import ImageRows
 from laser.training.rows import MaskedRows, Rows, StoreRows
-from laser.training.speech_rows import SpeechRows
+
+
+def _speech_rows(config: RunConfig) -> Rows:
+    from laser.training.speech_rows import SpeechRows  # SciPy, which text does without
+
+    return SpeechRows(config)
+
 
 ROWS: dict[str, Callable[[RunConfig], Rows]] = {
     "decoder": StoreRows,
     "bert": MaskedRows,
     "vit": ImageRows,
-    "conformer": SpeechRows,
+    "conformer": _speech_rows,
 }
 
 

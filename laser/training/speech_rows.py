@@ -8,7 +8,7 @@ from data.reading.loader import Prefetcher
 from data.speech import batches
 from data.speech.augment import SpecAugment
 from data.speech.batches import Shape
-from data.speech.features import num_frames
+from data.speech.features import MEL_BINS, num_frames
 from data.speech.store import SpeechStore
 from laser.training.config import RunConfig
 from laser.training.rows import Validation
@@ -37,6 +37,8 @@ class SpeechRows:
                 f"model.vocab_size={config.model.vocab_size}: the tokenizer of "
                 f"{config.data.store} has {entries} entries; set it to that or more"
             )
+        if config.model.mel_bins != MEL_BINS:
+            raise ValueError(f"model.mel_bins={config.model.mel_bins}: speech has {MEL_BINS}")
         splits = (self.store.train, self.store.validation)
         self._longest = max(num_frames(split.longest[0]) for split in splits)
         if config.data.seq_len < self._longest:

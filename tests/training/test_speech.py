@@ -131,6 +131,7 @@ def test_what_does_not_fit_is_refused(store):
     for field, value, message in (
         ("model.vocab_size", 11, "the tokenizer of"),
         ("data.seq_len", 90, "frames of 10 ms; set it to that or more"),
+        ("model.mel_bins", 40, "model.mel_bins=40: speech has 80"),
         ("data.store", "nowhere", "no finished store of speech"),
     ):
         with pytest.raises(ValueError) as error:

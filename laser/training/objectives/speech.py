@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from data.speech.batches import row_arrays
 from laser.training.config import RunConfig
 from laser.training.objectives.base import Batch, Loss, Objective, Rows, Sums
 from laser.training.share import Share
@@ -64,8 +63,14 @@ def greedy_paths(config: RunConfig, params: Parameters, batch: Batch, share: Sha
 
 def _rows(config: RunConfig) -> Rows:
     """As made by data/speech/batches.py to train on."""
-    arrays = row_arrays(config.data.seq_len, conformer.num_positions(config.data.seq_len))
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in arrays.items()}
+    frames = config.data.seq_len
+    return {
+        "inputs": jax.ShapeDtypeStruct((frames, config.model.mel_bins), jnp.float32),
+        "frames": jax.ShapeDtypeStruct((), jnp.int32),
+        "targets": jax.ShapeDtypeStruct((conformer.num_positions(frames),), jnp.int32),
+        "labels": jax.ShapeDtypeStruct((), jnp.int32),
+        "noise": jax.ShapeDtypeStruct((), jnp.uint32),
+    }
 
 
 def _nothing_measured(config: RunConfig) -> tuple[Array, Moments]:
