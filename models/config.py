@@ -79,7 +79,13 @@ class BlockConfig(Protocol):
 
 
 class Counts:
-    """What follows from the fields of a model config, whatever its kind."""
+    """What follows from the fields of a model config, whatever its kind.
+
+    Attributes:
+      subsampling: tokens of a row that become one position of the blocks.
+    """
+
+    subsampling: ClassVar[int] = 1
 
     @property
     def query_dim(self: BlockConfig) -> int:
@@ -259,6 +265,7 @@ class VitConfig(Counts):
 class ConformerConfig(Counts):
     """A Conformer, see models/conformer.py. Fields as in configs/conformer.py, section `model`."""
 
+    subsampling: ClassVar[int] = 4
     causal: ClassVar[bool] = False
     biases: ClassVar[bool] = True
     mlp: ClassVar[str] = "swish"
@@ -324,6 +331,11 @@ class ConformerConfig(Counts):
     def attention_weights(self) -> int:
         """Entries of a layer's attention, and of its convolution module, which has three more."""
         return 7 * self.model_dim**2 + self.kernel_size * self.model_dim
+
+    @property
+    def hidden_mlp_matrices(self) -> int:
+        """Matrices from the model dim to the feed-forwards': the `up` of each."""
+        return 2
 
     @property
     def mlp_weights(self) -> int:

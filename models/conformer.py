@@ -35,7 +35,6 @@ Array = jax.Array
 
 BATCH_NORM_EPSILON = 1e-3
 BLANK = 0  # of CTC; the tokenizer's padding
-SUBSAMPLING = 4  # frames of a position
 # Before and after the frames. At AlgoPerf's 1,998 that is "SAME", which is another one at another
 # length; fixed, a recording's positions do not depend on what it is padded to.
 TIME_PADDING = ((0, 2), (1, 1))
@@ -295,7 +294,7 @@ def within(length: int, lengths_B: Array) -> Array:
 
 def num_positions(frames: int) -> int:
     """Positions that the subsampling makes of so many frames."""
-    return -(-frames // SUBSAMPLING)
+    return -(-frames // ConformerConfig.subsampling)
 
 
 def moved(
@@ -344,4 +343,4 @@ def train_flops_per_token(config: ConformerConfig, seq_len: int) -> float:
     per_position = config.num_layers * per_layer + dim * config.vocab_size
     per_position += num_positions(config.mel_bins) * (9 + 1) * dim * dim  # second, projection
     first = -(-config.mel_bins // 2) * 9 * dim
-    return 6 * (per_position / SUBSAMPLING + first / 2)
+    return 6 * (per_position / config.subsampling + first / 2)

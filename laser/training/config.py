@@ -279,6 +279,10 @@ class RunConfig:
             "data.segment_ids=False with model.kind=bert: tokens would see other documents and "
             "padding on both sides; use True",
         )
+        require(
+            self.model.kind != "conformer" or self.optimizer.name != "muon",
+            "optimizer.name=muon with model.kind=conformer: Muon knows no convolutions; use nadamw",
+        )
         _check_tensor_axis(self.model, self.mesh.tensor)
 
 

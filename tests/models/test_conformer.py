@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from laser.training.roofline import parameter_count
 from models import conformer
 from models.config import AttentionConfig, ConformerConfig
 from tests.models import conformer_oracle
@@ -59,6 +60,16 @@ def test_as_many_parameters_as_algoperf(num_layers, millions):
     params = jax.eval_shape(lambda: conformer.init_parameters(config, 0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert round(count / 1e6, 1) == millions
+
+
+def test_the_config_counts_the_matrices():
+    """What plans go by; biases, norms and moments are the rest."""
+    config = ConformerConfig(
+        vocab_size=1024, num_layers=4, model_dim=512, mlp_dim=2048, num_heads=8
+    )
+    params = jax.eval_shape(lambda: conformer.init_parameters(config, 0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert parameter_count(config) == pytest.approx(count, rel=3e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -129,6 +129,7 @@ def test_word_error_rate_of_a_model_that_is_not_trained(on_one_device):
 
 def test_what_does_not_fit_is_refused(store):
     for field, value, message in (
+        ("optimizer.name", "muon", "Muon knows no convolutions"),
         ("model.vocab_size", 11, "the tokenizer of"),
         ("data.seq_len", 90, "frames of 10 ms; set it to that or more"),
         ("model.mel_bins", 40, "model.mel_bins=40: speech has 80"),
