@@ -16,7 +16,7 @@ PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-
 ONLY_NEWS := sed -u -n -E -e 's/^Collecting /  fetching /p' -e '/^(Installing collected|Success)/p' \
 	-e '/^(ERROR|WARNING)/p'
 
-.PHONY: help quickstart study tpu test check docs lint types format clean
+.PHONY: help quickstart study tones tpu test check docs lint types format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -28,6 +28,11 @@ study: .venv/.runtime  ## a small study of minutes, to its report: 2 attentions,
 	.venv/bin/python scripts/prepare_data.py --source=bible --output=stores/bible --vocab_size=4096
 	.venv/bin/python scripts/study.py --study=configs/studies/demonstration.py \
 		--output=studies/demonstration
+
+tones: .venv/.runtime  ## a Conformer that learns to spell made-up words of tones
+	test -d stores/tones || .venv/bin/python scripts/prepare_speech.py --train=tones:1000 \
+		--validation=tones:100@1 --vocab_size=12 --output=stores/tones
+	.venv/bin/python train.py --config=configs/tones.py:attention=laser --workdir=runs/tones
 
 tpu: .venv/.tpu  ## install what training on this TPU VM needs
 

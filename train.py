@@ -98,6 +98,14 @@ def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evalu
         )
         every = rows.steps_per_epoch(run.config)
         evaluations.append(Evaluation(every, lambda state: decode(state.params, int(state.step))))
+    if config.model.kind == "conformer":
+        from eval import speech
+        from laser.training.speech_rows import SpeechRows
+
+        assert isinstance(rows, SpeechRows)
+        transcribe = speech.make_evaluation(run.config, run.program.mesh, rows.store.validation)
+        every = run.config.evaluation.every
+        evaluations.append(Evaluation(every, lambda state: transcribe(state.params)))
     return run, evaluations
 
 

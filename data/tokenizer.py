@@ -119,7 +119,11 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str], path: str | Path, vocab_size: int, sample_bytes: int = SAMPLE_BYTES
+    texts: Iterable[str],
+    path: str | Path,
+    vocab_size: int,
+    sample_bytes: int = SAMPLE_BYTES,
+    byte_fallback: bool = True,
 ) -> None:
     """Trains a unigram model on a random sample of documents; the same texts give the same file.
 
@@ -128,6 +132,8 @@ def train_tokenizer(
       path: the model file to write.
       vocab_size: of which 4 are PAD, EOS, UNK and newline, and 256 are bytes.
       sample_bytes: UTF-8 bytes of the sample.
+      byte_fallback: without it there are no pieces of bytes, and what has no piece becomes UNK:
+        for transcripts, whose letters are known.
 
     Raises:
       ValueError: the text is too little, or has too many characters, for this vocabulary.
@@ -145,7 +151,7 @@ def train_tokenizer(
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            byte_fallback=True,
+            byte_fallback=byte_fallback,
             user_defined_symbols=["\n"],
             pad_id=PAD_ID,
             eos_id=EOS_ID,

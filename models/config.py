@@ -79,7 +79,13 @@ class BlockConfig(Protocol):
 
 
 class Counts:
-    """What follows from the fields of a model config, whatever its kind."""
+    """What follows from the fields of a model config, whatever its kind.
+
+    Attributes:
+      subsampling: tokens of a row that become one position of the blocks.
+    """
+
+    subsampling: ClassVar[int] = 1
 
     @property
     def query_dim(self: BlockConfig) -> int:
@@ -253,3 +259,91 @@ class VitConfig(Counts):
     def outer_weights(self) -> int:
         """Entries of the matrices outside of the blocks: patches, pre-logits and head."""
         return self.model_dim * (self.patch_values + self.model_dim + self.num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConformerConfig(Counts):
+    """A Conformer, see models/conformer.py. Fields as in configs/conformer.py, section `model`."""
+
+    subsampling: ClassVar[int] = 4
+    causal: ClassVar[bool] = False
+    biases: ClassVar[bool] = True
+    mlp: ClassVar[str] = "swish"
+    norm: ClassVar[str] = "layernorm"
+    positions: ClassVar[str] = "sinusoidal"
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    mlp_dim: int
+    num_heads: int
+    kind: Literal["conformer"] = "conformer"
+    mel_bins: int = 80
+    kernel_size: int = 5
+    dropout: float = 0.1
+    bin_masks: int = 2
+    max_masked_bins: int = 27
+    time_masks: int = 10
+    max_masked_time: float = 0.05
+    batch_norm_momentum: float = 0.999
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "full"
+    unroll: bool = False
+    attention: AttentionConfig = AttentionConfig()
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "model_dim", "mlp_dim", "num_heads", "mel_bins"):
+            value = getattr(self, name)
+            require(value > 0, f"model.{name}={value}: must be at least 1")
+        heads = self.num_heads
+        require(
+            self.model_dim % (2 * heads) == 0,
+            f"model.model_dim={self.model_dim}: must be a multiple of 2 · model.num_heads="
+            f"{2 * heads}",
+        )
+        require(
+            self.attention.diff == "none" or self.head_dim % 2 == 0,
+            f"model.num_heads={heads}: heads of size {self.head_dim}, and differential attention "
+            "halves the size of queries and keys; use an even one",
+        )
+        require(
+            self.kernel_size % 2 == 1,
+            f"model.kernel_size={self.kernel_size}: must be odd, to be centred on its frame",
+        )
+        for name in ("bin_masks", "max_masked_bins", "time_masks"):
+            value = getattr(self, name)
+            require(value >= 0, f"model.{name}={value}: must be at least 0")
+        for name in ("dropout", "max_masked_time", "batch_norm_momentum"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"model.{name}={value}: must be at least 0 and below 1")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head's values."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """As many as heads of queries."""
+        return self.num_heads
+
+    @property
+    def attention_weights(self) -> int:
+        """Entries of a layer's attention, and of its convolution module, which has three more."""
+        return 7 * self.model_dim**2 + self.kernel_size * self.model_dim
+
+    @property
+    def hidden_mlp_matrices(self) -> int:
+        """Matrices from the model dim to the feed-forwards': the `up` of each."""
+        return 2
+
+    @property
+    def mlp_weights(self) -> int:
+        """Entries of a layer's two feed-forwards."""
+        return 4 * self.model_dim * self.mlp_dim
+
+    @property
+    def outer_weights(self) -> int:
+        """Entries of the matrices outside of the blocks: subsampling and head."""
+        dim, bins = self.model_dim, -(-self.mel_bins // 4)
+        return (9 + 9 * dim + bins * dim + self.vocab_size) * dim

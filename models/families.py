@@ -2,10 +2,10 @@
 
 from typing import Any, Protocol, TypeAlias
 
-from models import decoder, vit
-from models.config import BertConfig, ModelConfig, VitConfig
+from models import conformer, decoder, vit
+from models.config import BertConfig, ConformerConfig, ModelConfig, VitConfig
 
-AnyModelConfig: TypeAlias = ModelConfig | VitConfig
+AnyModelConfig: TypeAlias = ModelConfig | VitConfig | ConformerConfig
 Parameters = dict[str, Any]  # nested dicts with float32 arrays as leaves
 
 
@@ -19,7 +19,12 @@ class Family(Protocol):
         """Matrix-product FLOPs of forward and backward pass; recomputation is not counted."""
 
 
-FAMILIES: dict[type, Family] = {ModelConfig: decoder, BertConfig: decoder, VitConfig: vit}
+FAMILIES: dict[type, Family] = {
+    ModelConfig: decoder,
+    BertConfig: decoder,
+    VitConfig: vit,
+    ConformerConfig: conformer,
+}
 
 
 def init_parameters(config: AnyModelConfig, seed: int) -> Parameters:

@@ -37,10 +37,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laser.training.checkpoint",
         "laser.training.config",
         "laser.training.folders",
+        "laser.training.objectives",
         "laser.training.preemption",
         "laser.training.run_folder",
         "laser.training.share",
         "laser.training.sharding",
+        "laser.training.speech_rows",
     ),
     "eval.tasks": ("data.sources.corpus", "laser.training.config"),
     "export": (

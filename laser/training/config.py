@@ -14,7 +14,14 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from models.config import AttentionConfig, BertConfig, ModelConfig, VitConfig, require
+from models.config import (
+    AttentionConfig,
+    BertConfig,
+    ConformerConfig,
+    ModelConfig,
+    VitConfig,
+    require,
+)
 
 
 def _require_at_least(minimum: float, section: str, config: Any, *names: str) -> None:
@@ -275,6 +282,10 @@ class RunConfig:
             "data.segment_ids=False with model.kind=bert: tokens would see other documents and "
             "padding on both sides; use True",
         )
+        require(
+            self.model.kind != "conformer" or self.optimizer.name != "muon",
+            "optimizer.name=muon with model.kind=conformer: Muon knows no convolutions; use nadamw",
+        )
         _check_tensor_axis(self.model, self.mesh.tensor)
 
 
@@ -290,7 +301,12 @@ SECTIONS: dict[str, type] = {
 }
 # And of the kinds of models that have more of them.
 MORE_SECTIONS: dict[str, dict[str, type]] = {"vit": {"images": ImagesConfig}}
-MODELS: dict[str, type] = {"decoder": ModelConfig, "bert": BertConfig, "vit": VitConfig}
+MODELS: dict[str, type] = {
+    "decoder": ModelConfig,
+    "bert": BertConfig,
+    "vit": VitConfig,
+    "conformer": ConformerConfig,
+}
 
 
 def load_config(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
@@ -382,7 +398,7 @@ def _kind(model: Any) -> str:
     return _checked("model.kind", kind, Literal[*MODELS]) if kind else "decoder"
 
 
-def _check_tensor_axis(model: ModelConfig | VitConfig, tensor: int) -> None:
+def _check_tensor_axis(model: ModelConfig | VitConfig | ConformerConfig, tensor: int) -> None:
     sizes = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "mlp_dim": model.mlp_dim}
     for name, value in sizes.items() if tensor > 1 else ():
         require(

@@ -17,10 +17,17 @@ def _image_rows(config: RunConfig) -> Rows:
     return ImageRows(config)
 
 
+def _speech_rows(config: RunConfig) -> Rows:
+    from laser.training.speech_rows import SpeechRows  # SciPy, which text does without
+
+    return SpeechRows(config)
+
+
 ROWS: dict[str, Callable[[RunConfig], Rows]] = {
     "decoder": StoreRows,
     "bert": MaskedRows,
     "vit": _image_rows,
+    "conformer": _speech_rows,
 }
 
 

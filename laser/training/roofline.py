@@ -61,7 +61,7 @@ def recomputed_flops(config: RunConfig, implementation: str) -> float:
       config: of the run.
       implementation: of attention. `chunked` computes all its products again, `pallas` the logits.
     """
-    model, length = config.model, config.data.seq_len
+    model, length = config.model, config.data.seq_len // config.model.subsampling
     tokens = config.training.batch_size * length
     maps = model.head_dim // model.query_dim
     seen = length if model.causal else 2 * length  # twice the keys of a token
@@ -94,8 +94,9 @@ def kept_bytes(config: RunConfig, mesh: MeshConfig) -> float:
 
 
 def tokens_per_chip(config: RunConfig, mesh: MeshConfig) -> float:
-    """Of a micro-batch."""
-    tokens = config.training.batch_size * config.data.seq_len / config.training.accumulation
+    """Of a micro-batch, as the blocks have them."""
+    length = config.data.seq_len / config.model.subsampling
+    tokens = config.training.batch_size * length / config.training.accumulation
     return tokens / (mesh.data * mesh.fsdp)
 
 

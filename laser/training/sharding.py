@@ -66,6 +66,15 @@ PARAMETER_RULES = (
     Rule(r"^blocks/attention/(query|key|value)_bias$", tensor=1),
     Rule(r"^blocks/mlp/up_bias$", tensor=1),
     Rule(r"^blocks/(attention/output|mlp/down)_bias$"),
+    # The Conformer's: (3, 3, channels, M), (bins, M, M); of blocks (L, M, F) and back, (L, M, M)
+    # and (L, positions, 1, M).
+    Rule(r"^subsampling/(first|second)/kernel$", fsdp=(3, 2)),
+    Rule(r"^(subsampling/output|blocks/convolution/(value|gate|output))/kernel$", fsdp=(1, 2)),
+    Rule(r"^blocks/(first|second)/up/kernel$", tensor=2, fsdp=(1, 2)),
+    Rule(r"^blocks/(first|second)/up/bias$", tensor=1),
+    Rule(r"^blocks/(first|second)/down/kernel$", tensor=1, fsdp=(1, 2)),
+    Rule(r"^blocks/convolution/(kernel|batch_norm/(mean|variance))$"),
+    Rule(r"^(subsampling|blocks/(first|second|convolution))/.*bias$|offset$"),
     Rule(r"^(blocks/.*|final_)norm/(scale|bias)$"),
     Rule(r"^blocks/attention/(lambda_|log_temperature|output_norm_scale)"),
 )

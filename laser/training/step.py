@@ -54,7 +54,8 @@ def make_gradient(config: RunConfig) -> Callable[[Parameters, Batch], tuple[Para
     docs/precision.md.
     """
     gradient = jax.grad(objective(config).make_loss(config), has_aux=True)
-    start, micro_batches = objective(config).start, config.training.accumulation
+    start = functools.partial(objective(config).start, config)
+    micro_batches = config.training.accumulation
 
     def over_micro_batches(params, batch, share):
         grads, sums = _accumulate(gradient, params, batch, share, start, micro_batches)
@@ -85,6 +86,7 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         rate = schedule(state.step)
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        params = objective(config).after_step(config, state.params, params, sums)
         good = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         good, norms = _judged(good, grad_norm, state.recent_norms, limit)
         keep = functools.partial(jnp.where, good)

@@ -1,14 +1,15 @@
 """The objective of every kind of model, by the class of its config."""
 
 from laser.training.config import RunConfig
-from laser.training.objectives import images, tokens
+from laser.training.objectives import images, speech, tokens
 from laser.training.objectives.base import Objective
-from models.config import BertConfig, ModelConfig, VitConfig
+from models.config import BertConfig, ConformerConfig, ModelConfig, VitConfig
 
 OBJECTIVES: dict[type, Objective] = {
     ModelConfig: tokens.NEXT_TOKEN,
     BertConfig: tokens.MASKED_TOKENS,
     VitConfig: images.CLASSES,
+    ConformerConfig: speech.TRANSCRIPTS,
 }
 
 

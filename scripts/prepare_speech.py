@@ -1,0 +1,85 @@
+"""Turns recordings and their transcripts into a store of speech that train.py reads.
+
+    python scripts/prepare_speech.py --train=tones:1000 --validation=tones:100@1 \\
+        --vocab_size=12 --output=stores/tones
+    python scripts/prepare_speech.py --train=LibriSpeech/train --validation=LibriSpeech/dev \\
+        --vocab_size=1024 --max_broken=10 --output=stores/librispeech
+
+A source is `tones:COUNT[@SEED]` (made up, no data is needed), a folder of FLAC with *.trans.txt as
+LibriSpeech comes, with all folders in it (needs requirements-speech.txt), or
+`tfds:librispeech:VERSION@SPLIT`, prepared before; several are separated by commas. Recordings above
+20 seconds and transcripts above 256 characters are left out, as in AlgoPerf. The vocabulary is
+trained on the transcripts, or --tokenizer names a SentencePiece model, as of
+scripts/train_tokenizer.py.
+Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by Ctrl-C, 1 anything
+else.
+"""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from laser.training.console import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c("stopped; the same command begins anew")
+
+from absl import flags
+
+from data.speech.prepare import SpeechConfig, prepare
+
+VALUES = flags.FlagValues()
+flags.DEFINE_string("train", None, "sources, as a,b", flag_values=VALUES, required=True)
+flags.DEFINE_string("validation", None, "sources, as a,b", flag_values=VALUES, required=True)
+flags.DEFINE_string("output", None, "folder to write", flag_values=VALUES, required=True)
+flags.DEFINE_integer("vocab_size", None, "train a tokenizer of this size", flag_values=VALUES)
+flags.DEFINE_string("tokenizer", None, "use this SentencePiece model", flag_values=VALUES)
+flags.DEFINE_float("max_seconds", 20.0, "longer ones are left out", flag_values=VALUES)
+flags.DEFINE_integer("max_characters", 256, "longer ones are left out", flag_values=VALUES)
+flags.DEFINE_integer(
+    "max_broken", 0, "recordings of a split to skip that can't be used", flag_values=VALUES
+)
+
+
+def main(argv: list[str]) -> int:
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(__doc__.strip(), VALUES.main_module_help(), sep="\n\n")
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        positional = VALUES(argv)[1:]
+        if positional:
+            raise ValueError(f"unexpected argument {positional[0]!r}: write --flag=value")
+        names = [field.name for field in dataclasses.fields(SpeechConfig)]
+        config = SpeechConfig(**{name: VALUES[name].value for name in names})
+        manifest = prepare(config, VALUES.output)
+    except ModuleNotFoundError as error:
+        print(f"{Path(argv[0]).name}: error: needs {error.name}, of requirements-speech.txt")
+        return 2
+    except (ValueError, flags.Error) as error:
+        print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # the disk is full
+        print(f"{Path(argv[0]).name}: {error}", file=sys.stderr)
+        return 1
+    _print_counts(manifest)
+    return 0
+
+
+def _print_counts(manifest: dict) -> None:
+    for name, split in manifest["splits"].items():
+        print(
+            f"{name}: {split['recordings']:,} recordings of {split['seconds'] / 3600:,.2f} hours, "
+            f"{split['labels']:,} labels"
+        )
+        for what in ("left_out", "broken"):
+            for why, count in split[what].items():
+                print(f"{name}: {count:,} {why}, {what.replace('_', ' ')}")
+    print(f"vocabulary: {manifest['vocab_size']:,} pieces")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,140 @@
+"""A Conformer on tones by the trainer: on several meshes, in micro-batches, and what it keeps."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tones
+from data.speech.prepare import SpeechConfig, prepare
+from eval.speech import make_evaluation
+from laser.training import sharding
+from laser.training.config import load_config
+from laser.training.program import Program
+from laser.training.rows import resolved
+from laser.training.speech_rows import SpeechRows
+
+MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speech") / "tones"
+    prepare(SpeechConfig("tones:14", "tones:6@1", vocab_size=12), folder)
+    return folder
+
+
+def make_config(store, mesh=(1, 1, 1), **fields):
+    config = tones.get_config("attention=standard")  # LASER: tests/models/test_conformer.py
+    small = {
+        "data.store": str(store), "model.num_layers": 1, "model.model_dim": 16,
+        "model.mlp_dim": 32, "model.num_heads": 2,
+        "model.dropout": 0.1, "training.batch_size": 4, "training.steps": STEPS,
+        "optimizer.warmup_steps": 1, "mesh.max_unsharded": 1.0,
+        "mesh.data": mesh[0], "mesh.fsdp": mesh[1], "mesh.tensor": mesh[2],
+    }  # fmt: skip
+    config.update_from_flattened_dict(small | fields)
+    config = load_config(config)
+    return resolved(config, SpeechRows(config))
+
+
+def train(config):
+    """Losses of its steps, and the state after them."""
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    program = Program(config, sharding.make_mesh(config, jax.devices()[: np.prod(sizes)]))
+    state, losses = program.init_state(), []
+    with SpeechRows(config).train_batches(config, 0, program.batch_sharding) as batches:
+        for _, batch in batches:
+            assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
+                lambda x: (x.shape, x.dtype), program.abstract_batch()
+            )
+            state, metrics = program.train_step(state, batch)
+            losses.append(float(metrics["loss"]))
+    return losses, state, program
+
+
+@pytest.fixture(scope="module")
+def on_one_device(store):
+    config = make_config(store)
+    return config, *train(config)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_devices_equal_one(store, on_one_device, mesh):
+    """Batch norm's moments are those of all rows, and the gradient knows it."""
+    _, expected_losses, expected, _ = on_one_device
+    losses, state, _ = train(make_config(store, mesh))
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-4)
+    # Adam divides by the root of the second moment: a parameter moves by up to a learning rate.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-3),
+        jax.device_get(state.params),
+        jax.device_get(expected.params),
+    )
+
+
+def moments(params):
+    norm = jax.device_get(params)["blocks"]["convolution"]["batch_norm"]
+    return {name: norm[name] for name in ("mean", "variance")}
+
+
+def test_moments_move_in_training(on_one_device):
+    _, _, state, program = on_one_device
+    initial, after = moments(program.init_state().params), moments(state.params)
+    for name in initial:
+        assert np.abs(after[name] - initial[name]).max() > 0.01, name
+
+
+def test_a_step_without_an_update_keeps_the_moments(on_one_device):
+    config, _, _, program = on_one_device
+    state = program.init_state()
+    with SpeechRows(config).train_batches(config, 0, program.batch_sharding) as batches:
+        _, batch = next(batches)
+    before = moments(state.params)
+    state, metrics = program.train_step(state, batch | {"inputs": batch["inputs"] * np.inf})
+    assert (float(metrics["skipped_steps"]), int(state.skipped)) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, moments(state.params), before)
+
+
+def test_micro_batches_are_smaller_batches(store):
+    """Two halves that are equal have the loss, and move the moments, as one of them."""
+    halves = make_config(store, **{"training.accumulation": 2, "model.dropout": 0.0})
+    half = make_config(store, **{"training.batch_size": 2, "model.dropout": 0.0})
+    devices = jax.devices()[:1]
+    programs = [Program(config, sharding.make_mesh(config, devices)) for config in (half, halves)]
+    with SpeechRows(half).train_batches(half, 0, programs[0].batch_sharding) as batches:
+        _, batch = next(batches)
+    twice = {name: np.repeat(np.asarray(x), 2, axis=0) for name, x in batch.items()}
+    results = [
+        program.train_step(program.init_state(), rows)
+        for program, rows in zip(programs, (batch, twice))
+    ]
+    (one, metrics), (two, others) = results
+    np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        jax.device_get(two.params),
+        jax.device_get(one.params),
+    )
+
+
+def test_word_error_rate_of_a_model_that_is_not_trained(on_one_device):
+    config, _, state, program = on_one_device
+    evaluate = make_evaluation(config, program.mesh, SpeechRows(config).store.validation)
+    rate = evaluate(state.params)["eval/wer"]
+    assert 0.5 < rate < 3
+
+
+def test_what_does_not_fit_is_refused(store):
+    for field, value, message in (
+        ("optimizer.name", "muon", "Muon knows no convolutions"),
+        ("model.vocab_size", 11, "the tokenizer of"),
+        ("data.seq_len", 90, "frames of 10 ms; set it to that or more"),
+        ("model.mel_bins", 40, "model.mel_bins=40: speech has 80"),
+        ("data.store", "nowhere", "no finished store of speech"),
+    ):
+        with pytest.raises(ValueError) as error:
+            make_config(store, **{field: value})
+        assert message in str(error.value)
