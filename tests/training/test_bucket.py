@@ -232,7 +232,7 @@ def test_a_bucket_without_rights_is_one_line(bucket, in_bucket, run, name, addre
         (f"--workdir={address}", f"workdir={address}: cannot be written"),
         (f"--config.init_from={address}", f"init_from={address}: "),
         (f"--config.evaluation.data_dir={address}", f"evaluation.data_dir={address}: "),
-        (f"--config.data.store={address}", f"{address}: "),
+        (f"--config.data.store={address}", f"error: {address}"),
     ):
         more = ["--config.evaluation.tasks=copa"] if "data_dir" in flag else []
         refused = runs.train(
