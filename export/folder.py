@@ -80,7 +80,7 @@ def write_export(
         configuration = _configuration(layout, origin, Tokenizer(tokenizer_path))
         _write_json(folder / "config.json", configuration)
         _write_json(folder / "tokenizer_config.json", _tokenizer_configuration(origin))
-        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+        (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
         names = ["tokenization_laser.py"]
         if layout == "laser":
             names += ["configuration_laser.py", "modeling_laser.py"]

@@ -34,6 +34,7 @@ class Bucket:
         url = f"http://localhost:{port}"
         self.environment = {
             "STORAGE_EMULATOR_HOST": url,  # gcsfs
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # as in conftest.py
             "FSSPEC_GCS": json.dumps({"token": "anon"}),
             "TENSORSTORE_GCS_HTTP_URL": url,
             "TENSORSTORE_GCS_HTTP_VERSION": "1",  # the server knows no newer one

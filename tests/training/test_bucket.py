@@ -4,6 +4,7 @@ runs. The bucket is a server on this machine, see tests/bucket_server.py."""
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ pytest.importorskip("gcp_storage_emulator")
 pytestmark = pytest.mark.slow
 KILLS = 5
 
-# In the process that trains: armed by its first step, or when a save has begun.
+# In the process that trains: armed by its first step, or when its second save has begun, and so the
+# first one is there.
 KILL_AFTER = """
 import threading
 def arm():
     threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGKILL)).start()
-push, save, armed = Report.push, Checkpoints.save, []
+push, save, armed, saves = Report.push, Checkpoints.save, [], []
 def push_and_arm(self, *rest):
     push(self, *rest)
     if {of_step} and not armed:
@@ -31,7 +33,8 @@ def push_and_arm(self, *rest):
     time.sleep(0.05)
 def save_and_arm(self, *rest, **more):
     save(self, *rest, **more)
-    if not {of_step}:
+    saves.append(1)
+    if not {of_step} and len(saves) == 2:
         arm()
 Report.push, Checkpoints.save = push_and_arm, save_and_arm
 """
@@ -142,6 +145,7 @@ def test_five_kills_leave_the_run_as_one_on_a_disk(bucket, files, in_bucket, on_
         assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     done = runs.train(in_bucket, "gs://bucket/runs/killed", env=bucket.environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search("resuming gs://bucket/runs/killed after step (10|15)", done.stdout)
     here = fetched(files, "runs/killed", tmp_path / "here")
     assert tensors(here, 20) == tensors(on_disk, 20)
     assert runs.losses(here) == runs.losses(on_disk)
@@ -228,7 +232,7 @@ def test_a_bucket_without_rights_is_one_line(bucket, in_bucket, run, name, addre
         (f"--workdir={address}", f"workdir={address}: cannot be written"),
         (f"--config.init_from={address}", f"init_from={address}: "),
         (f"--config.evaluation.data_dir={address}", f"evaluation.data_dir={address}: "),
-        (f"--config.data.store={address}", f"{address}: "),
+        (f"--config.data.store={address}", f"error: {address}"),
     ):
         more = ["--config.evaluation.tasks=copa"] if "data_dir" in flag else []
         refused = runs.train(
