@@ -1,7 +1,7 @@
 """Vision transformers on images: --config=configs/vit.py:size=s16,attention=laser
 
     size        s16 | ti16, on ImageNet-1k                           (default s16)
-                digits, a small one on scikit-learn's handwritten digits: a minute on two cores
+                digits, a small one on scikit-learn's handwritten digits: minutes on two cores
     attention   as in configs/c4.py                                  (default laser)
 
 Command   python train.py --config=configs/vit.py:size=s16 --config.images.source=FOLDER

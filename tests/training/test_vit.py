@@ -53,11 +53,16 @@ def run(config, devices, steps=4):
     state, history = program.init_state(), []
     with ImageRows(config).train_batches(config, 0, program.batch_sharding) as batches:
         for step, batch in batches:
+            assert shapes(batch) == shapes(program.abstract_batch())
             state, metrics = program.train_step(state, batch)
             history.append([float(metrics[k]) for k in ("loss", "error", "gradient_norm")])
             if step + 1 == steps:
                 return np.array(history), state
     raise AssertionError
+
+
+def shapes(batch):
+    return {name: (x.shape, x.dtype) for name, x in batch.items()}
 
 
 @functools.cache
