@@ -25,7 +25,6 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.mlp_dim = 256
     model.num_heads = 4
     model.dropout = 0.0
-    model.bin_masks = 1
     model.time_masks = 2
     model.batch_norm_momentum = 0.9  # of 0.999, so few steps would be too few
     model.remat = "none"  # memory is no limit at this size
@@ -35,13 +34,13 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     optimizer = config.optimizer
     optimizer.learning_rate = 3e-3
-    optimizer.warmup_steps = 20
+    optimizer.warmup_steps = 30
     optimizer.b1 = 0.9
     optimizer.b2 = 0.99
     optimizer.weight_decay = 1e-3
     optimizer.clip_grad_norm = 1.0
 
-    config.training.steps = 200
+    config.training.steps = 300
     config.training.batch_size = 16
     config.training.eval_every = 50
     config.evaluation.every = 50

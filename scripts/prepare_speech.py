@@ -15,10 +15,11 @@ Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by C
 else.
 """
 
-import dataclasses
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -53,9 +54,8 @@ def main(argv: list[str]) -> int:
         positional = VALUES(argv)[1:]
         if positional:
             raise ValueError(f"unexpected argument {positional[0]!r}: write --flag=value")
-        names = [field.name for field in dataclasses.fields(SpeechConfig)]
-        config = SpeechConfig(**{name: VALUES[name].value for name in names})
-        manifest = prepare(config, VALUES.output)
+        values: dict[str, Any] = {f.name: VALUES[f.name].value for f in fields(SpeechConfig)}
+        manifest = prepare(SpeechConfig(**values), VALUES.output)
     except ModuleNotFoundError as error:
         print(f"{Path(argv[0]).name}: error: needs {error.name}, of requirements-speech.txt")
         return 2

@@ -18,7 +18,7 @@ import numpy as np
 from data.preparation.shards import Counts, sync, write_json
 from data.sources.parts import Broken
 from data.speech import recordings
-from data.speech.features import SAMPLE_RATE, log_mel, num_frames
+from data.speech.features import MEL_BINS, SAMPLE_RATE, log_mel, num_frames
 from data.speech.store import DTYPES, FORMAT, MANIFEST, SPLITS, TOKENIZER, checksums
 from data.tokenizer import Tokenizer, train_tokenizer
 
@@ -176,13 +176,13 @@ class _Split:
     def normalisation(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of every bin, (MEL_BINS,) float64, over a sample of it."""
         audio = np.memmap(self._paths["audio"], DTYPES["audio"], "r")
-        count = sums = squares = 0
+        sums, squares, count = np.zeros(MEL_BINS), np.zeros(MEL_BINS), 0
         step = -(-len(self._index) // NORMALISED_BY)
         for start, samples, _, _ in self._index[::step]:
             features = log_mel(audio[start : start + samples]).astype(np.float64)
             count += len(features)
-            sums = sums + features.sum(axis=0)
-            squares = squares + np.square(features).sum(axis=0)
+            sums += features.sum(axis=0)
+            squares += np.square(features).sum(axis=0)
         mean = sums / count
         return mean, np.sqrt(np.maximum(squares / count - np.square(mean), 1e-6))
 
