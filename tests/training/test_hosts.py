@@ -215,7 +215,7 @@ def test_hosts_of_slices_find_each_other_without_flags(over_hosts, tmp_path):
     slices = [common | {"MEGASCALE_SLICE_ID": str(i)} for i in range(2)]
     different = ["--config.training.seed=1"]  # ends before any device is needed
     refused = runs.train_on_hosts(
-        over_hosts, tmp_path / "run", [], different, hosts=2, devices=4, env=slices
+        over_hosts, tmp_path / "run", [], different, hosts=2, devices=4, command=["env"], env=slices
     )
     for process in refused:
         assert process.returncode == 2, process.stderr
