@@ -89,8 +89,7 @@ ROWS, ROW_STEP = 8, 64  # rows of the oracle's batches, whose lengths are multip
 def harness_tasks() -> TaskManager:
     """Its tasks of ours; to list all 10,000 that it has takes seconds."""
     folder = Path(lm_eval.__file__).parent / "tasks"
-    paths = [folder / name for name in FOLDERS]
-    return TaskManager(include_path=paths, include_defaults=False)
+    return TaskManager(include_path=[folder / name for name in FOLDERS], include_defaults=False)
 
 
 class OracleLM(TemplateLM):

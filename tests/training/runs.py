@@ -166,7 +166,8 @@ AS_IT_IS = 'import runpy; runpy.run_path("train.py", run_name="__main__")'
 def train(arguments, workdir, *extra, event="", command=(), env=None, timeout=800):
     """The finished process; stdout and stderr are text.
 
-    `command` starts it: a Python of its own, in place of one that is forked.
+    `command` starts it: a Python of its own, in place of one that is forked, where that matters, as
+    for variables that jax reads when it is imported.
     """
     environment = {
         **os.environ,
@@ -190,17 +191,9 @@ def train(arguments, workdir, *extra, event="", command=(), env=None, timeout=80
 
 
 def train_on_hosts(
-    arguments,
-    workdir,
-    *extra,
-    hosts,
-    devices,
-    event="",
-    record=None,
-    env=None,
-    common=(),
-    timeout=800,
-):
+    arguments, workdir, *extra, hosts, devices, event="", record=None, command=(), env=None,
+    common=(), timeout=800,
+):  # fmt: skip
     """The finished processes of one run on this machine, each with its simulated devices.
 
     With `record`, a folder, every host writes there what it reads. `env` by host says how they
@@ -220,7 +213,10 @@ def train_on_hosts(
     def start(index):
         own = env[index] if env else {}
         more = extra[index] if extra else []
-        return train([*arguments, *more], workdir, event=event, env=common | own, timeout=timeout)
+        return train(
+            [*arguments, *more], workdir, event=event, command=command, env=common | own,
+            timeout=timeout,
+        )  # fmt: skip
 
     with concurrent.futures.ThreadPoolExecutor(hosts) as pool:
         return list(pool.map(start, range(hosts)))
