@@ -76,6 +76,10 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
     steps = saved_steps(workdir)
     step = steps[-1] if step is None else step
     config = load_run_config(str(workdir))
+    if config.model.kind != "decoder":
+        raise ValueError(
+            f"{workdir}: model.kind={config.model.kind}, and only a decoder goes on with text"
+        )
     mesh = _mesh(config)
     abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
     shardings = sharding.state_shardings(mesh, abstract)

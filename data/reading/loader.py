@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from data.reading.blocks import READ_AHEAD, REQUESTS, BlockReader
+from data.reading.masking import Masking
 from data.reading.mixture import Mixture
 from data.reading.order import BLOCK_ROWS, Places, one_piece_each
 from data.reading.store import Split
@@ -49,6 +50,7 @@ def train_batches(
     block_rows: int = BLOCK_ROWS,
     read_ahead: int = READ_AHEAD,
     requests: int = REQUESTS,
+    masking: Masking | None = None,
 ) -> "Prefetcher":
     """Shuffled batches of whole rows, one for each step in [start_step, stop_step).
 
@@ -66,6 +68,7 @@ def train_batches(
       block_rows: most neighbouring rows that are read in one piece, at least 1.
       read_ahead: steps whose blocks are asked for ahead of the batch that is made, at least 0.
       requests: reads of this host under way at once, at least 1.
+      masking: of tokens to fill in, in the place of a next token; needs segment_ids.
 
     Returns:
       An iterator and context manager over (step, batch).
@@ -96,7 +99,9 @@ def train_batches(
         _, rows = next(reader)
         valid = np.full(len(rows), seq_len)
         arrays = _arrays(rows, valid, eos_id if segment_ids else None)
-        return step, global_batch(_parts(ranges, arrays), shape, sharding)
+        if masking:
+            arrays = masking(arrays, step, own)
+        return step, global_batch(parts_of(ranges, arrays), shape, sharding)
 
     reader = BlockReader(split, seq_len, plan(), read_ahead, requests)
     try:
@@ -118,6 +123,7 @@ def eval_batches(
     max_batches: int = 0,
     read_ahead: int = READ_AHEAD,
     requests: int = REQUESTS,
+    masking: Masking | None = None,
 ) -> Iterator[Batch]:
     """The split in order, every token but the first one a target exactly once.
 
@@ -148,7 +154,9 @@ def eval_batches(
             rows[there], valid[there] = found, split.targets(ids[there], seq_len)
             rows[columns > valid[:, None]] = pad_id
             arrays = _arrays(rows, valid, eos_id if segment_ids else None)
-            yield global_batch(_parts(ranges, arrays), shape, sharding)
+            if masking:
+                arrays = masking(arrays, None, ids)
+            yield global_batch(parts_of(ranges, arrays), shape, sharding)
 
 
 class Prefetcher:
@@ -251,15 +259,15 @@ def _arrays(rows: np.ndarray, valid: np.ndarray, eos_id: int | None) -> Arrays:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def host_ranges(shape: tuple[int, int], sharding: Sharding | None) -> list[tuple[int, int]]:
-    """The rows [start, stop) of a global (batch, sequence) array that this host's devices hold."""
+def host_ranges(shape: tuple[int, ...], sharding: Sharding | None) -> list[tuple[int, int]]:
+    """The rows [start, stop) of a global (batch, ...) array that this host's devices hold."""
     if sharding is None:
         return [(0, shape[0])]
     indices = sharding.addressable_devices_indices_map(shape).values()
     return sorted({index[0].indices(shape[0])[:2] for index in indices if index is not None})
 
 
-def _parts(ranges: list[tuple[int, int]], arrays: Arrays) -> Callable[[int, int], Arrays]:
+def parts_of(ranges: list[tuple[int, int]], arrays: Arrays) -> Callable[[int, int], Arrays]:
     """For `global_batch`, where `arrays` has the rows of `ranges`, one after the other."""
     lengths = [stop - start for start, stop in ranges]
     places = dict(zip(ranges, itertools.accumulate(lengths, initial=0)))
@@ -272,9 +280,12 @@ def _parts(ranges: list[tuple[int, int]], arrays: Arrays) -> Callable[[int, int]
 
 
 def global_batch(
-    read: Callable[[int, int], Arrays], shape: tuple[int, int], sharding: Sharding | None
+    read: Callable[[int, int], Arrays], shape: tuple[int, ...], sharding: Sharding | None
 ) -> Batch:
-    """Global arrays from `read(start, stop)`, which is asked for this host's rows alone, once."""
+    """Global arrays from `read(start, stop)`, which is asked for this host's rows alone, once.
+
+    Their dims besides the rows are those of what is read; `shape` has the rows of all hosts first.
+    """
     batch_size = shape[0]
     if sharding is None:
         return {name: jax.device_put(array) for name, array in read(0, batch_size).items()}
@@ -282,9 +293,11 @@ def global_batch(
 
     def piece(name: str, index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(batch_size)
-        return parts[start, stop][name][:, index[1]]
+        return parts[start, stop][name][:, *index[1:]]
 
     return {
-        name: jax.make_array_from_callback(shape, sharding, functools.partial(piece, name))
-        for name in next(iter(parts.values()))
+        name: jax.make_array_from_callback(
+            (batch_size, *array.shape[1:]), sharding, functools.partial(piece, name)
+        )
+        for name, array in next(iter(parts.values())).items()
     }
