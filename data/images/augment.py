@@ -174,7 +174,8 @@ def brightness(image: Image, level: float, draws: Draws) -> Image:
 def sharpness(image: Image, level: float, draws: Draws) -> Image:
     """Away from the image smoothed by PIL's kernel; the border stays."""
     del draws
-    smooth = cv2.filter2D(image, -1, np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13)
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+    smooth = cv2.filter2D(image, -1, kernel)
     sharper = image.copy()
     inner = (slice(1, -1), slice(1, -1))
     if min(image.shape[:2]) > 2:
@@ -247,7 +248,7 @@ def _moved(image: Image, matrix: list[list[float]]) -> Image:
     height, width = image.shape[:2]
     return cv2.warpAffine(  # type: ignore[return-value]
         image,
-        np.float64(matrix),
+        np.array(matrix, np.float64),
         (width, height),
         flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,
