@@ -16,7 +16,7 @@ PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-
 ONLY_NEWS := sed -u -n -E -e 's/^Collecting /  fetching /p' -e '/^(Installing collected|Success)/p' \
 	-e '/^(ERROR|WARNING)/p'
 
-.PHONY: help quickstart study tones tpu test check docs lint types format clean
+.PHONY: help quickstart study bert digits tones tpu test check docs lint types format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -28,6 +28,14 @@ study: .venv/.runtime  ## a small study of minutes, to its report: 2 attentions,
 	.venv/bin/python scripts/prepare_data.py --source=bible --output=stores/bible --vocab_size=4096
 	.venv/bin/python scripts/study.py --study=configs/studies/demonstration.py \
 		--output=studies/demonstration
+
+bert: .venv/.runtime  ## a BERT that learns masked words of the embedded corpus
+	.venv/bin/python scripts/prepare_data.py --source=bible --output=stores/bible --vocab_size=4096
+	.venv/bin/python train.py --config=configs/bert.py:size=tiny,attention=laser --workdir=runs/bert
+
+digits: .venv/.images  ## a vision transformer that learns handwritten digits
+	.venv/bin/python train.py --config=configs/vit.py:size=digits,attention=laser \
+		--workdir=runs/digits
 
 tones: .venv/.runtime  ## a Conformer that learns to spell made-up words of tones
 	test -d stores/tones || .venv/bin/python scripts/prepare_speech.py --train=tones:1000 \
@@ -78,9 +86,15 @@ clean:  ## remove .venv, site/ and caches; runs/ and stores/ stay
 	@$(PIP_INSTALL) -r requirements.txt | $(ONLY_NEWS)
 	@touch $@
 
-.venv/.dev: requirements-dev.txt requirements-bucket.txt requirements-plan.txt requirements-wandb.txt .venv/.runtime
+EXTRAS := bucket images plan speech wandb
+.venv/.dev: requirements-dev.txt $(EXTRAS:%=requirements-%.txt) .venv/.runtime
 	@echo "Installing requirements-dev.txt into .venv"
 	@$(PIP_INSTALL) -r requirements-dev.txt | $(ONLY_NEWS)
+	@touch $@
+
+.venv/.images: requirements-images.txt .venv/.runtime
+	@echo "Installing requirements-images.txt into .venv"
+	@$(PIP_INSTALL) -r requirements-images.txt | $(ONLY_NEWS)
 	@touch $@
 
 .venv/.docs: requirements-docs.txt .venv/.runtime
