@@ -265,7 +265,7 @@ class TfdsImages:
         return f"{self._name}, example {index}"
 
 
-class TfRecords:
+class TfRecords(Sequence[bytes]):
     """Records of TFRecord files by number, of which only lengths are read to find them.
 
     That is one read in every record when it is opened: seconds of a fast disk for ImageNet, and too
@@ -282,7 +282,7 @@ class TfRecords:
     def __len__(self) -> int:
         return len(self._place)
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: Any) -> Any:
         start, size = self._place[index].tolist()
         return os.pread(self._files[self._file[index]], size, start)
 
