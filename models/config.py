@@ -50,6 +50,7 @@ class ModelConfig:
     positions: Literal["sinusoidal", "rotary"] = "sinusoidal"
     logits_soft_cap: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["default", "high", "highest"] = "highest"
     remat: Literal["none", "dots", "full"] = "full"
     unroll: bool = False
     attention: AttentionConfig = AttentionConfig()

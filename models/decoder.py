@@ -8,6 +8,7 @@ depth is, and the backward pass keeps what the named policy says.
 Shapes: B batch, T positions, M model dim, V vocabulary, L layers.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,17 @@ Parameters = dict[str, Any]  # nested dicts with float32 arrays as leaves
 
 def _all_but_gathered(primitive, *_, **__) -> bool:
     return primitive.name != "all_gather"
+
+
+def product_precision(config: ModelConfig) -> contextlib.AbstractContextManager:
+    """Where products of float32 keep what model.matmul_precision says.
+
+    It goes around what runs a model, and around what differentiates one: the products of a backward
+    pass are made there. Those of bfloat16 are exact as they are, and stay untouched.
+    """
+    if config.dtype == "bfloat16":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(config.matmul_precision)
 
 
 REMAT_POLICIES = {
@@ -83,9 +95,10 @@ class Decoder(nnx.Module):
         if whole is not None:
             embedding_VM = whole("embedding", embedding_VM)
         x_BTM = embed(self.config, embedding_VM, tokens_BT, positions_BT)
-        x_BTM, ranges_L = self._run_blocks(
-            x_BTM, positions_BT, segment_ids_BT, shared_segment, whole
-        )
+        with product_precision(self.config):
+            x_BTM, ranges_L = self._run_blocks(
+                x_BTM, positions_BT, segment_ids_BT, shared_segment, whole
+            )
         return self.final_norm(x_BTM), ranges_L
 
     def _run_blocks(self, x_BTM, positions_BT, segment_ids_BT, shared_segment, whole):
@@ -110,7 +123,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_BTM: Array) -> Array:
         """(B, T, M) -> (B, T, V) float32, through the tied embedding."""
-        return output_logits(hidden_BTM, self.embedding[...], self.config.logits_soft_cap)
+        with product_precision(self.config):
+            return output_logits(hidden_BTM, self.embedding[...], self.config.logits_soft_cap)
 
 
 def embed(config: ModelConfig, embedding_VM: Array, tokens_BT: Array, positions_BT: Array) -> Array:

@@ -20,7 +20,7 @@ from laser.training import optimizer
 from laser.training.config import RunConfig
 from laser.training.loss import chunk_length, cross_entropy
 from laser.training.share import Share, over_batch
-from models.decoder import Parameters, init_parameters, structure
+from models.decoder import Parameters, init_parameters, product_precision, structure
 
 Array = jax.Array
 NORMS = 128  # of the last gradients, to tell what is usual
@@ -128,9 +128,13 @@ def make_gradient(config: RunConfig) -> Callable[[Parameters, Batch], tuple[Para
         grads, sums = _accumulate(gradient, params, batch, share, config.training.accumulation)
         return share.total_gradient(grads), sums.over(share)
 
-    return lambda params, batch: over_batch(
-        over_micro_batches, params, batch, lambda specs, _: (specs, PartitionSpec())
-    )
+    def gradients(params, batch):
+        with product_precision(config.model):
+            return over_batch(
+                over_micro_batches, params, batch, lambda specs, _: (specs, PartitionSpec())
+            )
+
+    return gradients
 
 
 def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
@@ -218,4 +222,8 @@ def make_eval_step(config: RunConfig) -> Callable[[Parameters, Batch], Sums]:
     def sums(params, batch, share):
         return loss(params, batch, share)[1].over(share)
 
-    return lambda params, batch: over_batch(sums, params, batch, lambda *_: PartitionSpec())
+    def of_batch(params, batch):
+        with product_precision(config.model):
+            return over_batch(sums, params, batch, lambda *_: PartitionSpec())
+
+    return of_batch
