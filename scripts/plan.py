@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import flags
 
-from laser.planning import topologies
+from laser.planning import bundles, topologies
 from laser.training.config import RunConfig, check_devices
-from laser.training.console import end_on_ctrl_c
+from laser.training.console import end_on_ctrl_c, interruptible
 from laser.training.flags import exit_with, parse_or_exit
 
 SEARCH_WANTED = 3  # programs that fit, to rank
@@ -112,5 +112,5 @@ def _attention(config: RunConfig) -> str:
 
 
 if __name__ == "__main__":
-    end_on_ctrl_c("stopped")
-    sys.exit(main(sys.argv))
+    end_on_ctrl_c("stopped", bundles.remove)
+    sys.exit(interruptible(main, sys.argv))

@@ -1,4 +1,4 @@
-"""`model.matmul_precision`: products of float32 keep it, and bfloat16 programs know nothing of it."""
+"""`model.matmul_precision`: products of float32 keep it, programs of bfloat16 do not change."""
 
 import dataclasses
 import importlib.util
