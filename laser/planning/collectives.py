@@ -5,9 +5,9 @@ Bytes are what a chip has to receive, whatever the algorithm: (n - 1)/n of the w
 all-gather or a reduce-scatter over n chips, twice that for an all-reduce.
 
 XLA for TPUs has forms of its own: an all-gather that goes on beside other work is a fusion to start
-it, fusions that carry it along and one that ends it; a reduce-scatter may be a fusion named
-all-reduce-scatter, of which only the owner's part is ever formed; what slices sum is sent to their
-hosts.
+it, fusions that carry it along and one that ends it, or a call of a sparse core; a reduce-scatter
+may be a fusion named all-reduce-scatter, of which only the owner's part is ever formed; what slices
+sum is sent to their hosts.
 """
 
 import dataclasses
@@ -85,6 +85,9 @@ class Reader:
             yield from self._fusion(op, times)
         elif op.opcode.removesuffix("-start") in KINDS:
             yield self._collective(op, op.opcode.removesuffix("-start"), times)
+        elif op.opcode == "call-start":  # to another core of the chip
+            for inner in self.module.computations[op.called("to_apply")]:
+                yield from self.of(inner, times)
         elif op.opcode == "send" and BETWEEN_SLICES.search(op.rest):
             yield self._between_slices(op, times)
 

@@ -249,7 +249,7 @@ class _Clock:
       lines: what has run.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lines: list[Line] = []
         self._now = 0.0
         self._spans: list[tuple[float, float, str]] = []

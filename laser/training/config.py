@@ -183,6 +183,7 @@ class MeshConfig:
     fsdp: int
     tensor: int
     max_unsharded: float = 0.02
+    compiler_options: Literal["chip", "none"] = "chip"
 
     def __post_init__(self):
         require(
