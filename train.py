@@ -66,28 +66,33 @@ def main(argv: list[str]) -> int:
 def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evaluation]]":
     """The run, and what is evaluated besides its loss. Raises ValueError before it writes."""
     from data.tokenizer import Tokenizer
-    from eval import during_training, finetuning
+    from eval.generation import finetuning
+    from eval.likelihood import during_training
     from laser.training import hosts
     from laser.training.loop import Evaluation, open_run
-    from laser.training.rows import ExampleRows, StoreRows
+    from laser.training.open_rows import open_rows
+    from laser.training.rows import ExampleRows, Rows
 
     with hosts.together("open the data"):
         texts = finetuning.load_tasks(config.data.tasks, config.data.tasks_dir)
-        rows: ExampleRows | StoreRows
+        rows: Rows
         if texts:
             pairs = [finetuning.pairs(texts, split) for split in finetuning.SPLITS]
             rows = ExampleRows(config, Path(config.init_from) / "tokenizer.model", *pairs)
         else:
-            rows = StoreRows(config)
-        tokenizer = Tokenizer(rows.tokenizer_path)
-        tasks = during_training.load_tasks(config, tokenizer)
+            rows = open_rows(config)
+        tasks = []
+        if config.evaluation.tasks:
+            tasks = during_training.load_tasks(config, Tokenizer(rows.tokenizer_path))
     run = open_run(config, rows, values.workdir, values.allow_config_change)
     evaluations = []
     if tasks:
+        tokenizer = Tokenizer(rows.tokenizer_path)
         score = during_training.make_evaluation(config, run.program.mesh, tokenizer, tasks)
         every = run.config.evaluation.every
         evaluations.append(Evaluation(every, lambda state: score(state.params)))
     if isinstance(rows, ExampleRows):
+        tokenizer = Tokenizer(rows.tokenizer_path)
         decode = finetuning.make_evaluation(
             run.config, run.program.mesh, tokenizer, texts, rows.validation, run.workdir
         )

@@ -14,10 +14,11 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     model = config.model
+    model.kind = "decoder"  # decoder | bert (configs/bert.py) | vit, with other fields
     model.vocab_size = 32000  # entries of the embedding; at least the tokenizer's size
     model.num_layers = 16
     model.model_dim = 1024  # width of the residual stream
-    model.mlp = "gelu"  # gelu (two matrices) | geglu | swiglu (three: one gates another)
+    model.mlp = "gelu"  # gelu | relu (two matrices) | geglu | swiglu (three: one gates another)
     model.mlp_dim = 4096  # hidden width of the MLP
     model.num_heads = 8
     model.num_kv_heads = 0  # of keys and values, each for a group of heads; 0 = as many, 1: MQA
@@ -27,7 +28,7 @@ def get_config() -> ConfigDict:
     model.logits_soft_cap = 0.0  # c * tanh(logits / c) on the output logits; 0 = off (PAX: 30)
     model.dtype = "float32"  # float32 | bfloat16, of activations and what fsdp moves; else float32
     model.matmul_precision = "highest"  # default | high | highest, of products of float32
-    model.remat = "full"  # none | dots | full: what the backward pass keeps (see models/decoder.py)
+    model.remat = "full"  # none | dots | full: what the backward pass keeps (see models/stack.py)
     model.unroll = False  # unroll the scan over layers: faster for small models, slower to compile
 
     config.attention = ConfigDict()
@@ -50,7 +51,7 @@ def get_config() -> ConfigDict:
     data.tasks_dir = ""  # folder with their data as downloaded; "" = TFDS's
     data.seq_len = 1024  # tokens of a row; of tasks: at most, longer prompts lose their left
     data.segment_ids = False  # True: tokens attend within their own document only
-    data.shuffle_seed = 0  # of the order of rows, see data/order.py
+    data.shuffle_seed = 0  # of the order of rows, see data/reading/order.py
     # rows that are read in one piece; a batch takes one of each piece, so 1 is the most random
     # order. 256 are 0.5 MB of 1,024 tokens: for a bucket 50 ms away a request of a few ms' work
     data.block_rows = 256
@@ -60,7 +61,9 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     optimizer = config.optimizer
-    optimizer.name = "adamw"  # adamw | lamb | muon (the layers' matrices; the rest by adamw)
+    # adamw | nadamw (Nesterov; decays all parameters) | lamb | muon (the layers' matrices; the rest
+    # by adamw)
+    optimizer.name = "adamw"
     optimizer.learning_rate = 1e-3  # peak
     optimizer.schedule = "cosine"  # to 0 | wsd: the peak, held up to the last decay_steps
     optimizer.warmup_steps = 1000  # linear from 0

@@ -46,7 +46,7 @@ class Stage:
       hold: argument or field → its value, where it is not that of the recipe.
       why: what the stage is for, in a line for the report.
       measures: what is measured of every run at the end beside its loss: "domains", bits per byte
-        of each file of held-out text, and "continuations", the task of eval/offline.py.
+        of each file of held-out text, and "continuations", the task of eval/tasks/offline.py.
     """
 
     name: str

@@ -94,6 +94,17 @@ class Tokenizer:
         """The text of token ids; padding and EOS decode to nothing."""
         return self._processor.decode([int(i) for i in ids])
 
+    def mask_id(self) -> int:
+        """The id that stands for a masked token: the one of unknown pieces, which no text has where
+        every byte has a piece. Raises ValueError for a model without those."""
+        unknown: int = self._processor.unk_id()
+        if unknown in (self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)):
+            raise ValueError(
+                "the tokenizer has no pieces for bytes, so its unknown token is in texts and can't "
+                "stand for a mask; use one of scripts/train_tokenizer.py"
+            )
+        return unknown
+
     def lost(self) -> list[str]:
         """What does not come back from decode(encode(text)), in words; empty for our own models."""
         return [name for name, text in PROBES.items() if self.decode(self.encode(text)) != text]

@@ -13,10 +13,10 @@ from pathlib import Path
 import jax
 
 from data.tokenizer import Tokenizer
-from eval import oneshot
-from eval.generation import Generator
-from eval.scoring import Scorer
-from eval.tasks import OFFLINE
+from eval.generation.generator import Generator
+from eval.likelihood import oneshot
+from eval.likelihood.scoring import Scorer
+from eval.tasks.catalogue import OFFLINE
 from laser.training import checkpoint, sharding
 from laser.training.checkpoint import CheckpointError, restore_parameters
 from laser.training.config import MeshConfig, RunConfig, load_config
@@ -76,6 +76,10 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
     steps = saved_steps(workdir)
     step = steps[-1] if step is None else step
     config = load_run_config(str(workdir))
+    if config.model.kind != "decoder":
+        raise ValueError(
+            f"{workdir}: model.kind={config.model.kind}, and only a decoder goes on with text"
+        )
     mesh = _mesh(config)
     abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
     shardings = sharding.state_shardings(mesh, abstract)
@@ -90,8 +94,8 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
 
 
 def offline_score(model: TrainedModel) -> tuple[float, int]:
-    """Accuracy on the offline task (eval/offline.py) without demonstrations, between 0 and 1, and
-    of how many passages. Chance is 0.25."""
+    """Accuracy on the offline task (eval/tasks/offline.py) without demonstrations, between 0 and 1,
+    and of how many passages. Chance is 0.25."""
     settings = oneshot.Settings(shots=0)
     data = oneshot.load_task(OFFLINE, settings, None)
     result = oneshot.evaluate_task(data, settings, model.scorer, model.params, model.tokenizer)

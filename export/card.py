@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import mixture
+from data.reading import mixture
 from export.folder import Origin
 from export.layouts import Layout
 from models.config import ModelConfig

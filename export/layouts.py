@@ -34,6 +34,10 @@ def choose_layout(config: ModelConfig) -> Layout:
       ValueError: that has no such attention either.
     """
     require(
+        config.kind == "decoder",
+        f"model.kind={config.kind}: only decoders are exported",
+    )
+    require(
         config.attention.kind in ("standard", "laser"),
         f"attention.kind={config.attention.kind}: export/remote/modeling_laser.py has no such "
         "attention; write it there, and add it here",

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
+
+GATED = ("geglu", "swiglu")  # of model.mlp, with three matrices
 
 
 def require(condition: bool, message: str) -> None:
@@ -34,18 +36,92 @@ class AttentionConfig:
         )
 
 
+class BlockConfig(Protocol):
+    """What the blocks of models/layers.py need to know of their model.
+
+    Attributes:
+      causal: positions see no later ones.
+      biases: of the dense layers.
+    """
+
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def biases(self) -> bool: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def model_dim(self) -> int: ...
+    @property
+    def mlp_dim(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def query_dim(self) -> int: ...
+    @property
+    def mlp(self) -> str: ...
+    @property
+    def hidden_mlp_matrices(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def matmul_precision(self) -> str: ...
+    @property
+    def norm(self) -> str: ...
+    @property
+    def positions(self) -> str: ...
+    @property
+    def remat(self) -> str: ...
+    @property
+    def unroll(self) -> bool: ...
+    @property
+    def attention(self) -> AttentionConfig: ...
+
+
+class Counts:
+    """What follows from the fields of a model config, whatever its kind."""
+
+    @property
+    def query_dim(self: BlockConfig) -> int:
+        """Size of one query or key. Differential attention has two of half the size, so that its
+        parameters are as many as the baseline's (paper, section 4.4: d_v = 2 d_k)."""
+        return self.head_dim // 2 if self.attention.diff != "none" else self.head_dim
+
+    @property
+    def attention_weights(self: BlockConfig) -> int:
+        """Entries of a layer's query, key, value and output matrices."""
+        return 2 * self.model_dim * (self.num_heads + self.kv_heads) * self.head_dim
+
+    @property
+    def hidden_mlp_matrices(self: BlockConfig) -> int:
+        """Matrices from the model dim to the MLP's: `up`, and where it is gated `gate`."""
+        return 2 if self.mlp in GATED else 1
+
+    @property
+    def mlp_weights(self: BlockConfig) -> int:
+        """Entries of a layer's MLP."""
+        return (self.hidden_mlp_matrices + 1) * self.model_dim * self.mlp_dim
+
+
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Counts):
     """A decoder-only transformer. Fields as in configs/base.py, section `model`."""
 
+    causal: ClassVar[bool] = True
+    biases: ClassVar[bool] = False
     vocab_size: int
     num_layers: int
     model_dim: int
     mlp_dim: int
     num_heads: int
     head_dim: int
+    kind: Literal["decoder"] = "decoder"
     num_kv_heads: int = 0
-    mlp: Literal["gelu", "geglu", "swiglu"] = "gelu"
+    mlp: Literal["gelu", "relu", "geglu", "swiglu"] = "gelu"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     positions: Literal["sinusoidal", "rotary"] = "sinusoidal"
     logits_soft_cap: float = 0.0
@@ -90,22 +166,96 @@ class ModelConfig:
         return self.num_kv_heads or self.num_heads
 
     @property
-    def attention_weights(self) -> int:
-        """Entries of a layer's query, key, value and output matrices."""
-        return 2 * self.model_dim * (self.num_heads + self.kv_heads) * self.head_dim
+    def outer_weights(self) -> int:
+        """Entries of the matrices outside of the blocks: the embedding."""
+        return self.vocab_size * self.model_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig(ModelConfig):
+    """An encoder of the same blocks, whose tokens see each other both ways; it learns to fill in
+    masked tokens. Fields as in configs/bert.py, section `model`."""
+
+    causal: ClassVar[bool] = False
+    kind: Literal["bert"] = "bert"  # type: ignore[assignment]
+
+
+@dataclasses.dataclass(frozen=True)
+class VitConfig(Counts):
+    """A vision transformer, see models/vit.py. Fields as in configs/vit.py, section `model`."""
+
+    causal: ClassVar[bool] = False
+    biases: ClassVar[bool] = True
+    mlp: ClassVar[str] = "gelu"
+    norm: ClassVar[str] = "layernorm"
+    positions: ClassVar[str] = "sincos2d"
+
+    image_size: int
+    patch_size: int
+    num_classes: int
+    num_layers: int
+    model_dim: int
+    mlp_dim: int
+    num_heads: int
+    kind: Literal["vit"] = "vit"
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["default", "high", "highest"] = "highest"
+    remat: Literal["none", "dots", "full"] = "none"
+    unroll: bool = False
+    attention: AttentionConfig = AttentionConfig()
+
+    def __post_init__(self):
+        names = ("image_size", "patch_size", "num_classes", "num_layers", "mlp_dim", "num_heads")
+        for name in names:
+            value = getattr(self, name)
+            require(value > 0, f"model.{name}={value}: must be at least 1")
+        require(
+            self.image_size % self.patch_size == 0,
+            f"model.patch_size={self.patch_size}: must divide model.image_size={self.image_size}",
+        )
+        dim, heads = self.model_dim, self.num_heads
+        require(
+            dim >= 8 and dim % 4 == 0,
+            f"model.model_dim={dim}: sines and cosines of two directions need a multiple of 4, "
+            "at least 8",
+        )
+        require(
+            dim % heads == 0,
+            f"model.num_heads={heads}: must divide model.model_dim={dim}; use "
+            f"{math.gcd(dim, heads)} or another divisor of it",
+        )
+        require(
+            self.attention.diff == "none" or self.head_dim % 2 == 0,
+            f"model.num_heads={heads}: heads of size {self.head_dim}, and differential attention "
+            "halves the size of queries and keys; use an even one",
+        )
+        require(
+            0 <= self.dropout < 1,
+            f"model.dropout={self.dropout}: must be at least 0 and below 1",
+        )
 
     @property
-    def hidden_mlp_matrices(self) -> int:
-        """Matrices from the model dim to the MLP's: `up`, and where it is gated `gate`."""
-        return 1 if self.mlp == "gelu" else 2
+    def head_dim(self) -> int:
+        """Size of a head's values."""
+        return self.model_dim // self.num_heads
 
     @property
-    def mlp_weights(self) -> int:
-        """Entries of a layer's MLP."""
-        return (self.hidden_mlp_matrices + 1) * self.model_dim * self.mlp_dim
+    def kv_heads(self) -> int:
+        """As many as heads of queries."""
+        return self.num_heads
 
     @property
-    def query_dim(self) -> int:
-        """Size of one query or key. Differential attention has two of half the size, so that its
-        parameters are as many as the baseline's (paper, section 4.4: d_v = 2 d_k)."""
-        return self.head_dim // 2 if self.attention.diff != "none" else self.head_dim
+    def tokens(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch, of three colours."""
+        return 3 * self.patch_size**2
+
+    @property
+    def outer_weights(self) -> int:
+        """Entries of the matrices outside of the blocks: patches, pre-logits and head."""
+        return self.model_dim * (self.patch_values + self.model_dim + self.num_classes)

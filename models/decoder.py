@@ -2,13 +2,11 @@
 
 The paper names PAX and leaves open much that PAX's defaults answer; those are taken: sinusoidal
 positions added to the embedding, which is scaled by sqrt(model dim), pre-norm, the same matrix for
-input and output. The layers' parameters are stacked, so that a scan compiles one layer whatever the
-depth is, and the backward pass keeps what the named policy says.
+input and output.
 
 Shapes: B batch, T positions, M model dim, V vocabulary, L layers.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,40 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from laser.attention.kernels.fused import OUTPUT_NAME
+from models import stack
 from models.config import ModelConfig
 from models.layers import Block, Norm
 
 Array = jax.Array
 Parameters = dict[str, Any]  # nested dicts with float32 arrays as leaves
-
-
-def _all_but_gathered(primitive, *_, **__) -> bool:
-    return primitive.name != "all_gather"
-
-
-def product_precision(config: ModelConfig) -> contextlib.AbstractContextManager:
-    """Where products of float32 keep what model.matmul_precision says.
-
-    It goes around what runs a model, and around what differentiates one: the products of a backward
-    pass are made there. Those of bfloat16 are exact as they are, and stay untouched.
-    """
-    if config.dtype == "bfloat16":
-        return contextlib.nullcontext()
-    return jax.default_matmul_precision(config.matmul_precision)
-
-
-REMAT_POLICIES = {
-    # Keep everything, except weights that other devices hold the parts of.
-    "none": _all_but_gathered,
-    # Keep the outputs of the projections, and of the attention kernel where there is one.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
-    ),
-    # Keep the blocks' inputs alone.
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Decoder(nnx.Module):
@@ -61,10 +31,7 @@ class Decoder(nnx.Module):
         shape = (config.vocab_size, config.model_dim)
         scale = 1 / math.sqrt(config.model_dim)
         self.embedding = nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
-        make_blocks = nnx.split_rngs(splits=config.num_layers)(
-            nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
-        )
-        self.blocks = make_blocks(rngs)
+        self.blocks = stack.stacked(Block, config, rngs)
         self.final_norm = Norm(config.model_dim, config.norm)
 
     def __call__(
@@ -95,35 +62,16 @@ class Decoder(nnx.Module):
         if whole is not None:
             embedding_VM = whole("embedding", embedding_VM)
         x_BTM = embed(self.config, embedding_VM, tokens_BT, positions_BT)
-        with product_precision(self.config):
-            x_BTM, ranges_L = self._run_blocks(
-                x_BTM, positions_BT, segment_ids_BT, shared_segment, whole
-            )
+
+        def call(block, x, layer):
+            return block(x, layer, positions_BT, segment_ids_BT, shared_segment)
+
+        x_BTM, ranges_L = stack.run(self.config, self.blocks, x_BTM, call, whole)
         return self.final_norm(x_BTM), ranges_L
-
-    def _run_blocks(self, x_BTM, positions_BT, segment_ids_BT, shared_segment, whole):
-        graph = nnx.graphdef(self.blocks)
-        stacked = nnx.to_pure_dict(nnx.state(self.blocks))
-
-        def layer(x, xs):
-            index, params = xs
-            if whole is not None:
-                params = whole("blocks", params)
-            block = nnx.merge(graph, params)
-            return block(x, index, positions_BT, segment_ids_BT, shared_segment)
-
-        if self.config.remat != "none" or whole is not None:
-            # The scan already keeps the recomputation apart from the forward pass.
-            layer = jax.checkpoint(
-                layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=self.config.unroll
-            )
-        layers = self.config.num_layers
-        unroll = layers if self.config.unroll else 1
-        return jax.lax.scan(layer, x_BTM, (jnp.arange(layers), stacked), unroll=unroll)
 
     def logits(self, hidden_BTM: Array) -> Array:
         """(B, T, M) -> (B, T, V) float32, through the tied embedding."""
-        with product_precision(self.config):
+        with stack.product_precision(self.config):
             return output_logits(hidden_BTM, self.embedding[...], self.config.logits_soft_cap)
 
 
@@ -210,11 +158,12 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Matrix-product FLOPs of forward and backward pass per token.
 
     Causal attention counts half of the square, and recomputation not at all: the convention of the
-    MFU that is reported here.
+    MFU that is reported here. The head of a BERT is counted for every token, as it is computed.
     """
     size = config.head_dim
     weights = config.num_layers * (config.attention_weights + config.mlp_weights)
     weights += config.vocab_size * config.model_dim
     maps = size // config.query_dim  # differential attention has two, each over the whole value
-    per_layer = config.num_heads * (size + maps * size) * seq_len / 2
+    seen = seq_len / 2 if config.causal else seq_len
+    per_layer = config.num_heads * (size + maps * size) * seen
     return 6 * (weights + config.num_layers * per_layer)

@@ -17,8 +17,9 @@ from flax import nnx
 
 from laser.attention.decode import BLOCK
 from models.config import ModelConfig
-from models.decoder import Parameters, embed, output_logits, product_precision
+from models.decoder import Parameters, embed, output_logits
 from models.layers import Block, LayerCache, Norm
+from models.stack import product_precision
 
 Array = jax.Array
 

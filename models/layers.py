@@ -1,9 +1,10 @@
 """The parts of a block: norm, MLP, and the attention layer that owns the variant's parameters.
 
 Parameters are float32 and are cast to the activations' dtype where they are used; norms compute in
-float32. No dense layer has a bias (the paper's parameter counts leave no room to tell), LayerNorm
-has scale and bias, RMSNorm a scale. Dense weights start as truncated normals of variance 1 /
-fan-in.
+float32. A decoder's dense layers have no bias (the paper's parameter counts leave no room to tell)
+and start as truncated normals of variance 1 / fan-in; where the config says `biases`, they have one
+and start uniform, of variance 2 / (fan-in + fan-out) (Xavier). LayerNorm has scale and bias,
+RMSNorm a scale.
 
 Shapes: B batch, T positions, M model dim, F MLP dim, H heads of queries, K of keys and values, D
 head dim, Q query dim.
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from laser import attention as attn
-from models.config import ModelConfig
+from models.config import GATED, BlockConfig
 
 Array = jax.Array
 
@@ -34,6 +35,21 @@ def dense_param(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Para
     # 0.8796 is the standard deviation of a unit normal truncated at two standard deviations.
     scale = 1 / math.sqrt(fan_in) / 0.87962566
     return nnx.Param(scale * jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32))
+
+
+def layer_param(
+    config: BlockConfig, rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, fan_out: int
+) -> nnx.Param:
+    """A float32 weight of a block, as the top of this file says."""
+    if not config.biases:
+        return dense_param(rngs, shape, fan_in)
+    limit = math.sqrt(6 / (fan_in + fan_out))
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit))
+
+
+def with_bias(x: Array, bias: nnx.Param | None) -> Array:
+    """x + bias over the last dims, in the dtype of `x`; x if there is none."""
+    return x if bias is None else x + bias[...].astype(x.dtype)
 
 
 class Norm(nnx.Module):
@@ -54,29 +70,47 @@ class Norm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """down(gelu(up(x))), or gated (arXiv 2002.05202): down(f(gate(x)) · up(x)).
+    """down(f(up(x))), or gated (arXiv 2002.05202): down(f(gate(x)) · up(x)).
 
-    f is GELU in its tanh form (GeGLU), or SiLU (SwiGLU).
+    f is GELU in its tanh form or ReLU; gated it is that GELU (GeGLU) or SiLU (SwiGLU). Biases, of
+    the form without a gate alone, start as normals of standard deviation 1e-6.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, rngs: nnx.Rngs):
         self.kind = config.mlp
-        self.up = dense_param(rngs, (config.model_dim, config.mlp_dim), config.model_dim)
-        self.down = dense_param(rngs, (config.mlp_dim, config.model_dim), config.mlp_dim)
-        if config.mlp != "gelu":
-            self.gate = dense_param(rngs, (config.model_dim, config.mlp_dim), config.model_dim)
+        model, hidden = config.model_dim, config.mlp_dim
+        self.up = layer_param(config, rngs, (model, hidden), model, hidden)
+        self.down = layer_param(config, rngs, (hidden, model), hidden, model)
+        if config.mlp in GATED:
+            self.gate = dense_param(rngs, (model, hidden), model)
+
+        def bias(size):
+            return nnx.Param(1e-6 * jax.random.normal(rngs.params(), (size,), jnp.float32))
+
+        self.up_bias = bias(hidden) if config.biases else None
+        self.down_bias = bias(model) if config.biases else None
 
     def __call__(self, x_BTM: Array) -> Array:
-        hidden_BTF = x_BTM @ self.up[...].astype(x_BTM.dtype)
+        return self.output(self.hidden(x_BTM))
+
+    def hidden(self, x_BTM: Array) -> Array:
+        """(B, T, M) -> (B, T, F)."""
+        hidden_BTF = with_bias(x_BTM @ self.up[...].astype(x_BTM.dtype), self.up_bias)
         if self.kind == "gelu":
             hidden_BTF = jax.nn.gelu(hidden_BTF, approximate=True)
+        elif self.kind == "relu":
+            hidden_BTF = jax.nn.relu(hidden_BTF)
         else:
             gate_BTF = x_BTM @ self.gate[...].astype(x_BTM.dtype)
             swish = self.kind == "swiglu"
             hidden_BTF *= (
                 jax.nn.silu(gate_BTF) if swish else jax.nn.gelu(gate_BTF, approximate=True)
             )
-        return hidden_BTF @ self.down[...].astype(x_BTM.dtype)
+        return hidden_BTF
+
+    def output(self, hidden_BTF: Array) -> Array:
+        """(B, T, F) -> (B, T, M)."""
+        return with_bias(hidden_BTF @ self.down[...].astype(hidden_BTF.dtype), self.down_bias)
 
 
 class LayerCache(NamedTuple):
@@ -96,15 +130,21 @@ class Attention(nnx.Module):
     value whole, so all variants have projections of the same shape.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, rngs: nnx.Rngs):
         self.config = config
         heads, size, dim = config.num_heads, config.head_dim, config.model_dim
         kv_heads = config.kv_heads
         query_dim = config.query_dim
-        self.query = dense_param(rngs, (dim, heads, size), dim)
-        self.key = dense_param(rngs, (dim, kv_heads, size), dim)
-        self.value = dense_param(rngs, (dim, kv_heads, size), dim)
-        self.output = dense_param(rngs, (dim, heads, size), heads * size)
+        make = functools.partial(layer_param, config, rngs)
+        self.query = make((dim, heads, size), dim, heads * size)
+        self.key = make((dim, kv_heads, size), dim, kv_heads * size)
+        self.value = make((dim, kv_heads, size), dim, kv_heads * size)
+        self.output = make((dim, heads, size), heads * size, dim)
+        biased = config.biases
+        self.query_bias = nnx.Param(jnp.zeros((heads, size))) if biased else None
+        self.key_bias = nnx.Param(jnp.zeros((kv_heads, size))) if biased else None
+        self.value_bias = nnx.Param(jnp.zeros((kv_heads, size))) if biased else None
+        self.output_bias = nnx.Param(jnp.zeros(dim)) if biased else None
         variant = config.attention
         if variant.per_dim_temp:
             self.log_temperature = nnx.Param(jnp.zeros(query_dim))
@@ -122,7 +162,7 @@ class Attention(nnx.Module):
         self,
         x_BTM: Array,
         layer: Array,
-        positions_BT: Array,
+        positions_BT: Array | None,
         segment_ids_BT: Array | None,
         shared_segment: int | None = None,
     ) -> tuple[Array, Array]:
@@ -135,6 +175,7 @@ class Attention(nnx.Module):
                     query,
                     key,
                     value,
+                    causal=self.config.causal,
                     segment_ids=segment_ids_BT,
                     shared_segment=shared_segment,
                     implementation=self.config.attention.implementation,
@@ -184,19 +225,24 @@ class Attention(nnx.Module):
         weight_MN = self.output[...].astype(out_BTN.dtype).reshape(x_BTM.shape[-1], -1)
         return jnp.einsum("btn,mn->btm", out_BTN, weight_MN), cache
 
-    def project(self, x_BTM: Array, positions_BT: Array) -> tuple[list[Array], list[Array], Array]:
+    def project(
+        self, x_BTM: Array, positions_BT: Array | None
+    ) -> tuple[list[Array], list[Array], Array]:
         """Queries and keys, two of each for differential attention, and the value.
 
         Queries are (B, T, H, Q), keys and the value (B, T, K, ·).
         """
 
-        def project(weight):
-            return jnp.einsum("btm,mhd->bthd", x_BTM, weight[...].astype(x_BTM.dtype))
+        def project(weight, bias):
+            out = jnp.einsum("btm,mhd->bthd", x_BTM, weight[...].astype(x_BTM.dtype))
+            return with_bias(out, bias)
 
-        value = project(self.value)
-        queries, keys = self._split(project(self.query)), self._split(project(self.key))
+        value = project(self.value, self.value_bias)
+        queries = self._split(project(self.query, self.query_bias))
+        keys = self._split(project(self.key, self.key_bias))
         variant = self.config.attention
         if self.config.positions == "rotary":
+            assert positions_BT is not None
             queries, keys = ([attn.rotary(x, positions_BT) for x in xs] for xs in (queries, keys))
         if variant.qk_norm:
             queries = [self._normalised(x, self.query_norm) for x in queries]
@@ -224,7 +270,8 @@ class Attention(nnx.Module):
     def _output(self, outputs: tuple[Array, ...], layer: Array | int) -> Array:
         """One or two attention outputs (B, T, H, D) to (B, T, M)."""
         out = self._combined(outputs, layer)
-        return jnp.einsum("bthd,mhd->btm", out, self.output[...].astype(out.dtype))
+        out_BTM = jnp.einsum("bthd,mhd->btm", out, self.output[...].astype(out.dtype))
+        return with_bias(out_BTM, self.output_bias)
 
     def _combined(self, outputs: tuple[Array, ...], layer: Array | int) -> Array:
         """One or two attention outputs to one, (B, T, H, D)."""
@@ -243,7 +290,7 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, rngs: nnx.Rngs):
         self.attention_norm = Norm(config.model_dim, config.norm)
         self.attention = Attention(config, rngs)
         self.mlp_norm = Norm(config.model_dim, config.norm)

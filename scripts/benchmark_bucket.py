@@ -17,12 +17,12 @@ from unittest import mock
 import numpy as np
 
 from configs import base
-from data.blocks import BlockReader
-from data.files import LocalFile
-from data.manifest import COUNTS, FORMAT, MANIFEST
-from data.order import Places
+from data.reading.blocks import BlockReader
+from data.reading.files import LocalFile
+from data.reading.manifest import COUNTS, FORMAT, MANIFEST
+from data.reading.order import Places
+from data.reading.store import TOKENIZER, Split, TokenStore
 from data.sealed import seal
-from data.store import TOKENIZER, Split, TokenStore
 
 SEQ_LEN, BATCH_SIZE, SHARD_TOKENS, SHARDS = 1024, 1024, 2**26, 9
 STEPS = 512  # two blocks of every lane

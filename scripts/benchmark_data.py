@@ -40,12 +40,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import sentencepiece
 
-from data import corpus
-from data.config import StoreConfig
-from data.prepare import prepare
-from data.store import TokenStore
+from data.preparation.config import StoreConfig
+from data.preparation.prepare import prepare
+from data.preparation.workers import cores
+from data.reading.store import TokenStore
+from data.sources import corpus
 from data.tokenizer import train_tokenizer
-from data.workers import cores
 from scripts import benchmark_bucket
 
 FILES, VOCAB_SIZE = 8, 8_000
@@ -56,8 +56,8 @@ OTHERS = {"timestamp": "2019-04-25T12:57:54Z", "url": "https://www.example.com/a
 PEAK = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from data.config import StoreConfig
-from data.prepare import prepare
+from data.preparation.config import StoreConfig
+from data.preparation.prepare import prepare
 
 if __name__ == "__main__":
     source, output, tokenizer, workers = sys.argv[2:]
@@ -208,7 +208,7 @@ def measure_memory(folder: Path, kind: str, tokenizer: Path, num_bytes: int) -> 
 
 def measure_loader(store: TokenStore) -> None:
     """Prints rows/s of the loader over what a host consumes, and what a faster host would wait."""
-    from data.loader import train_batches  # imports jax
+    from data.reading.loader import train_batches  # imports jax
 
     consumed = host_rows_per_second()
     start = functools.partial(

@@ -26,9 +26,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from eval import oneshot
+from eval.likelihood import oneshot
 from eval.run import open_model
-from eval.tasks import TASKS
+from eval.tasks.catalogue import TASKS
 from models.decoder import structure
 
 ROUNDS = 5

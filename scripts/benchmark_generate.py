@@ -90,7 +90,7 @@ def measure(shape: Shape, batch: int, rounds: int, peers: bool) -> dict[str, lis
 
 
 def our_case(shape: Shape, prompts: np.ndarray, kind: Literal["standard", "laser"]) -> Case:
-    from eval.generation import Generator
+    from eval.generation.generator import Generator
     from models.config import AttentionConfig, ModelConfig
     from models.decoder import init_parameters
 

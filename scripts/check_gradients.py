@@ -63,7 +63,7 @@ def cut(config: RunConfig, layers: int, tokens: int, devices: int) -> RunConfig:
 
 
 def batch(config: RunConfig) -> dict[str, np.ndarray]:
-    """Rows of tokens whose frequency is 1 / (rank + 1); a token is its rank. See data/loader.py."""
+    """Rows of tokens whose frequency is 1 / (rank + 1); a token is its rank."""
     frequency = 1 / np.arange(1, config.model.vocab_size + 1)
     shape = (config.training.batch_size, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).choice(

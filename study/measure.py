@@ -2,7 +2,7 @@
 
 domains        bits per byte of each file of the folder of held-out text, under the file's name
 continuations  how often the model tells how a held-out passage of the Bible goes on, see
-               eval/offline.py
+               eval/tasks/offline.py
 
 A process of its own, because it imports jax. Writes measured.json into the run's folder.
 """
@@ -58,12 +58,13 @@ def bits_per_byte(model, path: Path) -> float:
     step = jax.jit(sharding.on_mesh(mesh, make_eval_step(config)))
     nll = sum(
         float(step(model.params, batch).nll)
-        for batch in _batches(tokens, config.training.batch_size, config.data.seq_len)
+        for batch in batches(tokens, config.training.batch_size, config.data.seq_len)
     )
     return nll / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
-def _batches(tokens: Sequence[int], batch: int, length: int) -> Iterator[dict]:
+def batches(tokens: Sequence[int], batch: int, length: int) -> Iterator[dict]:
+    """Rows of a stream of tokens, for a model's step; the last ones are filled up at weight 0."""
     import numpy as np
 
     targets = len(tokens) - 1

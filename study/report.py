@@ -17,7 +17,7 @@ from study.plan import names_of, number_of_runs
 from study.run import Folder
 
 NUMBERS, REPORT = "numbers.json", "report.md"
-LEFT_OUT = ("config", "gradient_norm", "sha256")  # of a run's result: they stay in its folder
+LEFT_OUT = ("config", "sha256")  # of a run's result: they stay in its folder
 
 
 def write_report(folder: Folder) -> str:
@@ -26,11 +26,11 @@ def write_report(folder: Folder) -> str:
     Raises:
       ValueError: no run has a result yet, or a result is damaged.
     """
-    record, full = collect(folder)
+    record = collect(folder)
     if not record["runs"]:
         raise ValueError(f"output={folder.path}: no run has a result yet")
     write_atomically(folder.path / NUMBERS, dumps(record))
-    pictures = figures.draw_all(record, full, folder.path)
+    pictures = figures.draw_all(record, folder.path)
     text = tables.all_tables(record)
     shown = "\n\n".join(f"![{path.stem}]({path.name})" for path in pictures)
     today = datetime.date.today().isoformat()
@@ -40,10 +40,10 @@ def write_report(folder: Folder) -> str:
     return f"{text}\n\n{folder.path / REPORT}"
 
 
-def collect(folder: Folder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The study's plan with its runs' numbers, and the whole results besides."""
+def collect(folder: Folder) -> dict[str, Any]:
+    """The study's plan with its runs' numbers."""
     study = folder.plan.study
-    stages, runs, full = [], [], []
+    stages, runs = [], []
     for stage, cells in folder.stages():
         stages.append({
             "name": stage.name,
@@ -58,7 +58,6 @@ def collect(folder: Folder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         })  # fmt: skip
         for cell in cells or ():
             if result := folder.result(cell):
-                full.append(result)
                 small = {k: v for k, v in result.items() if k not in LEFT_OUT}
                 runs.append({**small, "flags": list(cell.flags())})
     compare = [
@@ -67,7 +66,7 @@ def collect(folder: Folder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ]
     record = {"study": folder.plan.file, "stages": stages, "compare": compare, "runs": runs}
     record["sizes"] = list(study.sizes)
-    return seal(record), full
+    return seal(record)
 
 
 def dumps(record: dict[str, Any]) -> str:

@@ -10,50 +10,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.sealed import seal, unseal
+from data.sealed import checksum, seal, unseal
 from laser.training.config import load_config
-from laser.training.metrics import METRICS_FILE, read_metrics
+from laser.training.metrics import METRICS_FILE, count_spikes, read_metrics
 from laser.training.run_folder import load_record, saved_step_folders, write_atomically
 from models.config import ModelConfig
 from study.plan import Cell
 
 RESULT, MEASURED = "result.json", "measured.json"
-SPIKE = 0.3  # nats above the median of the WINDOW losses before it
-WINDOW = 10
 
 
 def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[str, Any]:
     """Of a run that has ended as it should."""
     lines = read_metrics(folder / METRICS_FILE)
     evals = [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
-    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     measured = json.loads((folder / MEASURED).read_text()) if (folder / MEASURED).exists() else {}
     final = [line for line in lines if "eval/loss" in line][-1]
     record = load_record(str(folder))
     batch = record["config"]["training"]["batch_size"] * record["config"]["data"]["seq_len"]
     model = load_config(record["config"]).model
     speeds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
+    norms = [
+        [line["step"], line["gradient_norm"] and float(f"{line['gradient_norm']:.4g}")]
+        for line in lines
+        if "gradient_norm" in line
+    ]
     skipped = [line["skipped_steps"] for line in lines if "skipped_steps" in line]
     result = _identity(cell) | {
         "status": "done",
         "eval_loss": final["eval/loss"],
         "bits_per_byte": final.get("eval/bits_per_byte"),
         "curve": evals,
-        "spikes": count_spikes([loss for _, loss in losses]),
+        "spikes": count_spikes(folder),
         "skipped_steps": int(skipped[-1]) if skipped else 0,
         "steps": final["step"],
         "tokens": final["step"] * batch,
         "parameters": beside_embedding(model),
         "seconds_per_step": statistics.median(speeds),
-        "gradient_norm": [
-            [line["step"], line["gradient_norm"]] for line in lines if "gradient_norm" in line
-        ][:: max(1, len(losses) // 50)],
+        "gradient_norm": norms[:: max(1, len(norms) // 50)],
         "config": record["config"],
+        "config_sha256": config_sha256(record["config"]),
         "data": record["data"]["fingerprint"],
         **measured,
         **versions,
     }
     return _write(folder, result)
+
+
+def write_adopted(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run that was trained elsewhere, from the numbers that are kept of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _write(folder, {key: value for key, value in run.items() if key != "flags"})
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Of all fields but the place of the data."""
+    return checksum({**config, "data": {**config["data"], "store": ""}})
 
 
 def write_failed(cell: Cell, folder: Path, reason: str, versions: Mapping[str, str]) -> dict:
@@ -88,21 +100,6 @@ def final_loss(result: Mapping[str, Any]) -> float:
     """On the validation split; infinite for a run that failed or ended with no number."""
     loss = result.get("eval_loss")
     return math.inf if loss is None else loss
-
-
-def count_spikes(losses: list[float | None]) -> int:
-    """Times that the recorded training loss goes SPIKE above the median of those before it.
-
-    Losses that stay above count once; one that is not finite is a spike.
-    """
-    count, above = 0, False
-    for i in range(WINDOW, len(losses)):
-        before = [x for x in losses[i - WINDOW : i] if x is not None]
-        loss = losses[i]
-        is_above = loss is None or (bool(before) and loss > statistics.median(before) + SPIKE)
-        count += is_above and not above
-        above = is_above
-    return count
 
 
 def beside_embedding(model: ModelConfig) -> int:

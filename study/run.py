@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -60,6 +60,7 @@ class Folder:
         self.path = path
         self.plan = plan
         self._results: dict[str, dict[str, Any]] = {}
+        self._data = ""  # fingerprint of what all runs read
         mark = path / STUDY
         if not mark.exists() and path.exists() and any(path.iterdir()):
             raise ValueError(f"output={path}: is not empty and holds no study; choose another one")
@@ -80,8 +81,30 @@ class Folder:
             result = results.read(self.path / cell.key)
             if result is None:
                 return None
+            data = result.get("data", self._data)
+            if data != (self._data or data):
+                raise ValueError(
+                    f"{self.path / cell.key}: was trained on other data than the runs before it; "
+                    "delete it, or choose another output"
+                )
+            self._data = data
             self._results[cell.key] = result
         return self._results[cell.key]
+
+    def adopt(self, runs: Iterable[Mapping[str, Any]]) -> int:
+        """Takes over the numbers of runs that were trained elsewhere, where their configs are those
+        of this study's runs. Returns how many."""
+        known = {f"{run['stage']}/{run['name']}": run for run in runs}
+        adopted = 0
+        for _, cells in self.stages():  # a choice among them opens the next stage
+            for cell in cells or ():
+                run = known.get(cell.key)
+                if run is None or self.result(cell) is not None:
+                    continue
+                if run.get("config_sha256") == results.config_sha256(to_dict(cell.config())):
+                    results.write_adopted(self.path / cell.key, run)
+                    adopted += 1
+        return adopted
 
     def loss_of(self, cell: Cell) -> float | None:
         result = self.result(cell)
@@ -99,14 +122,16 @@ class Folder:
         """Raises ValueError where a result is not that of the run which the study now has."""
         for _, cells in self.stages():
             for cell in cells or ():
-                saved = (self.result(cell) or {}).get("config")
-                lines = diff_configs(saved, to_dict(cell.config())) if saved else []
-                lines = [line for line in lines if not line.startswith("data.store:")]
-                if lines:
-                    raise ValueError(
-                        f"output={self.path}: {cell.key} was trained with another config "
-                        f"({'; '.join(lines)}); choose another folder, or delete that run"
-                    )
+                result = self.result(cell) or {}
+                config = to_dict(cell.config())
+                if result.get("config_sha256") in (None, results.config_sha256(config)):
+                    continue
+                lines = diff_configs(result.get("config", {}), config)
+                told = "; ".join(line for line in lines if not line.startswith("data.store:"))
+                raise ValueError(
+                    f"output={self.path}: {cell.key} was trained with another config ({told}); "
+                    "choose another folder, or delete that run"
+                )
 
 
 def commands(folder: Folder) -> list[str]:

@@ -33,9 +33,9 @@ os.environ["XLA_FLAGS"] = (
     + f" --xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}"
 ).strip()
 
-from data import corpus
-from data.config import StoreConfig
-from data.prepare import prepare
+from data.preparation.config import StoreConfig
+from data.preparation.prepare import prepare
+from data.sources import corpus
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -46,13 +46,15 @@ class Mlp(nn.Module):
         self.up = nn.Parameter(torch.empty(model["model_dim"], model["mlp_dim"]))
         self.down = nn.Parameter(torch.empty(model["mlp_dim"], model["model_dim"]))
         self.kind = model["mlp"]
-        if self.kind != "gelu":
+        if self.kind in ("geglu", "swiglu"):
             self.gate = nn.Parameter(torch.empty(model["model_dim"], model["mlp_dim"]))
 
     def forward(self, x):
         hidden = x @ self.up
         if self.kind == "gelu":
             return functional.gelu(hidden, approximate="tanh") @ self.down
+        if self.kind == "relu":
+            return functional.relu(hidden) @ self.down
         gate = x @ self.gate
         swish = self.kind == "swiglu"
         gate = functional.silu(gate) if swish else functional.gelu(gate, approximate="tanh")

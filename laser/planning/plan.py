@@ -247,12 +247,12 @@ def estimated_peak_gib(config: RunConfig, mesh: MeshConfig) -> float:
     the widest activation in float32 thrice; or for the loss two chunks of logits and the embedding.
     """
     model = config.model
-    layers = roofline.parameter_count(model) - model.vocab_size * model.model_dim
+    layers = roofline.parameter_count(model) - model.outer_weights
     itemsize = 2 if model.dtype == "bfloat16" else 4
     widest = max(model.mlp_dim, model.num_heads * model.head_dim)
     layer = 4 * itemsize * layers / model.num_layers / mesh.tensor
     layer += 12 * roofline.tokens_per_chip(config, mesh) * widest / mesh.tensor
-    embedding = 3 * 4 * model.vocab_size * model.model_dim / mesh.tensor
+    embedding = 3 * 4 * model.outer_weights / mesh.tensor
     gradient = 0.0
     if config.training.accumulation > 1:
         gradient = 4 * roofline.parameter_count(model) / (mesh.fsdp * mesh.tensor)

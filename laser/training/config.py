@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from models.config import AttentionConfig, ModelConfig, require
+from models.config import AttentionConfig, BertConfig, ModelConfig, VitConfig, require
 
 
 def _require_at_least(minimum: float, section: str, config: Any, *names: str) -> None:
@@ -55,7 +55,7 @@ class DataConfig:
 class OptimizerConfig:
     """Update rule and schedule. Fields as in configs/base.py, section `optimizer`."""
 
-    name: Literal["adamw", "lamb", "muon"]
+    name: Literal["adamw", "nadamw", "lamb", "muon"]
     learning_rate: float
     schedule: Literal["cosine", "wsd"]
     warmup_steps: int
@@ -205,17 +205,40 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """What a vision transformer sees. Fields as in configs/vit.py, section `images`."""
+
+    source: str
+    test: str
+    crop: Literal["imagenet", "none"]
+    operations: int
+    magnitude: float
+    mixup: float
+    label_smoothing: float
+    workers: int
+    max_broken: int
+
+    def __post_init__(self):
+        _require_at_least(0, "images", self, "operations", "magnitude", "mixup")
+        _require_at_least(0, "images", self, "label_smoothing", "workers", "max_broken")
+        for name, most in (("magnitude", 10), ("mixup", 1), ("label_smoothing", 1)):
+            value = getattr(self, name)
+            require(value <= most, f"images.{name}={value}: must be at most {most}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All that defines a run. The section `attention` of configs/base.py is `model.attention`."""
 
     init_from: str
-    model: ModelConfig
+    model: Any  # of one of the classes of MODELS
     data: DataConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
     mesh: MeshConfig
+    images: ImagesConfig | None = None  # of a vision transformer
 
     def __post_init__(self):
         warmup, steps = self.optimizer.warmup_steps, self.training.steps
@@ -240,6 +263,16 @@ class RunConfig:
             self.checkpoint.best != "decoding_accuracy" or bool(self.data.tasks),
             "checkpoint.best=decoding_accuracy: only runs on data.tasks have it; use loss",
         )
+        for key, names in (("data", self.data.tasks), ("evaluation", self.evaluation.tasks)):
+            require(
+                not names or self.model.kind == "decoder",
+                f"{key}.tasks={names}: only a decoder has them, and model.kind={self.model.kind}",
+            )
+        require(
+            self.model.kind != "bert" or self.data.segment_ids,
+            "data.segment_ids=False with model.kind=bert: tokens would see other documents and "
+            "padding on both sides; use True",
+        )
         _check_tensor_axis(self.model, self.mesh.tensor)
 
 
@@ -253,17 +286,23 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "mesh": MeshConfig,
 }
+# And of the kinds of models that have more of them.
+MORE_SECTIONS: dict[str, dict[str, type]] = {"vit": {"images": ImagesConfig}}
+MODELS: dict[str, type] = {"decoder": ModelConfig, "bert": BertConfig, "vit": VitConfig}
 
 
 def load_config(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
     """Checks a nested dictionary in the layout of configs/base.py. Raises ValueError."""
     tree = config.to_dict() if isinstance(config, ConfigDict) else config
-    _check_names("section", "", tree, [*SECTIONS, "init_from"])
+    sections = SECTIONS | MORE_SECTIONS.get(_kind(tree.get("model")), {})
+    _check_names("section", "", tree, [*sections, "init_from"])
     attention = AttentionConfig(**_checked_fields("attention", tree["attention"]))
-    model = ModelConfig(**_checked_fields("model", tree["model"]), attention=attention)
+    model = MODELS[_kind(tree["model"])](
+        **_checked_fields("model", tree["model"]), attention=attention
+    )
     rest = {
-        section: SECTIONS[section](**_checked_fields(section, tree[section]))
-        for section in SECTIONS
+        section: section_class(**_checked_fields(section, tree[section]))
+        for section, section_class in sections.items()
         if section not in ("model", "attention")
     }
     start = _checked("init_from", tree["init_from"], str)
@@ -274,7 +313,8 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     """The nested dictionary in the layout of configs/base.py; `load_config` takes it back."""
     tree = dataclasses.asdict(config)
     tree["attention"] = tree["model"].pop("attention")
-    return {"init_from": config.init_from} | {section: tree[section] for section in SECTIONS}
+    sections = [*SECTIONS, *MORE_SECTIONS.get(config.model.kind, {})]
+    return {"init_from": config.init_from} | {section: tree[section] for section in sections}
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -334,7 +374,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _check_tensor_axis(model: ModelConfig, tensor: int) -> None:
+def _kind(model: Any) -> str:
+    """`kind` of a section `model`."""
+    kind = model.get("kind") if isinstance(model, Mapping) else None
+    return _checked("model.kind", kind, Literal[*MODELS]) if kind else "decoder"
+
+
+def _check_tensor_axis(model: ModelConfig | VitConfig, tensor: int) -> None:
     sizes = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "mlp_dim": model.mlp_dim}
     for name, value in sizes.items() if tensor > 1 else ():
         require(
@@ -355,13 +401,13 @@ def _checked_fields(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     require(
         isinstance(values, Mapping), f"{section}={values!r}: expected a section of named fields"
     )
-    hints = {key: hint for key, hint in _hints(section).items() if hint is not AttentionConfig}
+    kind = _kind(values) if section == "model" else ""
+    classes = SECTIONS | {k: v for more in MORE_SECTIONS.values() for k, v in more.items()}
+    section_class = MODELS[kind] if kind else classes[section]
+    hints = {field.name: field.type for field in dataclasses.fields(section_class)}
+    hints = {key: hint for key, hint in hints.items() if hint is not AttentionConfig}
     _check_names("key", f"{section}.", values, hints)
     return {key: _checked(f"{section}.{key}", values[key], hint) for key, hint in hints.items()}
-
-
-def _hints(section: str) -> dict[str, Any]:
-    return typing.get_type_hints(SECTIONS[section])
 
 
 def _check_names(what: str, prefix: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

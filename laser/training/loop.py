@@ -7,6 +7,7 @@ skipped nothing is saved, so that good checkpoints stay. An evaluation that a si
 owed: the checkpoint says so, and the run that goes on from there begins with it.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -52,8 +53,7 @@ from laser.training.run_folder import (
 from laser.training.spikes import Spikes
 from laser.training.step import TrainState
 from laser.training.watchdog import Watchdog
-from models.config import ModelConfig
-from models.decoder import init_parameters, train_flops_per_token
+from models.families import AnyModelConfig, init_parameters, train_flops_per_token
 
 log = logging.getLogger(__name__)
 
@@ -184,26 +184,30 @@ class Run:
         return self.rows.train_batches(self.config, start_step, self.program.batch_sharding)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Loss in nats per token and bits per byte of text on the validation split.
+        """Loss in nats per token, the objective's shares, and bits per byte of text, on the
+        validation split.
 
-        Of a mixture, of each store and their mean by its shares. Bits per byte is there only where
-        the whole of every split was read.
+        Of several parts, of each and their mean by the parts' shares. Bits per byte is there only
+        where the whole of every split was read.
         """
         metrics: dict[str, float] = {}
-        loss = bits = 0.0
+        means: dict[str, float] = collections.defaultdict(float)
+        bits = 0.0
         for part in self.rows.validation_parts(self.config, self.program.batch_sharding):
-            nll = tokens = 0.0
+            total: dict[str, float] = collections.defaultdict(float)
             for batch in part.batches:
                 preemption.between_batches()
                 sums = self.program.eval_step(state.params, batch)
-                nll += float(sums.nll)
-                tokens += float(sums.tokens)
+                for name, x in {"loss": sums.nll, **sums.shares, "": sums.tokens}.items():
+                    total[name] += float(x)
+            tokens, nll = total.pop(""), total["loss"]
             whole = part.bytes > 0 and tokens == part.tokens
-            loss += part.share * nll / tokens
             bits += part.share * nll / math.log(2) / part.bytes if whole else math.nan
-            if part.name:
-                metrics[f"eval/loss/{part.name}"] = nll / tokens
-        metrics["eval/loss"] = loss
+            for name, x in total.items():
+                means[name] += part.share * x / tokens
+                if part.name:
+                    metrics[f"eval/{name}/{part.name}"] = x / tokens
+        metrics |= {f"eval/{name}": mean for name, mean in means.items()}
         if math.isfinite(bits):
             metrics["eval/bits_per_byte"] = bits
         return metrics
@@ -388,9 +392,10 @@ def _check_init(config: RunConfig, rows: Rows) -> int:
         step = saved_steps(start)[-1]
     except (ValueError, CheckpointError) as error:
         raise ValueError(f"{where}: {error}") from error
-    if (start / "tokenizer.model").read_bytes() != Path(rows.tokenizer_path).read_bytes():
+    tokenizer = rows.tokenizer_path
+    if tokenizer and (start / "tokenizer.model").read_bytes() != Path(tokenizer).read_bytes():
         raise ValueError(
-            f"{where}: its tokenizer is not that of {rows.tokenizer_path}, so the same ids mean "
+            f"{where}: its tokenizer is not that of {tokenizer}, so the same ids mean "
             "other text; prepare the data with --tokenizer=" + str(start / "tokenizer.model")
         )
     there, here = (_parameter_shapes(model) for model in (theirs, config.model))
@@ -404,7 +409,7 @@ def _check_init(config: RunConfig, rows: Rows) -> int:
     return step
 
 
-def _parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _parameter_shapes(model: AnyModelConfig) -> dict[str, tuple[int, ...]]:
     abstract = jax.eval_shape(functools.partial(init_parameters, model, 0))
     leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}

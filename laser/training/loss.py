@@ -28,7 +28,7 @@ def chunk_length(batch: int, length: int) -> int:
     return next(size for size in range(wanted, 0, -1) if length % size == 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def cross_entropy(
     hidden_BTM: Array,
     embedding_VM: Array,
@@ -37,7 +37,8 @@ def cross_entropy(
     soft_cap: float,
     z_loss: float,
     chunk: int,
-) -> tuple[Array, Array]:
+    count_errors: bool = False,
+) -> tuple[Array, ...]:
     """Weighted sums of -log softmax(logits)[target], with and without the z-loss.
 
     The z-loss adds z_loss · (log Σ exp logits)² per token (PaLM, arXiv 2204.02311, section 5).
@@ -50,28 +51,32 @@ def cross_entropy(
       soft_cap: c of c · tanh(logits / c), 0 for none.
       z_loss: weight.
       chunk: positions whose logits exist at a time; divides T.
+      count_errors: also give the weighted number of targets without the largest logit.
 
     Returns:
-      (loss, nll), two float32 scalars; gradients flow from the first only.
+      (loss, nll[, errors]), float32 scalars; gradients flow from the first only.
     """
 
     def add(sums, xs):
         hidden_BCM, targets_BC, weights_BC = xs
         logits_BCV = output_logits(hidden_BCM, embedding_VM, soft_cap)
-        loss, nll, _ = _chunk_loss(logits_BCV, targets_BC, weights_BC, z_loss)
-        return (sums[0] + loss, sums[1] + nll), None
+        added, _ = _chunk_loss(logits_BCV, targets_BC, weights_BC, z_loss, count_errors)
+        return tuple(map(jnp.add, sums, added)), None
 
-    zero = (jnp.float32(0), jnp.float32(0))
+    zero = (jnp.float32(0),) * (2 + count_errors)
     return jax.lax.scan(add, zero, _chunks(chunk, hidden_BTM, targets_BT, weights_BT))[0]
 
 
-def _chunk_loss(logits_BCV, targets_BC, weights_BC, z_loss):
-    """Weighted sums of loss and nll, and per token the log of the softmax's normaliser."""
+def _chunk_loss(logits_BCV, targets_BC, weights_BC, z_loss, count_errors):
+    """Weighted sums, see `cross_entropy`, and per token the log of the softmax's normaliser."""
     normaliser_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     nll = jnp.sum(weights_BC * (normaliser_BC - target_BC))
     loss = nll + z_loss * jnp.sum(weights_BC * jnp.square(normaliser_BC))
-    return loss, nll, normaliser_BC
+    if not count_errors:
+        return (loss, nll), normaliser_BC
+    wrong_BC = jnp.argmax(logits_BCV, axis=-1) != targets_BC
+    return (loss, nll, jnp.sum(weights_BC * wrong_BC)), normaliser_BC
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
@@ -83,14 +88,14 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     return tuple(map(split, arrays))
 
 
-def _cross_entropy_fwd(hidden_BTM, embedding_VM, targets_BT, weights_BT, soft_cap, z_loss, chunk):
+def _cross_entropy_fwd(
+    hidden_BTM, embedding_VM, targets_BT, weights_BT, soft_cap, z_loss, chunk, count_errors
+):
     def gradients(carry, xs):
-        loss, nll, d_embedding_VM = carry
+        *sums, d_embedding_VM = carry
         hidden_BCM, targets_BC, weights_BC = xs
         logits_BCV = output_logits(hidden_BCM, embedding_VM, soft_cap)
-        chunk_loss, chunk_nll, normaliser_BC = _chunk_loss(
-            logits_BCV, targets_BC, weights_BC, z_loss
-        )
+        added, normaliser_BC = _chunk_loss(logits_BCV, targets_BC, weights_BC, z_loss, count_errors)
         probs_BCV = jnp.exp(logits_BCV - normaliser_BC[..., None])
         onehot_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
         slope_BC1 = (1 + 2 * z_loss * normaliser_BC)[..., None]
@@ -102,19 +107,20 @@ def _cross_entropy_fwd(hidden_BTM, embedding_VM, targets_BT, weights_BT, soft_ca
         d_embedding_VM += jnp.einsum(
             "bcv,bcm->vm", d_logits_BCV, hidden_BCM, preferred_element_type=jnp.float32
         )
-        return (loss + chunk_loss, nll + chunk_nll, d_embedding_VM), d_hidden_BCM
+        return (*map(jnp.add, sums, added), d_embedding_VM), d_hidden_BCM
 
-    zero = (jnp.float32(0), jnp.float32(0), jnp.zeros(embedding_VM.shape, jnp.float32))
-    (loss, nll, d_embedding_VM), d_hidden = jax.lax.scan(
+    zero = (jnp.float32(0),) * (2 + count_errors)
+    zero += (jnp.zeros(embedding_VM.shape, jnp.float32),)
+    (*sums, d_embedding_VM), d_hidden = jax.lax.scan(
         gradients, zero, _chunks(chunk, hidden_BTM, targets_BT, weights_BT)
     )
     d_hidden_BTM = d_hidden.swapaxes(0, 1).reshape(hidden_BTM.shape)
-    return (loss, nll), (d_hidden_BTM, d_embedding_VM.astype(embedding_VM.dtype))
+    return tuple(sums), (d_hidden_BTM, d_embedding_VM.astype(embedding_VM.dtype))
 
 
-def _cross_entropy_bwd(soft_cap, z_loss, chunk, gradients, cotangents):
+def _cross_entropy_bwd(soft_cap, z_loss, chunk, count_errors, gradients, cotangents):
     d_hidden_BTM, d_embedding_VM = gradients
-    d_loss, _ = cotangents
+    d_loss, *_ = cotangents
     d_embedding_VM = (d_embedding_VM * d_loss).astype(d_embedding_VM.dtype)
     return (d_hidden_BTM * d_loss).astype(d_hidden_BTM.dtype), d_embedding_VM, None, None
 

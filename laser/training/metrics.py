@@ -171,6 +171,12 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
+def count_spikes(folder: Path) -> int:
+    """Of a run, see laser/training/spikes.py."""
+    path = folder / SPIKES_FILE
+    return len(read_metrics(path)) if path.is_file() else 0
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The lines of metrics.jsonl. A last line without its end, torn by a kill, is left out.
 

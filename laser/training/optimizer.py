@@ -1,4 +1,4 @@
-"""AdamW, LAMB and Muon by optax, with what PAX does around them.
+"""AdamW, NAdamW, LAMB and Muon by optax, with what PAX does around them.
 
 Everything that is "per tensor" (the clip of the update's RMS, LAMB's trust ratio) is per layer of
 the stacked blocks, so that scanning the layers does not change the optimizer. The learning rate is
@@ -63,6 +63,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     clip by global norm → Adam with bias correction → clip of the update's RMS per tensor (praxis'
     sharded_adam) → decoupled decay of the matrices → for LAMB the trust ratio (arXiv 1904.00962).
     With Muon the layers' matrices have its update in place of Adam's, of root mean square 0.2.
+    NAdamW has Nesterov's first moment (Dozat 2016) and decays every parameter, as AlgoPerf's does,
+    which corrects both terms of that moment for the same step; that is all they differ in.
     """
     parts = []
     if config.clip_grad_norm:
@@ -71,7 +73,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     # first would be divided by eps alone. This much under the root keeps such an update below 1,
     # and is nothing beside any other second moment.
     lost = float(jnp.finfo(jnp.float32).tiny) / (1 - config.b2)
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, eps_root=lost)
+    nesterov = config.name == "nadamw"
+    adam = optax.scale_by_adam(
+        b1=config.b1, b2=config.b2, eps=config.eps, eps_root=lost, nesterov=nesterov
+    )
     if config.name == "muon":
         muon = optax.chain(_momentum(config.muon_momentum), optax.stateless(_orthogonalised))
         parts.append(optax.masked(muon, layer_matrices))
@@ -82,7 +87,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         parts.append(adam)
     if config.clip_update_rms:
         parts.append(_per_tensor(_clip_rms(config.clip_update_rms)))
-    parts.append(optax.add_decayed_weights(config.weight_decay, mask=matrices))
+    decayed = None if nesterov else matrices
+    parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     if config.name == "lamb":
         parts.append(_per_tensor(_trust_ratio))
     return optax.chain(*parts)
@@ -96,10 +102,10 @@ def is_stacked(path: tuple) -> bool:
 def matrices(params) -> object:
     """True for what weight decay applies to: tensors of two dims or more besides the layers'.
 
-    Norms, temperatures and lambdas are left alone.
+    Norms, biases, temperatures and lambdas are left alone.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.ndim - is_stacked(path) >= 2 and not _is_lambda(path), params
+        lambda path, x: x.ndim - is_stacked(path) >= 2 and not _is_vector(path), params
     )
 
 
@@ -110,8 +116,9 @@ def layer_matrices(params) -> Any:
     )
 
 
-def _is_lambda(path: tuple) -> bool:
-    return path[-1].key.startswith("lambda")
+def _is_vector(path: tuple) -> bool:
+    """Of what a head has one of, and so two dims for all heads."""
+    return path[-1].key.startswith("lambda") or path[-1].key.endswith("bias")
 
 
 def _per_tensor(function: Callable[[Array, Array], Array]) -> optax.GradientTransformation:

@@ -6,11 +6,11 @@ train.py runs this program, and planning and benchmarks compile or time the same
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from laser.training import compiler, sharding
 from laser.training.config import RunConfig
+from laser.training.objectives.registry import objective
 from laser.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 
@@ -19,7 +19,7 @@ class Program:
 
     Attributes:
       config, mesh: what it was made of; the mesh may be one of devices that are only described.
-      batch_sharding: of every (batch, time) array of a batch.
+      batch_sharding: of every array of a batch.
       abstract_state: the TrainState as ShapeDtypeStructs with their shardings.
       train_step: (state, batch) -> (state, metrics), see `make_train_step`; donates the state.
       eval_step: (parameters, batch) -> Sums.
@@ -54,12 +54,9 @@ class Program:
         return self._init()
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch of data/loader.py as ShapeDtypeStructs with their shardings."""
-        names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-        if self.config.data.segment_ids:
-            names["segment_ids"] = jnp.int32
-        shape = (self.config.training.batch_size, self.config.data.seq_len)
+        """A batch as ShapeDtypeStructs with their shardings."""
+        size = self.config.training.batch_size
         return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
-            for name, dtype in names.items()
+            name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=self.batch_sharding)
+            for name, x in objective(self.config).rows(self.config).items()
         }

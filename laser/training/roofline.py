@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 from laser.training.config import MeshConfig, RunConfig
 from laser.training.hardware import Chip
-from models.config import ModelConfig
-from models.decoder import train_flops_per_token
+from models.families import AnyModelConfig, train_flops_per_token
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon, optax's
 
@@ -43,10 +42,10 @@ class Bound:
         return max(parts, key=lambda name: parts[name])
 
 
-def parameter_count(model: ModelConfig) -> int:
+def parameter_count(model: AnyModelConfig) -> int:
     """Of the matrices; norms and temperatures are fewer than 0.1 % of it."""
     layer = model.attention_weights + model.mlp_weights
-    return model.num_layers * layer + model.vocab_size * model.model_dim
+    return model.num_layers * layer + model.outer_weights
 
 
 def model_flops(config: RunConfig) -> float:
@@ -65,8 +64,9 @@ def recomputed_flops(config: RunConfig, implementation: str) -> float:
     model, length = config.model, config.data.seq_len
     tokens = config.training.batch_size * length
     maps = model.head_dim // model.query_dim
-    logits = model.num_heads * maps * model.query_dim * length  # of a layer and token, causal half
-    values = model.num_heads * maps * model.head_dim * length
+    seen = length if model.causal else 2 * length  # twice the keys of a token
+    logits = model.num_heads * maps * model.query_dim * seen  # of a layer and token
+    values = model.num_heads * maps * model.head_dim * seen
     again = logits + (0 if implementation == "pallas" else values)
     if model.remat == "full":
         again += 2 * (model.attention_weights + model.mlp_weights)
@@ -110,7 +110,7 @@ def state_items(config: RunConfig) -> tuple[int, int]:
     Adam has two moments of each, and Muon one of those that it updates.
     """
     model, count = config.model, parameter_count(config.model)
-    layers = count - model.vocab_size * model.model_dim
+    layers = count - model.outer_weights
     return count, 2 * count - (layers if config.optimizer.name == "muon" else 0)
 
 
@@ -209,7 +209,7 @@ def mfu(config: RunConfig, devices: int, chip: Chip, seconds: float) -> float:
     return model_flops(config) / (devices * chip.flops * seconds)
 
 
-def _itemsize(model: ModelConfig) -> int:
+def _itemsize(model: AnyModelConfig) -> int:
     return 2 if model.dtype == "bfloat16" else 4
 
 

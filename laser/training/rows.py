@@ -15,10 +15,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jax.sharding import Sharding
 
-from data import examples, loader, mixture
-from data.examples import Examples
-from data.files import path_of
-from data.store import Split, TokenStore
+from data.reading import examples, loader, mixture
+from data.reading.examples import Examples
+from data.reading.files import path_of
+from data.reading.masking import Masking
+from data.reading.store import Split, TokenStore
 from data.tokenizer import Tokenizer
 from laser.training.config import RunConfig
 
@@ -48,7 +49,7 @@ class Rows(Protocol):
     """What the loop needs of its data; configs that methods take are resolved ones.
 
     Attributes:
-      tokenizer_path: SentencePiece model.
+      tokenizer_path: SentencePiece model; "" of rows that are no text.
       fingerprint: equal for equal rows, as hex digits.
     """
 
@@ -78,6 +79,8 @@ class Rows(Protocol):
 
 class StoreRows:
     """Packed rows of a prepared store, or of several, each with its share of them."""
+
+    _masking: Masking | None = None
 
     def __init__(self, config: RunConfig):
         """Opens data.store. Raises ValueError if one is no finished store, they do not fit the
@@ -142,6 +145,7 @@ class StoreRows:
             block_rows=config.data.block_rows,
             read_ahead=config.data.read_ahead,
             requests=config.data.requests,
+            masking=self._masking,
         )
 
     def validation_parts(self, config: RunConfig, sharding: Sharding) -> list[Validation]:
@@ -167,8 +171,23 @@ class StoreRows:
             max_batches=config.training.eval_batches,
             read_ahead=config.data.read_ahead,
             requests=config.data.requests,
+            masking=self._masking,
         )
+        if self._masking:
+            return Validation(name, share, batches)  # targets are parts of texts
         return Validation(name, share, batches, split.num_tokens - 1, split.num_bytes)
+
+
+class MaskedRows(StoreRows):
+    """The same rows with masked tokens, see data/reading/masking.py."""
+
+    def __init__(self, config: RunConfig):
+        """Opens data.store. Raises ValueError as `StoreRows`, or if the tokenizer has no mask."""
+        super().__init__(config)
+        tokenizer = Tokenizer(self.tokenizer_path)
+        self._masking = Masking(
+            config.data.shuffle_seed, tokenizer.vocab_size, tokenizer.mask_id(), tokenizer.eos_id
+        )
 
 
 def _check_store(config: RunConfig, path: str, store: TokenStore, first: TokenStore) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from data.order import ORDER
+from data.reading.order import ORDER
 from data.sealed import SEAL, file_sha256, seal, unseal
 from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
@@ -187,8 +187,10 @@ def _open(
 
 
 def write_run(folder: Path, record: Mapping[str, Any], tokenizer_path: str | Path) -> None:
-    """Writes config.json, a record that is sealed, and then the tokenizer beside it."""
+    """Writes config.json, a record that is sealed, and then the tokenizer, if any, beside it."""
     write_atomically(folder / "config.json", json.dumps(record, indent=2) + "\n")
+    if not tokenizer_path:
+        return
     temporary = folder / "tokenizer.model.tmp"
     shutil.copyfile(tokenizer_path, temporary)
     temporary.replace(folder / "tokenizer.model")
@@ -196,7 +198,7 @@ def write_run(folder: Path, record: Mapping[str, Any], tokenizer_path: str | Pat
 
 def _record(config: RunConfig, rows: "Rows", init_step: int | None) -> dict[str, Any]:
     data = {"fingerprint": rows.fingerprint, "order": ORDER}
-    tokenizer = file_sha256(Path(rows.tokenizer_path))
+    tokenizer = file_sha256(Path(rows.tokenizer_path)) if rows.tokenizer_path else ""
     return {
         "config": to_dict(config), "data": data, "init_step": init_step, "tokenizer": tokenizer,
     }  # fmt: skip
@@ -234,6 +236,8 @@ def load_record(workdir: str) -> dict[str, Any]:
         record = _read_record(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {again}") from error
+    if not record["tokenizer"]:
+        return record
     if not tokenizer.exists():
         raise ValueError(f"{tokenizer} is missing: {again}")
     if file_sha256(tokenizer) != record["tokenizer"]:

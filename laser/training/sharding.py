@@ -31,8 +31,7 @@ from jax.sharding import (
 )
 
 from laser.training.config import RunConfig, check_devices
-from models.config import ModelConfig
-from models.decoder import Parameters, init_parameters
+from models.families import AnyModelConfig, Parameters, init_parameters
 
 TENSOR = "tensor"
 AXES = ("data", "fsdp", TENSOR)  # of a mesh with one fsdp axis
@@ -62,6 +61,11 @@ PARAMETER_RULES = (
     Rule(r"^blocks/attention/(query|key|value|output)$", tensor=2, fsdp=(1, 2, 3)),
     Rule(r"^blocks/mlp/(gate|up)$", tensor=2, fsdp=(1, 2)),
     Rule(r"^blocks/mlp/down$", tensor=1, fsdp=(1, 2)),
+    Rule(r"^(patches|pre_logits|head)/kernel$", tensor=1, fsdp=(0, 1)),
+    Rule(r"^(patches|pre_logits|head)/bias$", tensor=0),
+    Rule(r"^blocks/attention/(query|key|value)_bias$", tensor=1),
+    Rule(r"^blocks/mlp/up_bias$", tensor=1),
+    Rule(r"^blocks/(attention/output|mlp/down)_bias$"),
     Rule(r"^(blocks/.*|final_)norm/(scale|bias)$"),
     Rule(r"^blocks/attention/(lambda_|log_temperature|output_norm_scale)"),
 )
@@ -155,7 +159,7 @@ def _factorizations(number: int) -> Iterator[tuple[int, ...]]:
 
 
 @functools.cache
-def abstract_parameters(model: ModelConfig) -> Parameters:
+def abstract_parameters(model: AnyModelConfig) -> Parameters:
     """The parameters as ShapeDtypeStructs."""
     return jax.eval_shape(functools.partial(init_parameters, model, 0))
 

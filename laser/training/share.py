@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from laser.training import sharding
-from models.decoder import Parameters
+from models.families import Parameters
 
 Array = jax.Array
 Result = TypeVar("Result")

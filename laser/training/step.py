@@ -1,9 +1,9 @@
 """One training step and one evaluation step as pure functions of the state and a batch.
 
-Losses are sums over target tokens and are divided once, by the number of tokens of the whole step,
-so that micro-batches, hosts and padding change nothing. A step whose loss or gradient is not finite
-leaves parameters and optimizer as they were and is counted; on request also one whose gradient is
-far larger than the last ones.
+Losses (laser/training/objectives) are sums over targets and are divided once, by the targets of the
+whole step, so that micro-batches, hosts and padding change nothing. A step whose loss or gradient
+is not finite leaves parameters and optimizer as they were and is counted; on request also one whose
+gradient is far larger than the last ones.
 """
 
 import functools
@@ -13,20 +13,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import PartitionSpec
 
 from laser.training import optimizer
 from laser.training.config import RunConfig
-from laser.training.loss import chunk_length, cross_entropy
+from laser.training.objectives.base import Batch, Sums
+from laser.training.objectives.registry import objective
 from laser.training.share import Share, over_batch
-from models.decoder import Parameters, init_parameters, product_precision, structure
+from models.families import Parameters, init_parameters
+from models.stack import product_precision
 
 Array = jax.Array
 NORMS = 128  # of the last gradients, to tell what is usual
-Batch = dict[
-    str, Array
-]  # as made by data/loader.py: (B, T) inputs, targets, weights[, segment_ids]
 
 
 class TrainState(NamedTuple):
@@ -41,28 +39,6 @@ class TrainState(NamedTuple):
     recent_norms: tuple[Array, ...] = ()
 
 
-class Sums(NamedTuple):
-    """What micro-batches add up to; the attention range is a maximum."""
-
-    loss: Array
-    nll: Array
-    tokens: Array
-    attention_range: Array
-
-    def add(self, other: "Sums") -> "Sums":
-        return Sums(
-            self.loss + other.loss,
-            self.nll + other.nll,
-            self.tokens + other.tokens,
-            jnp.maximum(self.attention_range, other.attention_range),
-        )
-
-    def over(self, share: Share) -> "Sums":
-        """Of all devices."""
-        loss, nll, tokens = share.total((self.loss, self.nll, self.tokens))
-        return Sums(loss, nll, tokens, share.largest(self.attention_range))
-
-
 def init_state(config: RunConfig) -> TrainState:
     """The state before the first step, a function of the config alone."""
     params = init_parameters(config.model, config.training.seed)
@@ -72,60 +48,17 @@ def init_state(config: RunConfig) -> TrainState:
     return TrainState(zero, params, opt_state, zero, zero, norms)
 
 
-def make_loss(config: RunConfig) -> Callable[[Parameters, Batch, Share], tuple[Array, Sums]]:
-    """A function of parameters, a batch and a device's share of them.
-
-    It returns the summed loss, z-loss included, and all sums, over the share's rows alone.
-    """
-    graph = structure(config.model)
-    dtype = jnp.dtype(config.model.dtype)
-
-    def loss(params, batch, share):
-        model = nnx.merge(graph, params)
-        hidden_BTM, ranges_L = model(
-            batch["inputs"], batch.get("segment_ids"), whole=share.gatherer(dtype)
-        )
-        hidden_BTM, embedding = _gradients_together(hidden_BTM, params["embedding"])
-        total, nll = cross_entropy(
-            hidden_BTM,
-            share.whole("embedding", embedding, dtype),
-            batch["targets"],
-            batch["weights"],
-            config.model.logits_soft_cap,
-            config.training.z_loss,
-            chunk_length(*batch["targets"].shape),
-        )
-        sums = Sums(total, nll, batch["weights"].sum(), ranges_L.max())
-        return total, jax.lax.stop_gradient(sums)
-
-    return loss
-
-
-@jax.custom_vjp
-def _gradients_together(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays as they are. Their gradients are all complete before one of them is used.
-
-    Else XLA puts off what the embedding's gradient still needs until after the blocks' backward
-    pass, and keeps the whole of it in float32 meanwhile: 250 MiB of the 2.2B.
-    """
-    return arrays
-
-
-_gradients_together.defvjp(
-    lambda *arrays: (arrays, None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
-)
-
-
 def make_gradient(config: RunConfig) -> Callable[[Parameters, Batch], tuple[Parameters, Sums]]:
     """(parameters, batch) -> (gradients of the summed loss, sums) of all devices of the mesh.
 
     Gradients are float32, as the parameters. Which of the sums behind them are float32 says
     docs/precision.md.
     """
-    gradient = jax.grad(make_loss(config), has_aux=True)
+    gradient = jax.grad(objective(config).make_loss(config), has_aux=True)
+    start, micro_batches = objective(config).start, config.training.accumulation
 
     def over_micro_batches(params, batch, share):
-        grads, sums = _accumulate(gradient, params, batch, share, config.training.accumulation)
+        grads, sums = _accumulate(gradient, params, batch, share, start, micro_batches)
         return share.total_gradient(grads), sums.over(share)
 
     def gradients(params, batch):
@@ -140,8 +73,9 @@ def make_gradient(config: RunConfig) -> Callable[[Parameters, Batch], tuple[Para
 def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The function that train.py jits: (state, batch) -> (state, metrics).
 
-    The metrics are float32 scalars: loss (nats per token, without z-loss), gradient_norm,
-    parameter_norm, learning_rate, attention_range, skipped_steps, skipped_in_a_row.
+    The metrics are float32 scalars: loss (nats per token, without z-loss) and the objective's
+    shares, gradient_norm, parameter_norm, learning_rate, attention_range, skipped_steps,
+    skipped_in_a_row.
     """
     gradient = make_gradient(config)
     update = optimizer.make_optimizer(config.optimizer).update
@@ -176,7 +110,7 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
             "attention_range": sums.attention_range,
             "skipped_steps": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
-        }
+        } | {name: x / tokens for name, x in sums.shares.items()}
         return state, jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
 
     return train_step
@@ -198,7 +132,7 @@ def _judged(
     return good & (norm <= limit * usual), (jnp.where(jnp.isfinite(norm), newer, norms),)
 
 
-def _accumulate(gradient, params, batch: Batch, share: Share, micro_batches: int):
+def _accumulate(gradient, params, batch: Batch, share: Share, start, micro_batches: int):
     """Sums of gradients and of `Sums` over micro-batches, in order."""
     if micro_batches == 1:
         return gradient(params, batch, share)
@@ -211,13 +145,13 @@ def _accumulate(gradient, params, batch: Batch, share: Share, micro_batches: int
         more_grads, more_sums = gradient(params, micro_batch, share)
         return (jax.tree.map(jnp.add, grads, more_grads), sums.add(more_sums)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, params), Sums(*[jnp.float32(0)] * 4))
+    zero = (jax.tree.map(jnp.zeros_like, params), start())
     return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
 
 
 def make_eval_step(config: RunConfig) -> Callable[[Parameters, Batch], Sums]:
-    """(parameters, batch) -> sums over the batch's target tokens."""
-    loss = make_loss(config)
+    """(parameters, batch) -> sums over the batch."""
+    loss = objective(config).make_loss(config)
 
     def sums(params, batch, share):
         return loss(params, batch, share)[1].over(share)

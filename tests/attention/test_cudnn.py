@@ -16,7 +16,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from laser.attention import attention, chunked, cudnn
-from models.decoder import REMAT_POLICIES
+from models.stack import REMAT_POLICIES
 from tests.attention.closeness import assert_close, errors
 from tests.attention.implementations import CUDNN, OUTLIERS, B, H, compiled, oracle, rounded
 

@@ -88,9 +88,9 @@ class Bench:
 def make_bench(folder: Path) -> Bench:
     text = folder / "text"
     text.mkdir()
-    from data import corpus  # heavy, and only here
-    from data.config import StoreConfig
-    from data.prepare import prepare
+    from data.preparation.config import StoreConfig
+    from data.preparation.prepare import prepare
+    from data.sources import corpus  # heavy, and only here
 
     for i, chapter in zip(range(40), corpus.documents("train")):
         (text / f"{i:02}.txt").write_text(chapter)

@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from data import corpus, text_files
-from data import prepare as prepare_module
-from data.config import StoreConfig
-from data.prepare import prepare
-from data.store import StoreChangedError, TokenStore
+from data.preparation import prepare as prepare_module
+from data.preparation.config import StoreConfig
+from data.preparation.prepare import prepare
+from data.reading.store import StoreChangedError, TokenStore
+from data.sources import corpus, text_files
 from data.tokenizer import train_tokenizer
 from tests.campaign.damage import ROOT, Trial, Verdict, Way, damage, files_of, report
 

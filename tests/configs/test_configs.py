@@ -8,7 +8,7 @@ import pytest
 
 from configs import base, c4, finetune
 from configs.arguments import parse_arguments
-from eval.text_to_text import PROMPTS
+from eval.tasks.text_to_text import PROMPTS
 from laser.training.config import load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent.parent

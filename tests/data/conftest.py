@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import corpus
-from data.manifest import COUNTS, FORMAT, MANIFEST
+from data.reading.manifest import COUNTS, FORMAT, MANIFEST
+from data.reading.store import TOKENIZER, TokenStore
 from data.sealed import seal
-from data.store import TOKENIZER, TokenStore
+from data.sources import corpus
 from data.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 512

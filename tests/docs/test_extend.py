@@ -100,7 +100,7 @@ def _metrics(run: Path) -> list[dict]:
 
 
 def test_what_the_pages_say_of_export_and_of_a_task_without_data():
-    from eval.sources import MissingData, Source, available_split
+    from eval.tasks.sources import MissingData, Source, available_split
     from export.layouts import choose_layout
     from models.config import AttentionConfig, ModelConfig
 

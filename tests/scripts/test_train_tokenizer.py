@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data import corpus
-from data.sources import BibleSource, sample_texts
-from data.text_files import TextFolder
+from data.sources import corpus
+from data.sources.registry import BibleSource, sample_texts
+from data.sources.text_files import TextFolder
 from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,9 +69,9 @@ def test_mistakes_end_in_one_line_and_exit_code_2(arguments, reason):
 
 
 def test_the_sample_is_of_parts_all_over_the_source(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.text_files.MIN_PART", 1)
-    monkeypatch.setattr("data.sources.SAMPLE_PARTS", 10)
-    monkeypatch.setattr("data.sources.SAMPLE_DOCUMENTS", 50)
+    monkeypatch.setattr("data.sources.text_files.MIN_PART", 1)
+    monkeypatch.setattr("data.sources.registry.SAMPLE_PARTS", 10)
+    monkeypatch.setattr("data.sources.registry.SAMPLE_DOCUMENTS", 50)
     for i in range(40):
         lines = "".join(json.dumps({"text": f"{i} {j}"}) + "\n" for j in range(20))
         (tmp_path / f"{i:02d}.json.gz").write_bytes(gzip.compress(lines.encode()))

@@ -1,6 +1,7 @@
 """A study's file becomes its runs, and every mistake in one is found before anything runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -141,8 +142,10 @@ def test_no_such_file(tmp_path, capsys):
     assert "did you mean 'configs/studies/attention.py'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["attention", "demonstration", "paper", "diff_2p2b",
-                                  "float32_2p2b", "lamb_301m", "short_7p7b"])  # fmt: skip
+SHIPPED = sorted((Path(__file__).parents[2] / "configs/studies").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED])
 def test_shipped_studies(name):
     made = Plan(f"configs/studies/{name}.py")
     assert all(made.cells(stage, lambda cell: 0.0) for stage in made.study.stages)

@@ -76,6 +76,9 @@ def _write_run(folder, plan, key):
         line = {"step": step, "eval/loss": loss, "eval/bits_per_byte": loss / 2}
         lines.insert(step // 10, line)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    if settings["attention"] == "standard":
+        spike = {"step": 300, "loss": 9.0, "deviations": 8.0, "row_ids": []}
+        (folder / "spikes.jsonl").write_text(f"{json.dumps(spike)}\n")
 
 
 def _table(text, title):
@@ -99,7 +102,8 @@ def test_a_study_to_its_report(fake, capsys):
     assert groups["attention=laser, learning_rate=0.003"][2:5] == [
         "3", "2.8000 ± 0.1000", "1.4000 ± 0.0500",
     ]  # fmt: skip
-    assert "attention=standard, learning_rate=0.001" in groups  # its own best rate
+    assert groups["attention=standard, learning_rate=0.001"][6] == "3"  # at its own rate
+    assert groups["attention=laser, learning_rate=0.003"][6] == "0"
     for name in ("rates_rates", "curves_main", "differences"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -169,3 +173,44 @@ def test_runs_that_were_trained_elsewhere_are_collected(fake, capsys):
     assert main(arguments) == 0
     assert len(started) == 9
     assert key not in started
+
+
+def test_runs_are_adopted_from_their_numbers(fake, tmp_path, capsys):
+    arguments, started, codes, out = fake
+    codes["main/seed=2,attention=laser,learning_rate=0.003"] = (1, "diverged")
+    assert main(arguments) == 0
+    report = (out / "report.md").read_text()
+    numbers = out / "numbers.json"
+    count = len(started)
+    arguments = [arguments[0], f"--output={tmp_path / 'other'}"]
+    assert main([*arguments, f"--adopt={numbers}"]) == 0
+    assert "9 of 10 runs adopted" in capsys.readouterr().out  # a failed run has no config: again
+    assert started[count:] == ["main/seed=2,attention=laser,learning_rate=0.003"]
+    assert (tmp_path / "other" / "report.md").read_text() == report
+    assert main([*arguments, "--report"]) == 0
+
+    # Of another config nothing is taken over, and damaged numbers end the command at once.
+    file = tmp_path / "mine.py"
+    changed = STUDY.replace("return quick", "config = quick").replace(
+        "(arguments)\n\n", "(arguments)\n    config.model.mlp_dim = 8\n    return config\n\n"
+    )
+    file.write_text(changed)
+    count = len(started)
+    assert main([arguments[0], f"--output={tmp_path / 'third'}", f"--adopt={numbers}"]) == 0
+    assert "0 of 10 runs adopted" in capsys.readouterr().out
+    assert len(started) == count + 10
+    numbers.write_bytes(numbers.read_bytes().replace(b"3.0", b"2.0", 1))
+    assert main([arguments[0], f"--output={tmp_path / 'fourth'}", f"--adopt={numbers}"]) == 2
+    assert "its checksum differs" in capsys.readouterr().err
+    assert not (tmp_path / "fourth").exists()
+
+
+def test_runs_of_other_data_are_not_mixed(fake, capsys):
+    arguments, _, _, out = fake
+    assert main(arguments) == 0
+    path = out / "main" / "seed=1,attention=laser,learning_rate=0.003" / "result.json"
+    path.write_text(json.dumps(seal({**json.loads(path.read_text()), "data": "another"})))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "seed=1,attention=laser" in error
+    assert "other data" in error

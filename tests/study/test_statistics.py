@@ -1,4 +1,4 @@
-"""Intervals against scipy's own and against a simulation; curves and spikes by hand."""
+"""Intervals against scipy's own and against a simulation; curves by hand."""
 
 import math
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from study.results import count_spikes
 from study.statistics import deviation, fit_power_law, mean_interval, step_at
 
 
@@ -54,9 +53,3 @@ def test_the_step_at_a_loss():
     assert step_at(curve, 2.5) == 250
     assert step_at(curve, 3.0) == 200
     assert step_at(curve, 1.9) is None
-
-
-def test_spikes():
-    calm = [3.0] * 12
-    assert count_spikes(calm) == 0
-    assert count_spikes([*calm, 3.5, 3.6, *calm, 3.2, *calm, None]) == 2

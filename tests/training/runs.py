@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forked
 from tests.quick import QUICK_TO_COMPILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,53 +129,57 @@ class Recorded(BlockReader):
         with (record / f"rows-{this}.jsonl").open("a") as file:
             print(json.dumps({"step": step, "ids": places.rows.tolist()}), file=file)
         return super()._gather(step, places)
-make_batches = data.loader.train_batches
+make_batches = data.reading.loader.train_batches
 def train_batches(*rest, **named):  # and not those of the validation split
-    data.loader.BlockReader = Recorded
+    data.reading.loader.BlockReader = Recorded
     try:
         return make_batches(*rest, **named)
     finally:
-        data.loader.BlockReader = BlockReader
+        data.reading.loader.BlockReader = BlockReader
 def restore_and_record(self, abstract):
     state = restore_latest(self, abstract)
     name = "/tensorstore/kvstore/file/bytes_read"
     metrics = tensorstore.experimental_collect_matching_metrics(name)
     (record / f"bytes-{this}").write_text(str(sum(m["values"][0]["value"] for m in metrics)))
     return state
-data.loader.train_batches = train_batches
+data.reading.loader.train_batches = train_batches
 Checkpoints.restore_latest = restore_and_record
 """
 
 DRIVER = """
 import json, os, shutil, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, {root!r})
 import train
 from laser.training.hardware import tune_cpu
 tune_cpu()
-import data.loader, tensorstore
-from data.blocks import BlockReader
+import data.reading.loader, tensorstore
+from data.reading.blocks import BlockReader
 from laser.training.checkpoint import Checkpoints
 from laser.training.report import Report
 this = int(os.environ.get("JAX_PROCESS_ID", 0))
 {event}
 sys.exit(train.main(["train.py", *sys.argv[1:]]))
 """
+AS_IT_IS = 'import runpy; runpy.run_path("train.py", run_name="__main__")'
 
 
 def train(arguments, workdir, *extra, event="", command=(), env=None, timeout=800):
-    """The finished process; stdout and stderr are text."""
+    """The finished process; stdout and stderr are text.
+
+    `command` starts it: a Python of its own, in place of one that is forked.
+    """
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": QUICK_TO_COMPILE,
         **(env or {}),
     }
-    start = [sys.executable, "-c", DRIVER.format(root=str(ROOT), event=event)]
-    if not event:
-        start = [sys.executable, "train.py"]
+    program = DRIVER.format(event=event) if event else AS_IT_IS
+    arguments = [*arguments, f"--workdir={workdir}", *extra]
+    if not command:
+        return forked.run(program, arguments, environment, timeout)
     return subprocess.run(
-        [*command, *start, *arguments, f"--workdir={workdir}", *extra],
+        [*command, sys.executable, "-c", program, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

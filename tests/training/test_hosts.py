@@ -12,8 +12,8 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
 from configs import quickstart
-from data.order import row_ids
-from data.store import TokenStore
+from data.reading.order import row_ids
+from data.reading.store import TokenStore
 from eval.run import open_model
 from laser.training import hosts
 from tests.once import once

@@ -56,20 +56,24 @@ def expected_update(config, layer, steps=3):
         m = jax.tree.map(lambda m, g: config.b1 * m + (1 - config.b1) * g, m, grads)
         v = jax.tree.map(lambda v, g: config.b2 * v + (1 - config.b2) * g * g, v, grads)
 
-    def update(m, v, p):
-        u = m / (1 - config.b1**steps) / (np.sqrt(v / (1 - config.b2**steps)) + config.eps)
+    def update(m, v, p, g):
+        first = m / (1 - config.b1**steps)
+        if config.name == "nadamw":
+            ahead, now = m / (1 - config.b1 ** (steps + 1)), g / (1 - config.b1**steps)
+            first = config.b1 * ahead + (1 - config.b1) * now
+        u = first / (np.sqrt(v / (1 - config.b2**steps)) + config.eps)
         if config.clip_update_rms:
             u = u / max(1.0, np.sqrt((u**2).mean()) / config.clip_update_rms)
-        if p.ndim >= 2:
+        if p.ndim >= 2 or config.name == "nadamw":
             u = u + config.weight_decay * p
         if config.name == "lamb":
             u = u * np.linalg.norm(p) / np.linalg.norm(u)
         return u
 
-    return jax.tree.map(update, m, v, params)
+    return jax.tree.map(update, m, v, params, grads)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb"])
+@pytest.mark.parametrize("name", ["adamw", "nadamw", "lamb"])
 @pytest.mark.parametrize("clip_update_rms", [0.0, 0.3])
 def test_update_is_the_formulas_per_layer(name, clip_update_rms):
     config = dataclasses.replace(CONFIG, name=name, clip_update_rms=clip_update_rms, eps=1e-8)

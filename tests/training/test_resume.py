@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from data.loader import train_batches
-from data.store import TokenStore
+from data.reading.loader import train_batches
+from data.reading.store import TokenStore
 from eval.run import open_model
 from laser.training.metrics import read_metrics
 from laser.training.run_folder import saved_step_folders

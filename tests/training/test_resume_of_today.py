@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from data import corpus
-from data.config import StoreConfig
-from data.prepare import prepare
+from data.preparation.config import StoreConfig
+from data.preparation.prepare import prepare
+from data.sources import corpus
 from eval.run import open_model
 from laser.training.metrics import read_metrics
 from tests.once import once

@@ -1,0 +1,336 @@
+"""Images with their classes by the name of where they are, read one by one in any order.
+
+    digits                          scikit-learn's handwritten digits, 8 x 8, in its package
+    tfds:imagenet2012:5.1.0         TensorFlow Datasets, any prepared set with `image` and `label`;
+    tfds:NAME:VERSION@SPLIT         `validation` is its split of that name unless another is given
+    anything else                   a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, or of
+                                    classes itself, as ImageNet-v2's 0 to 999
+
+A folder of the class's name holds its images, and classes are numbered in the order of the names of
+the training folders: those of numbers by their value. Neither TensorFlow nor TFDS is imported but
+to find a prepared set.
+"""
+
+import csv
+import gzip
+import hashlib
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from data.images.augment import Image
+from data.images.draws import mixed
+
+log = logging.getLogger(__name__)
+
+TFDS, DIGITS = "tfds:", "digits"
+ENDINGS = (".jpeg", ".jpg", ".png")
+HELD_OUT_OF = 5  # digits: one
+VALIDATION = ("validation", "val", "test")  # names of folders
+TFRECORD_HEAD, TFRECORD_TAIL = 12, 4  # length and its checksum; the content's
+SHOWN = 5  # names in a message
+
+
+class Example(NamedTuple):
+    """An image, encoded or as pixels, and its class."""
+
+    image: bytes | Image
+    label: int
+
+
+class Images(Protocol):
+    """Examples by number.
+
+    Attributes:
+      num_classes: labels are below it.
+      fingerprint: hex digits, equal for equal content.
+    """
+
+    num_classes: int
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Example: ...
+
+    def name(self, index: int) -> str:
+        """Where the example is, for messages."""
+        ...
+
+
+class Broken:
+    """What was left out, by name and up to a limit; for many threads."""
+
+    def __init__(self, limit: int):
+        self._limit, self._lock = limit, threading.Lock()
+        self.names: dict[str, str] = {}
+
+    def add(self, name: str, why: str) -> None:
+        """Says so the first time. Raises TooManyBroken beyond the limit."""
+        with self._lock:
+            if name in self.names:
+                return
+            self.names[name] = why
+            count = len(self.names)
+        if count > self._limit:
+            some = "; ".join(f"{name}: {why}" for name, why in list(self.names.items())[:SHOWN])
+            raise TooManyBroken(
+                f"{count} broken images or empty classes, more than data.max_broken={self._limit}: "
+                f"{some}; mend or remove them, or raise the limit"
+            )
+        log.warning("left out, %d of at most %d: %s: %s", count, self._limit, name, why)
+
+
+class TooManyBroken(OSError):
+    """More than may be left out."""
+
+
+def open_images(name: str, broken: Broken) -> tuple[Images, Images]:
+    """The training and the validation images of a source.
+
+    Raises:
+      ValueError: there is no such source here.
+      TooManyBroken: too many classes are empty.
+    """
+    if name == DIGITS:
+        return Digits("train"), Digits("validation")
+    if name.startswith(TFDS):
+        source, _, split = name.removeprefix(TFDS).partition("@")
+        return TfdsImages(source, "train"), TfdsImages(source, split or "validation")
+    root = _folder(name)
+    train = ImageFolder(root / "train", broken)
+    held_out = [root / folder for folder in VALIDATION if (root / folder).is_dir()]
+    if not held_out:
+        raise ValueError(f"data.images={name}: no folder {' or '.join(VALIDATION)} in it")
+    return train, ImageFolder(held_out[0], broken, train.classes)
+
+
+def open_test_images(name: str, train: Images, broken: Broken) -> Images:
+    """Further images with the classes of those of training. Raises as `open_images`."""
+    if name.startswith(TFDS):
+        source, _, split = name.removeprefix(TFDS).partition("@")
+        images: Images = TfdsImages(source, split or "test")
+    else:
+        classes = train.classes if isinstance(train, ImageFolder) else None
+        images = ImageFolder(_folder(name), broken, classes, train.num_classes)
+    if images.num_classes > train.num_classes:
+        raise ValueError(
+            f"{name}: {images.num_classes} classes, and training has {train.num_classes}"
+        )
+    return images
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if not name or not folder.is_dir():
+        raise ValueError(
+            f"data.images={name!r}: no such folder; give one, {DIGITS}, or {TFDS}NAME:VERSION"
+        )
+    return folder
+
+
+class ImageFolder:
+    """A folder for each class, with its images.
+
+    Attributes:
+      classes: names of their folders, in the order of the labels.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        broken: Broken,
+        classes: Sequence[str] | None = None,
+        num_classes: int = 0,
+    ):
+        """Lists the files.
+
+        Args:
+          root: has the folders.
+          broken: is told of empty ones.
+          classes: those there may be; None for those there are.
+          num_classes: in place of `classes`, where folders are named by their numbers below it.
+
+        Raises:
+          ValueError: no images, or a class that is not known.
+        """
+        if not root.is_dir():
+            raise ValueError(f"{root}: no such folder of classes")
+        there = _in_order(entry.name for entry in os.scandir(root) if entry.is_dir())
+        self.root, self.classes = root, list(classes or there)
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        if unknown := [name for name in there if name not in numbers]:
+            count = num_classes or len(self.classes)
+            if not all(name.isdecimal() and int(name) < count for name in there):
+                raise ValueError(f"{root / unknown[0]}: no class of training has this name")
+            numbers = {name: int(name) for name in there}
+        self.num_classes = max(num_classes, len(self.classes))
+        digest = hashlib.sha256()
+        self._files: list[str] = []
+        labels: list[int] = []
+        for name in there:
+            files = [
+                (entry.name, entry.stat().st_size)
+                for entry in os.scandir(root / name)
+                if entry.name.lower().endswith(ENDINGS)
+            ]
+            if not files:
+                broken.add(str(root / name), "no image of this class")
+            for file, size in sorted(files):
+                digest.update(f"{numbers[name]}/{file}/{size}\n".encode())
+                self._files.append(f"{name}/{file}")
+            labels += [numbers[name]] * len(files)
+        if not self._files:
+            raise ValueError(f"{root}: no folder in it has images ({', '.join(ENDINGS)})")
+        self._labels = np.array(labels, np.int32)
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, index: int) -> Example:
+        return Example((self.root / self._files[index]).read_bytes(), int(self._labels[index]))
+
+    def name(self, index: int) -> str:
+        return str(self.root / self._files[index])
+
+
+def _in_order(names) -> list[str]:
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+
+
+class TfdsImages:
+    """A split of a prepared set, from its files."""
+
+    def __init__(self, source: str, split: str):
+        """Reads what TFDS says of the set. Raises ValueError where it is not on this machine."""
+        import tensorflow_datasets as tfds
+
+        if ":" not in source:
+            raise ValueError(f"{TFDS}{source}: has no version; write it as imagenet2012:5.1.0")
+        data_dir = os.environ.get("TFDS_DATA_DIR")
+        try:
+            info = tfds.builder(source, data_dir=data_dir).info
+        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"{TFDS}{source}: TFDS has no such set ({first})") from error
+        if split not in info.splits:
+            has = f"only {', '.join(info.splits)}" if info.splits else "nothing at all"
+            raise ValueError(
+                f"{TFDS}{source}: no split {split!r} in {info.data_dir}, {has}; point "
+                f"TFDS_DATA_DIR to where it is, or build it with `tfds build {source}`"
+            )
+        found = info.splits[split]
+        self.num_classes = info.features["label"].num_classes
+        self.fingerprint = hashlib.sha256(
+            f"{info.full_name} {split} {found.shard_lengths}".encode()
+        ).hexdigest()
+        self._name, self._count = f"{info.full_name}/{split}", found.num_examples
+        files = [str(path) for path in found.filepaths]
+        self._records: Sequence[bytes]
+        if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+            self._records = ArrayRecordDataSource(files)
+        elif info.file_format == tfds.core.FileFormat.TFRECORD:
+            self._records = TfRecords(files)
+        else:
+            raise ValueError(
+                f"{TFDS}{source}: file_format={info.file_format.value} is not read; convert it to "
+                "array_record with `tfds convert_format`"
+            )
+        if len(self._records) != self._count:
+            raise ValueError(
+                f"{TFDS}{source}: {self._count} examples expected, {len(self._records)} found; "
+                "copy or build the set again"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, index: int) -> Example:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        fields = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+        return Example(fields["image"].bytes_list.value[0], fields["label"].int64_list.value[0])
+
+    def name(self, index: int) -> str:
+        return f"{self._name}, example {index}"
+
+
+class TfRecords:
+    """Records of TFRecord files by number, of which only lengths are read to find them.
+
+    That is one read in every record when it is opened: seconds of a fast disk for ImageNet, and too
+    long for a bucket. Files of array_record have an index.
+    """
+
+    def __init__(self, files: Sequence[str]):
+        """Raises ValueError for a file that is cut off."""
+        self._files = [os.open(file, os.O_RDONLY) for file in files]
+        places = [_records(number, file) for number, file in zip(self._files, files)]
+        self._file = np.repeat(np.arange(len(files)), [len(found) for found in places])
+        self._place = np.concatenate(places)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __getitem__(self, index: int) -> bytes:
+        start, size = self._place[index].tolist()
+        return os.pread(self._files[self._file[index]], size, start)
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", ()):
+            os.close(file)
+
+
+def _records(file: int, name: str) -> np.ndarray:
+    """Where each record begins, and its bytes: (n, 2) int64."""
+    end, place, found = os.fstat(file).st_size, 0, []
+    while place < end:
+        size = int.from_bytes(os.pread(file, 8, place), "little")
+        found.append((place + TFRECORD_HEAD, size))
+        place += TFRECORD_HEAD + size + TFRECORD_TAIL
+    if place != end:
+        raise ValueError(f"{name}: damaged or cut off: copy or build the set again")
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+class Digits:
+    """1,797 handwritten digits of 8 x 8 (UCI, test part) from scikit-learn's package, unimported.
+
+    A fifth is held out, by a hash of its place: the file has an order of classes and of writers.
+    """
+
+    num_classes = 10
+
+    def __init__(self, split: str):
+        """Raises ValueError where the package is not installed."""
+        spec = importlib.util.find_spec("sklearn")
+        if spec is None or spec.origin is None:
+            raise ValueError(f"data.images={DIGITS}: pip install scikit-learn, which has them")
+        path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        with gzip.open(path, "rt") as file:
+            table = np.array([[float(x) for x in row] for row in csv.reader(file)])
+        held_out = np.array([mixed(i) % HELD_OUT_OF == 0 for i in range(len(table))])
+        table = table[held_out == (split == "validation")]
+        grey = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+        self._images, self._labels = grey.repeat(3, axis=3), table[:, -1].astype(np.int32)
+        self._split = split
+        self.fingerprint = hashlib.sha256(table.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> Example:
+        return Example(self._images[index], int(self._labels[index]))
+
+    def name(self, index: int) -> str:
+        return f"{DIGITS}/{self._split}, image {index}"

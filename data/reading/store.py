@@ -1,0 +1,335 @@
+"""Reads a token store: a folder of flat token shards and a manifest, written by data/preparation.
+
+    manifest.json        what the store holds: counts and checksums of every shard
+    tokenizer.model      SentencePiece
+    train-00000.bin      little-endian uint16 (uint32 where the vocabulary needs it)
+    train-00000.offsets  little-endian uint64: where in the .bin each document begins
+
+A split is one long stream: EOS, then every document followed by EOS. Row i of length L is
+tokens[i·L : (i+1)·L + 1], so neighbours share one token, any L works without preparing again, and
+every token but the leading EOS is a target exactly once. Shards are read by pieces (files.py)
+and not mapped: what is written over or cut off meanwhile is an error at the next read, and neither
+other rows nor the end by a signal. Neither jax nor TensorFlow is imported.
+"""
+
+import bisect
+import itertools
+import resource
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.reading.files import Address, File, StoreChangedError, look_at, path_of
+from data.reading.manifest import PREPARE_AGAIN, fingerprint, read_manifest
+from data.reading.order import BLOCK_ROWS, Places, step_places
+from data.sealed import file_sha256
+
+TOKENIZER = "tokenizer.model"
+OFFSETS, OFFSET_DTYPE = ".offsets", np.dtype("<u8")
+OTHER_FILES = 256  # that a process may have open besides two for every shard
+THREADS = 16  # a mounted bucket answers late, but many at a time
+# Larger stores would keep every host busy for minutes at every start: they are hashed by `verify`.
+VERIFIED_BYTES, VERIFIED_BYTES_OF_BUCKETS = 2**34, 2**28
+
+__all__ = ["TOKENIZER", "Shard", "Split", "StoreChangedError", "TokenStore"]
+
+
+class TokenStore:
+    """An opened store.
+
+    Attributes:
+      path: the folder, or an address such as gs://bucket/store.
+      tokenizer_path: its SentencePiece model, a file on this machine.
+      tokenizer_sha256, vocab_size, eos_id, pad_id: of that tokenizer.
+      fingerprint: SHA-256 over the tokenizer's and all shards' checksums and counts, as hex digits.
+        Equal fingerprints mean equal rows, wherever the store lies.
+      is_verified: whether the content of all files was compared with its checksums.
+    """
+
+    def __init__(self, path: str | Path):
+        """Opens the store: checks the manifest, the tokenizer and the sizes of all files, and up to
+        16 GiB also their content; behind an address up to 256 MiB.
+
+        Args:
+          path: folder written by scripts/prepare_data.py, or the address of its copy.
+
+        Raises:
+          ValueError: no store there, not a finished one, or a file differs from the manifest.
+        """
+        self.path = path_of(path)
+        self._manifest = read_manifest(self.path)
+        self.tokenizer_sha256: str = self._manifest["tokenizer_sha256"]
+        self.vocab_size: int = self._manifest["vocab_size"]
+        self.eos_id: int = self._manifest["eos_id"]
+        self.pad_id: int = self._manifest["pad_id"]
+        self.fingerprint = fingerprint(self._manifest)
+        self.is_verified = False
+        _check_sha256(self.path / TOKENIZER, self.tokenizer_sha256)
+        self.tokenizer_path = str(self.path / TOKENIZER)
+        if isinstance(self.path, Address):
+            self._temporary = tempfile.TemporaryDirectory(prefix="store-")  # as long as the store
+            self.tokenizer_path = f"{self._temporary.name}/{TOKENIZER}"
+            Path(self.tokenizer_path).write_bytes((self.path / TOKENIZER).read_bytes())
+        sizes = self._file_sizes()
+        with ThreadPoolExecutor(THREADS) as pool:
+            files = list(pool.map(lambda name: _found(self.path / name, sizes[name]), sizes))
+        self._files = dict(zip(sizes, files))
+        afar = isinstance(self.path, Address)
+        if sum(sizes.values()) <= (VERIFIED_BYTES_OF_BUCKETS if afar else VERIFIED_BYTES):
+            self.verify()
+        self._splits = {
+            name: Split([self._shard(shard) for shard in record["shards"]])
+            for name, record in self._manifest["splits"].items()
+        }
+
+    @property
+    def split_names(self) -> list[str]:
+        """As "train" and "validation"."""
+        return list(self._splits)
+
+    def split(self, name: str) -> "Split":
+        """The rows of "train" or "validation"."""
+        if name not in self._splits:
+            raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(self._splits)}")
+        if not isinstance(self.path, Address):
+            _allow_open_files(len(self._files) + OTHER_FILES)
+        return self._splits[name]
+
+    def verify(self) -> None:
+        """Compares every file's SHA-256. Raises ValueError for one that differs."""
+        expected = {}
+        for shard in self._shards():
+            expected[shard["file"]] = shard["sha256"]
+            expected[_offsets_file(shard)] = shard["offsets_sha256"]
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+            list(pool.map(lambda name: _check_sha256(self.path / name, expected[name]), expected))
+        self.is_verified = True
+
+    def _shards(self) -> list[dict[str, Any]]:
+        return [s for split in self._manifest["splits"].values() for s in split["shards"]]
+
+    def _file_sizes(self) -> dict[str, int]:
+        """File → its size in bytes."""
+        token_size = np.dtype(self._manifest["dtype"]).itemsize
+        tokens = {s["file"]: s["tokens"] * token_size for s in self._shards()}
+        offset_size = OFFSET_DTYPE.itemsize
+        return tokens | {_offsets_file(s): s["documents"] * offset_size for s in self._shards()}
+
+    def _shard(self, record: dict[str, Any]) -> "Shard":
+        tokens, offsets = self._files[record["file"]], self._files[_offsets_file(record)]
+        return Shard(record, np.dtype(self._manifest["dtype"]), tokens, offsets)
+
+
+class Split:
+    """One split as a stream of tokens cut into rows.
+
+    Attributes:
+      num_tokens: of the whole stream, all EOS included. The first one is never a target.
+      num_documents: documents in it.
+      num_bytes: of their text in UTF-8, without anything for the EOS between them.
+    """
+
+    def __init__(self, shards: Sequence["Shard"]):
+        self._shards = shards
+        self.num_tokens = sum(shard.num_tokens for shard in shards)
+        self.num_documents = sum(shard.num_documents for shard in shards)
+        self.num_bytes = sum(shard.num_bytes for shard in shards)
+        self._ends = list(itertools.accumulate(shard.num_tokens for shard in shards))
+        self._document_ends = list(itertools.accumulate(shard.num_documents for shard in shards))
+
+    def num_rows(self, seq_len: int, partial: bool = False) -> int:
+        """Rows of `seq_len` targets; `partial` counts a shorter one at the end, too."""
+        if seq_len < 1:
+            raise ValueError(f"seq_len={seq_len}: must be at least 1")
+        targets = self.num_tokens - 1
+        return -(-targets // seq_len) if partial else targets // seq_len
+
+    def rows(self, ids: Sequence[int] | np.ndarray, seq_len: int) -> np.ndarray:
+        """Whole rows.
+
+        Returns:
+          (len(ids), seq_len + 1) int32: one token more than there are targets.
+
+        Raises:
+          ValueError: an id is not in [0, num_rows(seq_len)).
+          StoreChangedError: a file has changed since the store was opened; so everywhere here.
+        """
+        return self._read(ids, seq_len, self.num_rows(seq_len), 0)[0]
+
+    def places(
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        seq_len: int,
+        block_rows: int = BLOCK_ROWS,
+        steps: int = 1,
+    ) -> Places:
+        """Where the rows of the global batches of steps are: see `order.step_places`."""
+        return step_places(seed, step, batch_size, self.num_rows(seq_len), block_rows, steps)
+
+    def piece(self, first: int, count: int, seq_len: int) -> np.ndarray:
+        """Neighbouring rows, read in one piece (of each shard that they lie in).
+
+        Returns:
+          (count, seq_len + 1), in the type of the files; not to be written to. Where the stream
+          ends, zeros: only the last row that `num_rows` counts with `partial` has some.
+
+        Raises:
+          ValueError: the split has fewer rows.
+        """
+        if first < 0 or first + count > self.num_rows(seq_len, partial=True):
+            raise ValueError(f"rows {first} to {first + count - 1} of {seq_len} are not there")
+        size = count * seq_len + 1
+        stream = self._stream(first * seq_len, size)
+        if len(stream) < size:
+            stream = np.pad(stream, (0, size - len(stream)))
+        return np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len]
+
+    def padded_rows(
+        self, ids: Sequence[int] | np.ndarray, seq_len: int, pad_id: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that may include the shorter one at the end, filled up with `pad_id`.
+
+        Returns:
+          (len(ids), seq_len + 1) int32, and (len(ids),) int64: the targets of each row that are
+          real; they come first.
+
+        Raises:
+          ValueError: an id is not in [0, num_rows(seq_len, partial=True)).
+        """
+        return self._read(ids, seq_len, self.num_rows(seq_len, partial=True), pad_id)
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens of a document, without EOS, as (length,) int32; numbers count from 0.
+
+        Raises:
+          ValueError: there is no such document.
+        """
+        if not 0 <= number < self.num_documents:
+            raise ValueError(f"document {number}: the split has {self.num_documents}, from 0")
+        index = bisect.bisect_right(self._document_ends, number)
+        shard = self._shards[index]
+        local = number - (self._document_ends[index] - shard.num_documents)
+        begin, end = shard.bounds(local, local + 1)
+        tokens = shard.tokens(int(begin), int(end) - 1).astype(np.int32)
+        shard.check()
+        return tokens
+
+    def document_at(self, position: int) -> int:
+        """Number of the document that a token of the stream belongs to, its EOS included; -1 for
+        the leading EOS."""
+        if not 0 <= position < self.num_tokens:
+            raise ValueError(f"position {position}: the split has {self.num_tokens} tokens, from 0")
+        index = bisect.bisect_right(self._ends, position)
+        shard = self._shards[index]
+        local = position - (self._ends[index] - shard.num_tokens)
+        before = self._document_ends[index] - shard.num_documents
+        return before + int(np.searchsorted(shard.bounds()[:-1], local, side="right")) - 1
+
+    def document_lengths(self) -> Iterator[np.ndarray]:
+        """Tokens of each document, without EOS: an array (documents,) int64 for every shard."""
+        return (np.diff(shard.bounds()) - 1 for shard in self._shards)
+
+    def _read(
+        self, ids: Sequence[int] | np.ndarray, seq_len: int, num_rows: int, pad_id: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.asarray(ids, np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= num_rows):
+            raise ValueError(
+                f"row ids from {ids.min()} to {ids.max()}: the split has {num_rows} rows of "
+                f"{seq_len} tokens, counted from 0"
+            )
+        starts = ids * seq_len
+        rows = np.full((len(ids), seq_len + 1), pad_id, np.int32)
+        for row, start in zip(rows, starts.tolist()):
+            tokens = self._stream(start, seq_len + 1)
+            row[: len(tokens)] = tokens
+        return rows, self.targets(ids, seq_len)
+
+    def targets(self, ids: np.ndarray, seq_len: int) -> np.ndarray:
+        """Targets of rows: seq_len, and fewer in the shorter one at the end; (len(ids),) int64."""
+        return np.minimum(self.num_tokens - 1 - ids * seq_len, seq_len)
+
+    def _stream(self, start: int, size: int) -> np.ndarray:
+        """Tokens [start, start + size) of the stream, over the ends of shards, up to its end."""
+        index, pieces = bisect.bisect_right(self._ends, start), []
+        while size > 0 and index < len(self._shards):
+            shard = self._shards[index]
+            offset = start - (self._ends[index] - shard.num_tokens)
+            piece = shard.tokens(offset, min(offset + size, shard.num_tokens))
+            shard.check()
+            pieces.append(piece)
+            start, size, index = start + len(piece), size - len(piece), index + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class Shard:
+    """One shard: where its documents are, and its tokens."""
+
+    def __init__(self, record: dict[str, Any], dtype: np.dtype, tokens: File, offsets: File):
+        self.num_tokens: int = record["tokens"]
+        self.num_documents: int = record["documents"]
+        self.num_bytes: int = record["bytes"]
+        self._dtype, self._tokens, self._offsets = dtype, tokens, offsets
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), in the type of the file. They are right if `check` passes later."""
+        size = self._dtype.itemsize
+        return np.frombuffer(self._tokens.read(start * size, (stop - start) * size), self._dtype)
+
+    def check(self) -> None:
+        """Raises StoreChangedError if tokens that were read may be others than they were."""
+        self._tokens.check()
+
+    def bounds(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Where the documents `first` to `last` begin, (last - first + 1,) int64. The last of all
+        bounds is the end of the shard."""
+        last = self.num_documents if last is None else last
+        stop, size = min(last + 1, self.num_documents), OFFSET_DTYPE.itemsize
+        starts = np.frombuffer(self._offsets.read(first * size, (stop - first) * size), "<u8")
+        self._offsets.check()
+        end = [self.num_tokens] * (last + 1 - stop)
+        return np.append(starts.astype(np.int64), np.array(end, np.int64))
+
+
+def _found(path: Path | Address, size: int) -> File:
+    """A file of a store. Raises ValueError if it is missing or has another size."""
+    try:
+        file = look_at(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
+    if file.size != size:
+        raise ValueError(f"{path} has {file.size} bytes, expected {size}; {PREPARE_AGAIN}")
+    return file
+
+
+def _offsets_file(shard: dict[str, Any]) -> str:
+    return Path(shard["file"]).stem + OFFSETS
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises the process' own limit, which is 1,024 on most systems: C4 has more shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        if hard != resource.RLIM_INFINITY and hard < count:
+            raise ValueError(
+                f"the store needs {count} open files and this system allows {hard}: raise the "
+                f"limit, as with `ulimit -Hn {count}` by the administrator"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+def _check_sha256(path: Path | Address, expected: str) -> None:
+    try:
+        actual = file_sha256(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
+    if actual != expected:
+        raise ValueError(
+            f"{path} is corrupt: SHA-256 is {actual}, expected {expected}; {PREPARE_AGAIN}"
+        )

@@ -1,0 +1,97 @@
+"""kill -9 at random moments: what is prepared in many runs is what one run prepares."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from data.sources import corpus
+
+ROOT = Path(__file__).resolve().parents[3]
+KILLS, PARTS = 10, 50
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from data.sources import text_files
+from data.preparation.config import StoreConfig
+from data.preparation.prepare import prepare
+
+if __name__ == "__main__":
+    text_files.MIN_PART = 1
+    source, output, tokenizer, drop = sys.argv[2:]
+    config = StoreConfig(source, tokenizer=tokenizer, drop_duplicates=drop == "True")
+    prepare(config, output, workers=2)
+"""
+
+
+@pytest.fixture
+def command(tmp_path, tokenizer_path):
+    """Makes the command that prepares 50 files of 2 MB, a part each, into a folder."""
+    source = tmp_path / "source"
+    source.mkdir()
+    chapters = list(corpus.documents("train"))
+    for i in range(PARTS):
+        texts = chapters[:9] + [f"{i} {text}" for text in chapters[i::4]]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (source / f"{i:02d}.json.zst").write_bytes(zstandard.compress(lines.encode(), 1))
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM)
+
+    def make(output: Path, drop_duplicates: bool) -> list[str]:
+        paths = [sys.executable, script, ROOT, source, output, tokenizer_path]
+        return [*map(str, paths), str(drop_duplicates)]
+
+    return make
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def _finished(store: Path) -> int:
+    parts, hashes = store.glob("progress/part-*.json"), store.glob("progress/hashes/*.hashes")
+    return len(list(parts)) + len(list(hashes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drop_duplicates", [False, True])
+def test_ten_kills_at_random_moments_leave_no_trace(tmp_path, command, drop_duplicates):
+    reference, store = tmp_path / "reference", tmp_path / "store"
+    subprocess.run(command(reference, drop_duplicates), check=True, stderr=subprocess.DEVNULL)
+    rng = random.Random(drop_duplicates)
+    seen = []
+    for kill in range(KILLS):
+        process = subprocess.Popen(command(store, drop_duplicates), stderr=subprocess.DEVNULL)
+        while kill > 1 and _finished(store) == seen[-1]:  # the first two: while it starts
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.06) if kill > 1 else rng.uniform(0, 0.6))
+        children = _children(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
+        seen.append(_finished(store))
+        assert not (store / "manifest.json").exists()
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < deadline, "workers outlived the process that started them"
+            time.sleep(0.01)
+    assert len(set(seen)) >= KILLS - 1
+    assert seen == sorted(seen)
+    subprocess.run(command(store, drop_duplicates), check=True, stderr=subprocess.DEVNULL)
+    assert _contents(store) == _contents(reference)
