@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     model.positions = "sinusoidal"  # sinusoidal (on the embedding) | rotary (on queries and keys)
     model.logits_soft_cap = 0.0  # c * tanh(logits / c) on the output logits; 0 = off (PAX: 30)
     model.dtype = "float32"  # float32 | bfloat16, of activations and what fsdp moves; else float32
+    model.matmul_precision = "highest"  # default | high | highest, of products of float32
     model.remat = "full"  # none | dots | full: what the backward pass keeps (see models/stack.py)
     model.unroll = False  # unroll the scan over layers: faster for small models, slower to compile
 
@@ -121,5 +122,6 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1  # devices that share parameters and optimizer state, and split the batch
     mesh.tensor = 1  # devices that share heads and MLP columns
     mesh.max_unsharded = 0.02  # share of the parameters' bytes that fsdp may leave unsplit
+    mesh.compiler_options = "chip"  # chip | none: those of laser/training/compiler.py, or XLA's own
 
     return config

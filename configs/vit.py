@@ -48,6 +48,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.num_heads = heads  # of model_dim / num_heads each
     model.dropout = 0.0  # of what is embedded, in the MLP, and of what attention and MLP add
     model.dtype = "float32"  # float32 | bfloat16, of activations and what fsdp moves; else float32
+    model.matmul_precision = "highest"  # default | high | highest, of products of float32
     model.remat = "none"  # none | dots | full: what the backward pass keeps (see models/stack.py)
     model.unroll = False
     set_attention(config.attention, chosen["attention"])

@@ -67,6 +67,10 @@ class BlockConfig(Protocol):
     @property
     def hidden_mlp_matrices(self) -> int: ...
     @property
+    def dtype(self) -> str: ...
+    @property
+    def matmul_precision(self) -> str: ...
+    @property
     def norm(self) -> str: ...
     @property
     def positions(self) -> str: ...
@@ -128,6 +132,7 @@ class ModelConfig(Counts):
     positions: Literal["sinusoidal", "rotary"] = "sinusoidal"
     logits_soft_cap: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["default", "high", "highest"] = "highest"
     remat: Literal["none", "dots", "full"] = "full"
     unroll: bool = False
     attention: AttentionConfig = AttentionConfig()
@@ -201,6 +206,7 @@ class VitConfig(Counts):
     kind: Literal["vit"] = "vit"
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["default", "high", "highest"] = "highest"
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False
     attention: AttentionConfig = AttentionConfig()

@@ -71,7 +71,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_BTM: Array) -> Array:
         """(B, T, M) -> (B, T, V) float32, through the tied embedding."""
-        return output_logits(hidden_BTM, self.embedding[...], self.config.logits_soft_cap)
+        with stack.product_precision(self.config):
+            return output_logits(hidden_BTM, self.embedding[...], self.config.logits_soft_cap)
 
 
 def embed(config: ModelConfig, embedding_VM: Array, tokens_BT: Array, positions_BT: Array) -> Array:

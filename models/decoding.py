@@ -19,6 +19,7 @@ from laser.attention.decode import BLOCK
 from models.config import ModelConfig
 from models.decoder import Parameters, embed, output_logits
 from models.layers import Block, LayerCache, Norm
+from models.stack import product_precision
 
 Array = jax.Array
 
@@ -98,9 +99,10 @@ def append(
     x_BTM = embed(config, params["embedding"], tokens_BT, positions_BT)
     layers = []
     for i, (block, layer) in enumerate(zip(params["blocks"], cache.layers, strict=True)):
-        x_BTM, layer = nnx.merge(block_graph, block).decode(
-            x_BTM, i, positions_BT, layer, cache.slot, visible_BTS
-        )
+        with product_precision(config):
+            x_BTM, layer = nnx.merge(block_graph, block).decode(
+                x_BTM, i, positions_BT, layer, cache.slot, visible_BTS
+            )
         layers.append(layer)
     hidden_BTM = nnx.merge(norm_graph, params["final_norm"])(x_BTM)
     return hidden_BTM, Cache(
@@ -110,4 +112,5 @@ def append(
 
 def next_logits(config: ModelConfig, params: Parameters, hidden_BM: Array) -> Array:
     """(B, M) -> (B, V) float32."""
-    return output_logits(hidden_BM, params["embedding"], config.logits_soft_cap)
+    with product_precision(config):
+        return output_logits(hidden_BM, params["embedding"], config.logits_soft_cap)

@@ -4,6 +4,7 @@ The layers' parameters are stacked, so that a scan compiles one layer whatever t
 backward pass keeps what the named policy says.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -33,6 +34,17 @@ REMAT_POLICIES = {
     # Keep the blocks' inputs alone.
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def product_precision(config: BlockConfig) -> contextlib.AbstractContextManager:
+    """Where products of float32 keep what model.matmul_precision says.
+
+    It goes around what runs a model, and around what differentiates one: the products of a backward
+    pass are made there. Those of bfloat16 are exact as they are, and stay untouched.
+    """
+    if config.dtype == "bfloat16":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(config.matmul_precision)
 
 
 def stacked(make: Callable[[Any, nnx.Rngs], Blocks], config: BlockConfig, rngs: nnx.Rngs) -> Blocks:
@@ -79,6 +91,7 @@ def run(
             layer, policy=REMAT_POLICIES[config.remat], prevent_cse=config.unroll
         )
     unroll = config.num_layers if config.unroll else 1
-    return jax.lax.scan(
-        layer, x_BTM, (jnp.arange(config.num_layers), stacked_params), unroll=unroll
-    )
+    with product_precision(config):
+        return jax.lax.scan(
+            layer, x_BTM, (jnp.arange(config.num_layers), stacked_params), unroll=unroll
+        )

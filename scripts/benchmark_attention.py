@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs import c4
+from laser.planning import bundles
 from laser.planning.topologies import NO_DEVICE
 
 # Heads and head size of the paper's models.
@@ -52,7 +53,7 @@ ITEM_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 def _prepare_libtpu(dump: str) -> None:
     """Settings that libtpu reads when it is loaded: no device, and a dump of its schedules."""
     os.environ.update(NO_DEVICE)
-    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+    os.environ["LIBTPU_INIT_ARGS"] = bundles.arguments(dump)
 
 
 def _attention(
@@ -153,22 +154,11 @@ def compile_program(
         program: str = compiled.as_text() or ""
         memory: Any = compiled.memory_analysis()
         return {
-            "bundles": _bundles(dump),
+            "bundles": bundles.read(dump),
             "hbm_bytes": hbm_bytes(program),
             "vmem_bytes": _vmem_bytes(program),
             "temporary_bytes": memory.temp_size_in_bytes,
         }
-
-
-def _bundles(dump: str) -> dict[str, int]:
-    """Scheduled bundles of every kernel in a dump, by name."""
-    found = {}
-    for path in Path(dump).glob("*schedule-analysis_final_bundles.txt"):
-        match = re.search(r"((?:laser|standard|splash)\w*)", path.name)
-        if match:
-            count = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
-            found[match[1].rstrip("_")] = int(count[1]) if count else 0
-    return found
 
 
 def _vmem_bytes(program: str) -> int:
@@ -239,8 +229,8 @@ def _compile_apart(*arguments: Any) -> dict | None:
 
 def total_bundles(kind: str, found: dict) -> int:
     """Bundles a head, forward and backward, without what runs where these do not do."""
-    bundles = found["bundles"].items()
-    usual = sum(count for name, count in bundles if not name.endswith(("_raw", "_wide")))
+    counts = found["bundles"].items()
+    usual = sum(count for name, count in counts if not name.endswith(("_raw", "_wide")))
     blocks = LENGTH // SPLASH_BLOCK
     return usual * (blocks * (blocks + 1) // 2 if kind.startswith("splash") else 1)
 
@@ -256,12 +246,12 @@ def static(chips=tuple(CHIPS), shapes=SHAPES) -> list[dict]:
                 found = _compile_apart(chip, heads, size, LENGTH, kind)
                 if found is None:
                     continue
-                bundles = total_bundles(kind, found)
-                base = base or (bundles, found["hbm_bytes"])
+                total = total_bundles(kind, found)
+                base = base or (total, found["hbm_bytes"])
                 rows.append({"chip": chip, "heads": heads, "size": size, "kind": kind, **found})
                 print(
-                    f"{chip:6} {heads:3} x {size:<8} {kind:9} {bundles:7}  "
-                    f"{bundles / base[0]:5.3f} {found['hbm_bytes'] / 1e6:7.1f}  "
+                    f"{chip:6} {heads:3} x {size:<8} {kind:9} {total:7}  "
+                    f"{total / base[0]:5.3f} {found['hbm_bytes'] / 1e6:7.1f}  "
                     f"{found['hbm_bytes'] / base[1]:5.3f} {found['vmem_bytes'] / 2**20:9.1f} "
                     f"{found['temporary_bytes'] / 1e6:8.1f}",
                     flush=True,
@@ -330,7 +320,7 @@ def _kernel_bundles(
         for path in Path(dump).iterdir():
             path.unlink()
         jax.jit(program).lower(*arguments).compile()
-        found.append(sum(_bundles(dump).values()))
+        found.append(sum(bundles.read(dump).values()))
     return found
 
 

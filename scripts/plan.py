@@ -1,11 +1,12 @@
 """Says what a run would be like on a slice of TPUs, without having one.
 
     python scripts/plan.py --config=configs/c4.py:size=2p2b,slice=v5e-256 --topology=v5e:16x16
-    python scripts/plan.py --config=... --topology=v5p-512 --slices=2 --json
+    python scripts/plan.py --config=... --topology=v5p-512 --slices=2 --config.mesh.data=2 --json
     python scripts/plan.py --config=... --topology=v5e-64 --search
 
 Compiles the train step that train.py runs for the described slice (pip install libtpu) and prints
-whether it fits, where memory goes, what moves between chips, and how fast a step can be at best.
+whether it fits, where memory goes, what moves between chips, how fast a step can be at best, and
+what the compiled schedule makes of it.
 --search tries meshes, micro-batches and remat policies. Exit codes: 0 it fits, 1 it does not (with
 a suggestion that was compiled), 2 mistake in the command line or the config.
 """
@@ -19,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import flags
 
-from laser.planning import topologies
+from laser.planning import bundles, topologies
 from laser.training.config import RunConfig, check_devices
-from laser.training.console import end_on_ctrl_c
+from laser.training.console import end_on_ctrl_c, interruptible
 from laser.training.flags import exit_with, parse_or_exit
 
 SEARCH_WANTED = 3  # programs that fit, to rank
@@ -38,12 +39,6 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("slices", 1, "number of such slices", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
     flags.DEFINE_bool("search", False, "look for the fastest layout that fits", flag_values=values)
-    flags.DEFINE_bool(
-        "estimate",
-        False,
-        "also XLA's own estimate of the step, from two programs more; for v5p",
-        flag_values=values,
-    )
 
 
 def main(argv: list[str]) -> int:
@@ -62,16 +57,13 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(config: RunConfig, topology: topologies.Topology, values: flags.FlagValues) -> int:
-    from laser.planning import compile, report
+    from laser.planning import report
     from laser.planning.plan import TooLarge, make_plan
 
     devices = topologies.devices(topology)
     result = make_plan(config, topology, devices)
     if isinstance(result, TooLarge):
         return _refuse(config, topology, devices, result, values.json)
-    if values.estimate:
-        estimate = compile.estimate_seconds(config, devices)
-        result = dataclasses.replace(result, estimate_seconds=estimate)
     print(json.dumps(result.to_dict()) if values.json else report.describe(result))
     return 0
 
@@ -120,5 +112,5 @@ def _attention(config: RunConfig) -> str:
 
 
 if __name__ == "__main__":
-    end_on_ctrl_c("stopped")
-    sys.exit(main(sys.argv))
+    end_on_ctrl_c("stopped", bundles.remove)
+    sys.exit(interruptible(main, sys.argv))

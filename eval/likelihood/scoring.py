@@ -29,6 +29,7 @@ from laser.training import preemption, sharding
 from laser.training.share import over_batch
 from models.config import ModelConfig
 from models.decoder import Parameters, output_logits, structure
+from models.stack import product_precision
 
 BUCKET = 32  # lengths of rows are multiples of it
 ROW_TOKENS = 4096  # of a batch, over all devices that split it; sets how many rows it has
@@ -162,7 +163,7 @@ def _programs(config: ModelConfig, mesh: jax.sharding.Mesh) -> _Programs:
     return _Programs(
         jax.jit(sharding.on_mesh(mesh, hidden), out_shardings=sharding.batch_sharding(mesh)),
         jax.jit(
-            functools.partial(_read_scores, soft_cap=config.logits_soft_cap),
+            functools.partial(_read_scores, config=config),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         ),
         set(),
@@ -358,13 +359,14 @@ def _grid(longest: int) -> list[int]:
     return [BUCKET * step for step in sorted({*steps, top}) if step <= top]
 
 
-def _read_scores(hidden_BTM, embedding_VM, places_C3, soft_cap: float) -> tuple[Any, Any]:
+def _read_scores(hidden_BTM, embedding_VM, places_C3, config: ModelConfig) -> tuple[Any, Any]:
     """log softmax(logits)[target] at each (row, position, target), and whether it is the largest.
 
     (B, T, M), (V, M), (C, 3) int32 -> (C,) float32, (C,) bool.
     """
     rows, positions, targets = places_C3.T
-    logits_CV = output_logits(hidden_BTM[rows, positions], embedding_VM, soft_cap)
+    with product_precision(config):
+        logits_CV = output_logits(hidden_BTM[rows, positions], embedding_VM, config.logits_soft_cap)
     target_C = jnp.take_along_axis(logits_CV, targets[:, None], axis=-1)[:, 0]
     logprobs_C = target_C - jax.nn.logsumexp(logits_CV, axis=-1)
     return logprobs_C, jnp.argmax(logits_CV, axis=-1) == targets

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from laser.planning import bundles
 from laser.planning.collectives import Collective, collectives, kept_for_backward
 from laser.training import sharding
 from laser.training.config import RunConfig
@@ -46,9 +47,9 @@ class Compiled:
       kept: bytes of activations between forward and backward pass of a micro-batch.
       collectives: all of them.
       attention: the implementation that is in it, pallas or chunked.
-      xla_flops: as XLA counts them, a loop's body once.
-      xla_seconds: XLA's own estimate, a loop's body once; negative where it has none.
       seconds, gb: that compiling took, and the memory of this process.
+      hlo: text of the optimized module.
+      bundles: of the kernels, by name; {} if they were not requested.
     """
 
     parameters: int
@@ -59,10 +60,10 @@ class Compiled:
     kept: float
     collectives: list[Collective]
     attention: str
-    xla_flops: float
-    xla_seconds: float
     seconds: float
     gb: float
+    hlo: str
+    bundles: dict[str, int]
 
 
 def lower_step(config: RunConfig, devices: Sequence) -> tuple[Program, jax.stages.Lowered]:
@@ -114,7 +115,6 @@ def _explained(error: jax.errors.JaxRuntimeError) -> Exception:
 def _read(program: Program, compiled: Any, seconds: float) -> Compiled:
     text: str = compiled.as_text() or ""
     memory = compiled.memory_analysis()
-    costs = compiled.cost_analysis() or {}
     state = program.abstract_state
     return Compiled(
         parameters=_local_bytes(state.params),
@@ -125,10 +125,10 @@ def _read(program: Program, compiled: Any, seconds: float) -> Compiled:
         kept=kept_for_backward(text, program.config.model.num_layers),
         collectives=collectives(text, dict(program.mesh.shape)),
         attention="pallas" if KERNEL.search(text) else "chunked",
-        xla_flops=costs.get("flops", 0.0),
-        xla_seconds=costs.get("optimal_seconds", -1.0),
         seconds=seconds,
         gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        hlo=text,
+        bundles=bundles.take(),
     )
 
 
@@ -137,18 +137,3 @@ def _local_bytes(tree: Any) -> int:
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def estimate_seconds(config: RunConfig, devices: Sequence) -> float:
-    """XLA's estimate of a whole step, from programs of 2 and 4 layers that are not in a loop.
-
-    The cost of a layer is the same in both, so the rest of the layers follow. Only for v5p is the
-    estimate of any use: the others' contain large negative terms.
-    """
-
-    def seconds(layers: int) -> float:
-        model = dataclasses.replace(config.model, num_layers=layers, unroll=True)
-        return compile_step(dataclasses.replace(config, model=model), devices)[1].xla_seconds
-
-    two, four = seconds(2), seconds(4)
-    return two + (four - two) / 2 * (config.model.num_layers - 2)

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from laser.attention.kernels.blocks import block_sizes
 from laser.planning.collectives import Collective
 from laser.planning.compile import GIB, Compiled, OutOfMemory, compile_step
-from laser.planning.topologies import Topology, has_libtpu
+from laser.planning.schedule import Links, Schedule, read_schedule
+from laser.planning.topologies import CORES_PER_CHIP, Topology, has_libtpu
 from laser.training import roofline, sharding
 from laser.training.config import MeshConfig, RunConfig, check_devices
 from laser.training.hardware import CHIPS
@@ -49,7 +51,8 @@ class Plan:
       hours, chip_hours: of the config's steps, at the bound; None if it counts in epochs, whose
         number of steps the data decide.
       unsharded: share of the parameters' bytes that fsdp does not split.
-      estimate_seconds: XLA's own, where asked for.
+      schedule, schedule_mfu: of the compiled program, and the MFU of its seconds; None without
+        libtpu.
       compile_seconds, compile_gb: of the plan itself.
     """
 
@@ -80,7 +83,8 @@ class Plan:
     unsharded: float
     compile_seconds: float
     compile_gb: float
-    estimate_seconds: float | None = None
+    schedule: Schedule | None
+    schedule_mfu: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -123,6 +127,7 @@ def _plan(
     steps = config.training.steps
     hours = bound.seconds * steps / 3600 if steps else None
     known = has_libtpu()
+    schedule = _schedule(config, topology, mesh, compiled) if known else None
     peak = compiled.peak / GIB
     params = sharding.abstract_parameters(config.model)
     return Plan(
@@ -153,7 +158,44 @@ def _plan(
         unsharded=sharding.unsharded_share(mesh, params),
         compile_seconds=compiled.seconds,
         compile_gb=compiled.gb,
+        schedule=schedule,
+        schedule_mfu=(
+            roofline.mfu(config, topology.chips, chip, schedule.seconds) if schedule else None
+        ),
     )
+
+
+def _schedule(config: RunConfig, topology: Topology, mesh: Mesh, compiled: Compiled) -> Schedule:
+    chip = CHIPS[topology.device_kind]
+    cores = CORES_PER_CHIP[topology.chip]
+    bundles = {name: count / cores for name, count in compiled.bundles.items()}
+    if not _one_block(config):
+        bundles = {}  # of which a causal mask leaves out some: their roofline counts right
+    links = _links(topology, mesh)
+    return read_schedule(compiled.hlo, dict(mesh.shape), chip, links, bundles)
+
+
+def _one_block(config: RunConfig) -> bool:
+    """Whether the attention kernels take a row and head in one step."""
+    model, length = config.model, config.data.seq_len
+    itemsize = 2 if model.dtype == "bfloat16" else 4
+    grouped = model.kv_heads != model.num_heads
+    sizes = block_sizes(length, model.query_dim, model.head_dim, itemsize, grouped)
+    return length <= sizes.block
+
+
+def _links(topology: Topology, mesh: Mesh) -> Links:
+    """From mesh axes to the axes of the torus, and the bytes/s that a chip receives along them."""
+    chip = CHIPS[topology.device_kind]
+    along = {name: _torus_axes(mesh, topology, i) for i, name in enumerate(mesh.axis_names)}
+
+    def links(axes: tuple[str, ...]) -> tuple[frozenset, float]:
+        held: frozenset = frozenset().union(*(along[name] for name in axes))
+        if COPY in held:
+            return held, chip.slice_bandwidth
+        return held, chip.link_bandwidth * sum(2 if topology.wrap[axis] else 1 for axis in held)
+
+    return links
 
 
 def _traffic(found: Sequence[Collective]) -> list[Traffic]:

@@ -1,6 +1,7 @@
 """A plan as text for people."""
 
 from laser.planning.plan import Plan, TooLarge
+from laser.planning.schedule import KERNELS, TRANSFERS
 from laser.planning.topologies import Topology
 
 RESOURCES = {
@@ -10,10 +11,15 @@ RESOURCES = {
     "slices": "network between slices",
 }
 
+SHOWN_SECONDS = 5e-5  # of transfers
+
 
 def describe(plan: Plan) -> str:
     """The report of scripts/plan.py."""
-    sections = [_head(plan), _memory(plan), _work(plan), _traffic(plan), _time(plan), unknown(plan)]
+    sections = [_head(plan), _memory(plan), _work(plan), _traffic(plan), _time(plan)]
+    if plan.schedule:
+        sections.append(_schedule(plan))
+    sections.append(unknown(plan))
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
@@ -83,22 +89,41 @@ def _time(plan: Plan) -> list[str]:
     steps = "" if plan.hours is None else f"; all steps {plan.hours:.1f} hours"
     steps += "" if plan.chip_hours is None else f", {plan.chip_hours:,.0f} chip-hours"
     lines.append(
-        f"  allows {100 * plan.mfu:.1f} % MFU, {plan.tokens_per_second:,.0f} tokens/s{steps}"
+        f"  allows at most {100 * plan.mfu:.1f} % MFU, {plan.tokens_per_second:,.0f} tokens/s"
+        f"{steps}, if all of them overlapped perfectly"
     )
-    if plan.estimate_seconds is not None:
-        mfu = plan.mfu * plan.seconds / plan.estimate_seconds
-        lines.append(
-            f"  XLA's own estimate: {plan.estimate_seconds:.3f} s, {100 * mfu:.1f} % MFU"
-            if plan.estimate_seconds > 0
-            else "  XLA's own estimate: none of use for this chip"
-        )
+    return lines
+
+
+def _schedule(plan: Plan) -> list[str]:
+    """What the compiled program makes of it."""
+    schedule, mfu = plan.schedule, plan.schedule_mfu
+    assert schedule is not None
+    assert mfu is not None
+    lines = ["the compiled schedule, in ms of a step, by the compiler's own count of cycles"]
+    for kind, seconds in schedule.waited.items():
+        by = f" (by {schedule.kernels_by})" if kind == KERNELS and schedule.kernels_by else ""
+        waits = ", waited for" if kind == TRANSFERS else ""
+        lines.append(f"  {kind + waits + by:28} {1e3 * seconds:8.1f}")
+    lines.append(f"  {'estimated step':28} {1e3 * schedule.seconds:8.1f}  {100 * mfu:.1f} % MFU")
+    hidden = ", ".join(f"{kind} {1e3 * s:.1f}" for kind, s in schedule.hidden.items())
+    lines.append(f"  transfers hidden behind: {hidden or 'nothing'}")
+    for one in schedule.transfers:
+        if one.seconds >= SHOWN_SECONDS:
+            lines.append(
+                f"    {one.what:34} {one.count:5} times {1e3 * one.seconds:8.1f} ms, "
+                f"{1e3 * one.waited:.1f} of it waited for"
+            )
+    lines.append("  heaviest beside products")
+    for one in schedule.heaviest:
+        lines.append(f"    {1e3 * one.waited:6.1f}  {one.kind:10}  {one.what}  {one.source}")
     return lines
 
 
 def unknown(plan: Plan) -> list[str]:
     """What a plan cannot say."""
     lines = ["not known without the chips"]
-    lines.append("  how near to the bounds a step comes; nothing here was run")
+    lines.append("  how near to the bounds and to the schedule a step comes; nothing here was run")
     lines.append("  waiting for data, for other hosts, for checkpoints and evaluation")
     if plan.hours is None:
         lines.append("  hours: training.epochs is set, and the data decide how many steps that is")

@@ -77,7 +77,7 @@ def _powers_of_two(largest: int) -> Iterator[int]:
 def _with(config: RunConfig, mesh: MeshConfig, accumulation: int, remat: Remat) -> RunConfig | None:
     """The config with another layout, or None if they do not fit together."""
     try:
-        mesh = dataclasses.replace(mesh, max_unsharded=config.mesh.max_unsharded)
+        mesh = dataclasses.replace(config.mesh, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
         training = dataclasses.replace(config.training, accumulation=accumulation)
         model = dataclasses.replace(config.model, remat=remat)
         variant = dataclasses.replace(config, mesh=mesh, training=training, model=model)

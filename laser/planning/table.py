@@ -10,13 +10,13 @@ FIELDS = (
     "topology", "mesh", "accumulation", "remat", "attention", "fits", "capacity_gib", "peak_gib",
     "parameters_gib", "optimizer_gib", "kept_gib", "temporaries_gib", "recomputed_flops",
     "model_flops", "traffic_gib", "all_reduce_gib", "bound", "binding", "mfu", "hours",
-    "chip_hours", "compile_seconds", "compile_gb",
+    "chip_hours", "compile_seconds", "compile_gb", "schedule_seconds", "schedule_mfu",
 )  # fmt: skip
 
 HEAD = (
     "| size | attention | slice | mesh | micro-batches | remat | GiB a chip: state, kept, peak "
     "| recomputed | GiB moved | seconds at least: compute, HBM, links | MFU at most "
-    "| hours at least |"
+    "| hours at least | ms as scheduled | MFU as scheduled |"
 )
 START, END = "<!-- table -->", "<!-- end of table -->"
 
@@ -27,6 +27,7 @@ def row(plan: dict[str, Any]) -> dict[str, Any]:
     sums = {
         "traffic_gib": sum(one["gib"] for one in traffic),
         "all_reduce_gib": sum(one["gib"] for one in traffic if one["kind"] == "all-reduce"),
+        "schedule_seconds": plan["schedule"]["seconds"] if plan["schedule"] else None,
     }
     rounded = {key: value for key, value in {**plan, **sums}.items() if key in FIELDS}
     return json.loads(json.dumps(rounded), parse_float=lambda text: float(f"{float(text):.5g}"))
@@ -83,6 +84,14 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
             f"{bound['compute']:.3f}, {bound['memory']:.3f}, {bound['interconnect']:.3f}",
             f"{100 * plan['mfu']:.1f} %",
             f"{plan['hours']:.1f}",
+            *_scheduled(plan),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _scheduled(plan: dict[str, Any]) -> list[str]:
+    """Dashes for a row that was made before schedules were read."""
+    if plan.get("schedule_seconds") is None:
+        return ["–", "–"]
+    return [f"{1e3 * plan['schedule_seconds']:.0f}", f"{100 * plan['schedule_mfu']:.1f} %"]

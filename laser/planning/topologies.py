@@ -14,6 +14,8 @@ import math
 import os
 from collections.abc import Sequence
 
+from laser.planning import bundles
+
 # As the names of slices count them.
 CORES_PER_CHIP = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -100,6 +102,7 @@ def has_libtpu() -> bool:
 def prepare_environment(topology: Topology) -> None:
     """Call before jax is imported: no device is sought, and without libtpu there are CPU ones."""
     os.environ.update(NO_DEVICE)
+    bundles.request()
     if not has_libtpu():
         flags = f"--xla_force_host_platform_device_count={topology.chips}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()

@@ -193,6 +193,7 @@ class MeshConfig:
     fsdp: int
     tensor: int
     max_unsharded: float = 0.02
+    compiler_options: Literal["chip", "none"] = "chip"
 
     def __post_init__(self):
         require(
@@ -361,7 +362,9 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
         num_devices % fixed == 0,
         f"{text}: {num_devices} devices do not divide by {fixed}; change an axis that is not -1",
     )
-    filled = {name: num_devices // fixed if size == -1 else size for name, size in axes.items()}
+    filled: dict[str, Any] = {
+        name: num_devices // fixed if size == -1 else size for name, size in axes.items()
+    }
     return dataclasses.replace(mesh, **filled)
 
 

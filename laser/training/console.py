@@ -1,14 +1,17 @@
 """What programs print: our own messages to stdout, and libraries only when something is wrong."""
 
+import concurrent.futures
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from laser.training import hosts
+
+Result = TypeVar("Result")
 
 
 class _Lasting:
@@ -81,8 +84,10 @@ def start_logging() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def end_on_ctrl_c(words: str) -> None:
+def end_on_ctrl_c(words: str, before: Callable[[], None] = lambda: None) -> None:
     """From here on Ctrl-C ends the program at once, with these words in place of a traceback.
+
+    `before` is called first, to remove what would be left behind.
 
     No KeyboardInterrupt, which jax's callback of the garbage collector may swallow. The program
     ends by SIGINT, which shells call exit code 130.
@@ -92,7 +97,18 @@ def end_on_ctrl_c(words: str) -> None:
         del frame
         os.write(2, f"\n{words}\n".encode())  # print may have been interrupted itself
         hosts.end_the_others("it was stopped by Ctrl-C")
+        before()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGINT, end)
+
+
+def interruptible(function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments) in another thread, so that Ctrl-C does not wait for what XLA compiles.
+
+    Python hears of signals between two of the main thread's instructions, and a compiler takes
+    minutes for one.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()

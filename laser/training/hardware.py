@@ -24,6 +24,7 @@ class Chip:
       hbm_bandwidth: bytes/s of that memory; 0 unknown.
       link_bandwidth: bytes/s in one direction of one link of the torus; 0 where there is none.
       slice_bandwidth: bytes/s of a chip to other slices, over the data center's network; 0 unknown.
+      clock: cycles/s of a TPU's cores; 0 unknown.
     """
 
     name: str
@@ -32,18 +33,21 @@ class Chip:
     hbm_bandwidth: float = 0.0
     link_bandwidth: float = 0.0
     slice_bandwidth: float = 0.0
+    clock: float = 0.0
 
 
 # By jax's device_kind. TPUs: docs.cloud.google.com/tpu/docs, pages v4, v5e, v5p and v6e: peak
 # compute, HBM bandwidth, interconnect bandwidth per chip (2400, 1600, 4800, 3200 Gbps over 6, 4, 6
 # and 4 ports), data center network per pod of 256 (v5e 6.4, v6e 25.6 Tbps). hbm_gib: libtpu
-# 0.0.42.1 for programs that are too large. GPUs: NVIDIA's data sheets, without sparsity.
+# 0.0.42.1 for programs that are too large. Clocks: peak compute over what the matrix units do in a
+# cycle, two FLOPs in each of 128 x 128 places: 8 units in v4 and v5p, 4 in v5e; of 256 x 256 places
+# in v6e 4. GPUs: NVIDIA's data sheets, without sparsity.
 CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 30.75, 1228e9, 50e9),
-    "TPU v5 lite": Chip("v5e", 197e12, 15.75, 819e9, 50e9, 3.125e9),
-    "TPU v5": Chip("v5p", 459e12, 95.74, 2765e9, 100e9),
-    "TPU v5p": Chip("v5p", 459e12, 95.74, 2765e9, 100e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 31.25, 1640e9, 100e9, 12.5e9),
+    "TPU v4": Chip("v4", 275e12, 30.75, 1228e9, 50e9, clock=1.05e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 15.75, 819e9, 50e9, 3.125e9, 1.5e9),
+    "TPU v5": Chip("v5p", 459e12, 95.74, 2765e9, 100e9, clock=1.75e9),
+    "TPU v5p": Chip("v5p", 459e12, 95.74, 2765e9, 100e9, clock=1.75e9),
+    "TPU v6 lite": Chip("v6e", 918e12, 31.25, 1640e9, 100e9, 12.5e9, 1.75e9),
     "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12),
     "NVIDIA H100 80GB HBM3": Chip("H100", 989e12),
     "NVIDIA H200": Chip("H200", 989e12),

@@ -8,7 +8,7 @@ import functools
 import jax
 from jax.sharding import Mesh
 
-from laser.training import sharding
+from laser.training import compiler, sharding
 from laser.training.config import RunConfig
 from laser.training.objectives.registry import objective
 from laser.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -34,15 +34,18 @@ class Program:
         self.abstract_state: TrainState = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
+        options = compiler.options(mesh.devices.flat[0].device_kind, config.mesh.compiler_options)
         self.train_step = jax.jit(
             sharding.on_mesh(mesh, make_train_step(config)),
             in_shardings=(shardings, self.batch_sharding),
             out_shardings=(shardings, None),
             donate_argnums=0,
+            compiler_options=options,
         )
         self.eval_step = jax.jit(
             sharding.on_mesh(mesh, make_eval_step(config)),
             in_shardings=(shardings.params, self.batch_sharding),
+            compiler_options=options,
         )
         self._init = jax.jit(functools.partial(init_state, config), out_shardings=shardings)
 

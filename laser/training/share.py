@@ -20,14 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from laser.training import sharding
+from laser.training import compiler, sharding
 from models.families import Parameters
 
 Array = jax.Array
 Result = TypeVar("Result")
-# Of a device's part of a weight: below it, XLA for TPU v5e takes an all-gather over two axes of the
-# torus for bound by latency, and all-reduces. It did so at 64 KiB on 16 x 16, at 128 KiB on 8 x 8.
-SMALL_PART_BYTES = 256 * 1024
 
 Axes = tuple[tuple[str, ...], ...]  # of every dim of an array, the mesh axes that split it
 
@@ -130,30 +127,29 @@ def _gather(part: Array, axes: Axes) -> Array:
     Forms that XLA for TPUs turns into what they say (docs/plans.md): an all-gather along a new
     first dim of an array of two, over all axes at once or, for a small part, over one after the
     other; and for the gradient a reduce-scatter over one axis after the other. Else it all-reduces:
-    twice the bytes.
+    twice the bytes. The last dim stays what it is: another one would be another layout, and a copy.
     """
-    sizes, names, flat = _layout(part.shape, axes)
-    parts = part.reshape(-1, flat[-1])
-    if part.size * part.dtype.itemsize < SMALL_PART_BYTES:
+    sizes, names = _layout(axes)
+    parts = part.reshape(-1, part.shape[-1])
+    if part.size * part.dtype.itemsize < compiler.small_part_bytes():
         for name in reversed(names):
             parts = jax.lax.all_gather(parts, name)
     else:
         parts = jax.lax.all_gather(parts, names)
-    parts = parts.reshape(*(n for dim in sizes for n in dim), *flat)
-    parts = parts.transpose(_places(axes, len(flat)))
-    return parts.reshape([n * math.prod(s) for n, s in zip(part.shape, sizes, strict=True)])
+    parts = parts.reshape(*(n for dim in sizes for n in dim), *part.shape)
+    parts = parts.transpose(_places(axes, part.ndim))
+    return parts.reshape([n * math.prod(s) for n, s in _by_dim(part.shape, sizes)])
 
 
-def _layout(shape: Sequence[int], axes: Axes) -> tuple[list[list[int]], tuple[str, ...], list[int]]:
-    """Sizes of the mesh axes of each dim, their names, and a part's shape up to the last split dim.
-
-    The dims after it are contiguous and joined to one.
-    """
+def _layout(axes: Axes) -> tuple[list[list[int]], tuple[str, ...]]:
+    """Sizes of the mesh axes of each dim, and the names of all."""
     sizes = [[jax.lax.axis_size(name) for name in names] for names in axes]
-    last = max(i for i, dim in enumerate(axes) if dim)
-    rest = shape[last + 1 :]
-    flat = [*shape[: last + 1], *([math.prod(rest)] if rest else [])]
-    return sizes, tuple(name for dim in axes for name in dim), flat
+    return sizes, tuple(name for dim in axes for name in dim)
+
+
+def _by_dim(shape: Sequence[int], sizes: list[list[int]]) -> list[tuple[int, list[int]]]:
+    """Every dim with the sizes of the mesh axes that split it; later ones may have none."""
+    return [(n, sizes[i] if i < len(sizes) else []) for i, n in enumerate(shape)]
 
 
 def _places(axes: Axes, ndim: int) -> list[int]:
@@ -173,17 +169,16 @@ def _gather_fwd(part: Array, axes: Axes) -> tuple[Array, None]:
 
 
 def _gather_bwd(axes: Axes, _, gradient: Array) -> tuple[Array]:
-    sizes, names, whole = _layout(gradient.shape, axes)
+    sizes, names = _layout(axes)
     split: list[int] = []
-    for dim, n in enumerate(whole):
-        parts_of_dim = sizes[dim] if dim < len(sizes) else []
+    for n, parts_of_dim in _by_dim(gradient.shape, sizes):
         split += [*parts_of_dim, n // math.prod(parts_of_dim)]
-    places = _places(axes, len(whole))
+    places = _places(axes, gradient.ndim)
     parts = gradient.reshape(split).transpose([places.index(i) for i in range(len(places))])
     for name in names:
         rows = parts.reshape(jax.lax.axis_size(name), -1, split[-1])
         parts = jax.lax.psum_scatter(rows, name)
-    local = [n // math.prod(s) for n, s in zip(gradient.shape, sizes, strict=True)]
+    local = [n // math.prod(s) for n, s in _by_dim(gradient.shape, sizes)]
     return (parts.reshape(local),)
 
 

@@ -21,6 +21,7 @@ from laser.training.objectives.base import Batch, Sums
 from laser.training.objectives.registry import objective
 from laser.training.share import Share, over_batch
 from models.families import Parameters, init_parameters
+from models.stack import product_precision
 
 Array = jax.Array
 NORMS = 128  # of the last gradients, to tell what is usual
@@ -61,9 +62,13 @@ def make_gradient(config: RunConfig) -> Callable[[Parameters, Batch], tuple[Para
         grads, sums = _accumulate(gradient, params, batch, share, start, micro_batches)
         return share.total_gradient(grads), sums.over(share)
 
-    return lambda params, batch: over_batch(
-        over_micro_batches, params, batch, lambda specs, _: (specs, PartitionSpec())
-    )
+    def gradients(params, batch):
+        with product_precision(config.model):
+            return over_batch(
+                over_micro_batches, params, batch, lambda specs, _: (specs, PartitionSpec())
+            )
+
+    return gradients
 
 
 def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
@@ -153,4 +158,8 @@ def make_eval_step(config: RunConfig) -> Callable[[Parameters, Batch], Sums]:
     def sums(params, batch, share):
         return loss(params, batch, share)[1].over(share)
 
-    return lambda params, batch: over_batch(sums, params, batch, lambda *_: PartitionSpec())
+    def of_batch(params, batch):
+        with product_precision(config.model):
+            return over_batch(sums, params, batch, lambda *_: PartitionSpec())
+
+    return of_batch

@@ -168,6 +168,7 @@ def test_a_table_is_put_between_its_marks(tmp_path):
     names = [f"size={size},attention=laser,slice=v5e-64" for size in ("301m", "435m")]
     plan = {
         **dict.fromkeys(table.FIELDS, 1.23456789), "traffic": [{"kind": "all-gather", "gib": 2.0}],
+        "schedule": {"seconds": 2.0}, "schedule_mfu": 0.5,
         "mesh": {"fsdp": 64, "tensor": 1}, "remat": "dots", "attention": "pallas",
         "bound": {"compute": 1.0, "memory": 0.5, "interconnect": 0.25},
     }  # fmt: skip
@@ -184,6 +185,7 @@ def test_a_table_is_put_between_its_marks(tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n")  # noqa: PT018
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| 301m", "| 435m"]
+    assert rows[0].endswith("| 2000 | 50.0 % |")
     assert "old" not in text
 
 

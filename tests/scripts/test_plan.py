@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ needs_libtpu = pytest.mark.skipif(
 # As on a machine where libtpu is not installed.
 WITHOUT_LIBTPU = """
 import sys
+import time
 sys.path.insert(0, ".")
 from laser.planning import topologies
 topologies.has_libtpu = lambda: False
@@ -147,3 +150,30 @@ def test_too_large_a_run_is_refused_with_a_suggestion_that_fits():
     followed = plan(*what, *refused["suggestion"])
     assert followed.returncode == 0, followed.stdout
     assert json.loads(followed.stdout)["fits"]
+
+
+# Two hours of C that Python cannot interrupt, as a compiler is.
+BUSY = """
+import hashlib, sys
+sys.path.insert(0, ".")
+from laser.training.console import end_on_ctrl_c, interruptible
+end_on_ctrl_c("stopped", lambda: print("removed", flush=True))
+print("begun", flush=True)
+interruptible(hashlib.pbkdf2_hmac, "sha256", b"a", b"b", 2**31 - 1)
+"""
+
+
+def test_ctrl_c_does_not_wait_for_the_compiler():
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (-signal.SIGINT, "removed\n", "\nstopped\n")

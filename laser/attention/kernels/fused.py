@@ -250,6 +250,9 @@ def _range(statistics: Array) -> Array:
 
 def _attend_bwd(options: Options, residuals, cotangents):
     q, k, v, segment_ids, out, log_sum, residual = residuals
+    # A scan over layers keeps them in one array each, of which XLA would take a layer's k and v out
+    # twice: the kernel reads them in blocks and in samples.
+    q, k, v = lax.optimization_barrier((q, k, v))
     log_sum = log_sum[:, :, None]
     d_out = _row_major(cotangents[0])  # the range is a report; nothing is trained on it
     reference = None

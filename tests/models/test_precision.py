@@ -1,0 +1,109 @@
+"""`model.matmul_precision`: products of float32 keep it, programs of bfloat16 do not change."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags as absl_flags
+
+from laser.training import flags
+from laser.training.program import Program
+from laser.training.sharding import make_mesh
+from models.decoder import init_parameters
+from models.decoding import append, empty_cache, next_logits, unstack
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = re.compile(r"stablehlo.dot_general .*")
+
+
+@pytest.fixture(scope="module")
+def config(module_arguments):
+    argv = ["train.py", *module_arguments, "--config.attention.implementation=chunked"]
+    own: absl_flags.FlagValues = absl_flags.FlagValues()
+    return flags.parse(argv, lambda values: own)[0]
+
+
+def lowered(config, **fields):
+    """The text of the train and of the evaluation step."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+    program = Program(config, make_mesh(config, jax.devices()[:1]))
+    train = program.train_step.lower(program.abstract_state, program.abstract_batch())
+    evaluate = program.eval_step.lower(program.abstract_state.params, program.abstract_batch())
+    return train.as_text() + evaluate.as_text()
+
+
+def test_all_products_of_float32_have_the_precision(config):
+    assert config.model.matmul_precision == "highest"
+    found = PRODUCT.findall(lowered(config))
+    assert len(found) > 20
+    assert all("precision = [HIGHEST, HIGHEST]" in product for product in found)
+    found = PRODUCT.findall(lowered(config, matmul_precision="high"))
+    assert all("precision = [HIGH, HIGH]" in product for product in found)
+
+
+def test_programs_of_bfloat16_are_the_same_with_any(config):
+    texts = {
+        lowered(config, dtype="bfloat16", matmul_precision=precision)
+        for precision in ("default", "high", "highest")
+    }
+    assert len(texts) == 1
+    assert len(PRODUCT.findall(texts.pop())) > 20
+
+
+def test_decoding_has_it_too(config):
+    model = config.model
+    params = jax.eval_shape(lambda: unstack(model, init_parameters(model, 0)))
+    cache = jax.eval_shape(lambda: empty_cache(model, 1, 128))
+
+    def run(params, tokens, real, cache):
+        hidden, cache = append(model, params, tokens, real, cache)
+        return next_logits(model, params, hidden[:, -1])
+
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    real = jax.ShapeDtypeStruct((1, 4), bool)
+    found = PRODUCT.findall(jax.jit(run).lower(params, tokens, real, cache).as_text())
+    assert len(found) > 4
+    assert all("precision = [HIGHEST, HIGHEST]" in product for product in found)
+
+
+# Prints the products of the step for TPUs, those of kernels left out.
+COMPILED = """
+import sys
+sys.path.insert(0, ".")
+from laser.planning import topologies
+topology = topologies.parse_topology("v5e:1x1")
+topologies.prepare_environment(topology)
+from absl import flags as absl_flags
+from laser.planning.compile import compile_step
+from laser.planning.hlo import Module
+from laser.training import flags
+
+config, _ = flags.parse(["x", *sys.argv[1:]], lambda values: absl_flags.FlagValues())
+module = Module(compile_step(config, topologies.devices(topology))[1].hlo)
+for ops in module.computations.values():
+    for op in ops:
+        if op.opcode in ("convolution", "dot"):
+            print(op.rest)
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu"
+)
+def test_the_compiler_for_tpus_takes_it(module_arguments):
+    arguments = [*module_arguments, "--config.attention.implementation=chunked"]
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILED, *arguments], cwd=ROOT, capture_output=True, text=True,
+        check=False, env={**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    products = result.stdout.splitlines()
+    assert len(products) > 10
+    assert all("operand_precision={highest,highest}" in product for product in products)
