@@ -38,7 +38,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.time_masks = 10  # blocks of neighbouring frames at 0 ...
     model.max_masked_time = 0.05  # ... and what share of a recording a block may have
     model.batch_norm_momentum = 0.999  # of the moments that evaluation uses
-    model.dtype = "float32"  # as in configs/base.py, and so are the next two
+    model.dtype = "float32"  # as in configs/base.py, and so are the next three
+    model.matmul_precision = "highest"
     model.remat = "full"
     model.unroll = False
     set_attention(config.attention, chosen["attention"])

@@ -293,6 +293,7 @@ class ConformerConfig(Counts):
     max_masked_time: float = 0.05
     batch_norm_momentum: float = 0.999
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["default", "high", "highest"] = "highest"
     remat: Literal["none", "dots", "full"] = "full"
     unroll: bool = False
     attention: AttentionConfig = AttentionConfig()
