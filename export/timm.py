@@ -106,13 +106,13 @@ def from_timm(config: VitConfig, tensors: Tensors) -> Parameters:
         at = f"blocks.{i}"
         weights = np.split(get(f"{at}.attn.qkv.weight"), 3)
         biases = np.split(get(f"{at}.attn.qkv.bias"), 3)
-        attention = {"output": get(f"{at}.attn.proj.weight").reshape(shape)}
+        attention: Parameters = {"output": get(f"{at}.attn.proj.weight").reshape(shape)}
         attention["output_bias"] = get(f"{at}.attn.proj.bias")
         for name, weight, bias in zip(("query", "key", "value"), weights, biases):
             attention |= {name: weight.T.reshape(shape), f"{name}_bias": bias.reshape(shape[1:])}
         for theirs, ours in QK_NORMS.items() if config.attention.qk_norm else ():
             attention[ours] = norm(f"{at}.{theirs}")
-        mlp = {}
+        mlp: Parameters = {}
         for theirs, ours in (("fc1", "up"), ("fc2", "down")):
             mlp[ours] = get(f"{at}.mlp.{theirs}.weight").T
             mlp[f"{ours}_bias"] = get(f"{at}.mlp.{theirs}.bias")

@@ -227,7 +227,7 @@ class _Crew:
           What waits for the arrays: images, labels, weights.
         """
         count = max(length, len(rows))
-        arrays = {
+        arrays: Arrays = {
             "images": np.zeros((count, self._size, self._size, 3), np.uint8),
             "labels": np.zeros(count, np.int32),
             "weights": np.zeros(count, np.float32),

@@ -16,8 +16,8 @@ Array = jax.Array
 ERROR = "error"  # share of images whose likeliest class is another one
 
 # Of ImageNet's values from 0 to 255.
-MEAN = np.float32(255) * np.float32([0.485, 0.456, 0.406])
-DEVIATION = np.float32(255) * np.float32([0.229, 0.224, 0.225])
+MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
+DEVIATION = 255 * np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def _make_loss(config: RunConfig) -> Loss:
