@@ -112,7 +112,7 @@ def from_timm(config: VitConfig, tensors: Tensors) -> Parameters:
             attention |= {name: weight.T.reshape(shape), f"{name}_bias": bias.reshape(shape[1:])}
         for theirs, ours in QK_NORMS.items() if config.attention.qk_norm else ():
             attention[ours] = norm(f"{at}.{theirs}")
-        mlp = {}
+        mlp: Parameters = {}
         for theirs, ours in (("fc1", "up"), ("fc2", "down")):
             mlp[ours] = get(f"{at}.mlp.{theirs}.weight").T
             mlp[f"{ours}_bias"] = get(f"{at}.mlp.{theirs}.bias")
