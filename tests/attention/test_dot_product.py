@@ -160,7 +160,8 @@ def test_equals_the_oracle(name, kind, dtype):
             continue
         axes = (1, 2, 3)
         error, size = (np.sqrt(np.square(x).sum(axes)) for x in (actual - exact, exact))
-        np.testing.assert_array_less(error, 5 * tolerance * size + 1e-6, err_msg=word)
+        rounding = 1e-6 + 1e-7 * size.max()  # where the exact gradient is 0, beside the largest
+        np.testing.assert_array_less(error, 5 * tolerance * size + rounding, err_msg=word)
     seen = visible(name, arrays, hidden).any(-1).transpose(0, 2, 1)
     assert not found[0][~seen].any()
     assert not found[1][~seen].any()

@@ -94,7 +94,7 @@ def test_a_mesh_that_splits_heads_gives_the_gradients_of_one_device():
         ("model", "num_kv_heads", 3, "model.num_kv_heads=3: must divide model.num_heads=8; use 1"),
         ("model", "num_kv_heads", 16, "model.num_kv_heads=16: must divide model.num_heads=8"),
         ("model", "num_kv_heads", -2, "model.num_kv_heads=-2: must divide"),
-        ("model", "mlp", "gated", "model.mlp='gated': must be one of gelu, geglu, swiglu"),
+        ("model", "mlp", "gated", "model.mlp='gated': must be one of gelu, relu, geglu, swiglu"),
         ("mesh", "tensor", 4, "mesh.tensor=4: must divide model.num_kv_heads=2; use 2"),
     ],
 )

@@ -171,7 +171,7 @@ def test_the_rate_is_held_and_then_goes_to_zero():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "moun"}, "optimizer.name='moun': must be one of adamw, lamb, muon; did you"),
+        ({"name": "moun"}, "optimizer.name='moun': must be one of adamw, nadamw, lamb, muon"),
         ({"muon_momentum": 1.0}, "optimizer.muon_momentum=1.0: must be at least 0 and below 1"),
         ({"schedule": "wsd"}, "optimizer.decay_steps=0 with optimizer.schedule=wsd: wsd needs"),
         ({"decay_steps": 5}, "optimizer.decay_steps=5 with optimizer.schedule=cosine: wsd"),

@@ -57,7 +57,8 @@ def test_one_that_goes_on_finds_the_same():
 
 def test_a_run_records_steps_heights_and_rows(tmp_path, caplog):
     rows = types.SimpleNamespace(row_ids=lambda config, step: np.array([step, 7]))
-    run = types.SimpleNamespace(spikes=Spikes(), rows=rows, config=None, workdir=tmp_path)
+    records = types.SimpleNamespace(folder=tmp_path)
+    run = types.SimpleNamespace(spikes=Spikes(), rows=rows, config=None, records=records)
     values = losses(1300)[1000:]
     values[250] += 4.0
     for step, loss in enumerate(values, start=1):

@@ -75,7 +75,9 @@ def test_meshes_equal_one_device(mesh):
     config = make_config(mesh)
     history, state = run(config, jax.devices()[: np.prod(mesh)])
     expected, one = run_on_one_device()
-    np.testing.assert_allclose(history, expected, rtol=2e-4)
+    np.testing.assert_allclose(history[:, [0, 2]], expected[:, [0, 2]], rtol=2e-4)
+    # Of eight images at the start, one may have two classes that are equal but for rounding.
+    np.testing.assert_allclose(history[:, 1], expected[:, 1], atol=1 / 8)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-3),
         jax.device_get(state.params),
