@@ -43,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.estimate:
             print(estimate(folder))
             return 0
-        known = read_numbers(arguments.adopt)["runs"] if arguments.adopt else []
+        numbers = read_numbers(arguments.adopt) if arguments.adopt else None
         folder.begin()
-        if known:
-            print(f"{folder.adopt(known)} of {len(known)} runs adopted from {arguments.adopt}")
+        if numbers:
+            adopted, known = folder.adopt(numbers), len(numbers["runs"])
+            print(f"{adopted} of {known} runs adopted from {arguments.adopt}")
         print(estimate(folder), flush=True)
         code = Runner(folder, share=arguments.share, at_once=arguments.at_once).run()
         if code == 0:

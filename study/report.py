@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from configs.study import Best
-from data.sealed import seal, unseal
+from data.sealed import SEAL, seal, unseal
 from laser.training.folders import write_atomically
 from study import figures, tables
 from study.plan import names_of, number_of_runs
 from study.run import Folder
 
 NUMBERS, REPORT = "numbers.json", "report.md"
-LEFT_OUT = ("config", "sha256")  # of a run's result: they stay in its folder
 
 
 def write_report(folder: Folder) -> str:
@@ -58,15 +57,35 @@ def collect(folder: Folder) -> dict[str, Any]:
         })  # fmt: skip
         for cell in cells or ():
             if result := folder.result(cell):
-                small = {k: v for k, v in result.items() if k not in LEFT_OUT}
-                runs.append({**small, "flags": list(cell.flags())})
+                numbers = {key: value for key, value in result.items() if key != SEAL}
+                runs.append({**numbers, "flags": list(cell.flags())})
     compare = [
         {"stage": c.stage, "one": dict(c.one), "other": dict(c.other), "other_stage": c.other_stage}
         for c in study.compare
     ]
-    record = {"study": folder.plan.file, "stages": stages, "compare": compare, "runs": runs}
-    record["sizes"] = list(study.sizes)
+    record = {
+        "study": folder.plan.file,
+        "stages": stages,
+        "compare": compare,
+        "sizes": list(study.sizes),
+        **_shared_config(runs),
+    }
     return seal(record)
+
+
+def _shared_config(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs, and apart from them the fields of their configs that are the same in all."""
+    configs = [run["config"] for run in runs if "config" in run]
+    shared = {
+        name: value
+        for name, value in (configs[0] if configs else {}).items()
+        if all(name in config and config[name] == value for config in configs)
+    }
+    for i, run in enumerate(runs):
+        if "config" in run:
+            own = {name: value for name, value in run["config"].items() if name not in shared}
+            runs[i] = {**run, "config": own}
+    return {"config": shared, "runs": runs}
 
 
 def dumps(record: dict[str, Any]) -> str:

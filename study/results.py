@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.sealed import checksum, seal, unseal
-from laser.training.config import load_config
+from data.sealed import seal, unseal
+from laser.training.config import flatten, load_config
 from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, count_spikes, read_metrics
 from laser.training.run_folder import load_record, saved_step_folders
@@ -49,8 +49,7 @@ def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[st
         "parameters": beside_embedding(model),
         "seconds_per_step": statistics.median(speeds),
         "gradient_norm": norms[:: max(1, len(norms) // 50)],
-        "config": record["config"],
-        "config_sha256": config_sha256(record["config"]),
+        "config": comparable(record["config"]),
         "data": record["data"]["fingerprint"],
         **measured,
         **versions,
@@ -64,9 +63,22 @@ def write_adopted(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     return _write(folder, {key: value for key, value in run.items() if key != "flags"})
 
 
-def config_sha256(config: Mapping[str, Any]) -> str:
-    """Of all fields but the place of the data."""
-    return checksum({**config, "data": {**config["data"], "store": ""}})
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's fields by their whole names, without the place of the data."""
+    return {name: x for name, x in flatten(config).items() if name != "data.store"}
+
+
+def changes(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """A line for each field that a run was trained with and that has another value in a config.
+
+    Fields that the run does not know came later, and by default they change nothing.
+    """
+    now = comparable(config)
+    return [
+        f"{name}: {value} -> {now.get(name, '(absent)')}"
+        for name, value in result.get("config", {}).items()
+        if name not in now or now[name] != value
+    ]
 
 
 def write_failed(cell: Cell, folder: Path, reason: str, versions: Mapping[str, str]) -> dict:

@@ -18,14 +18,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from configs.study import Stage
-from laser.training.config import diff_configs, to_dict
+from laser.training.config import to_dict
 from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, format_duration, read_metrics
 from study import results
@@ -91,17 +91,21 @@ class Folder:
             self._results[cell.key] = result
         return self._results[cell.key]
 
-    def adopt(self, runs: Iterable[Mapping[str, Any]]) -> int:
-        """Takes over the numbers of runs that were trained elsewhere, where their configs are those
-        of this study's runs. Returns how many."""
-        known = {f"{run['stage']}/{run['name']}": run for run in runs}
+    def adopt(self, numbers: Mapping[str, Any]) -> int:
+        """Takes over runs that were trained elsewhere, by study/report.py's record of them, where
+        their configs are those of this study's runs. Returns how many."""
+        known = {
+            f"{run['stage']}/{run['name']}": {**run, "config": numbers["config"] | run["config"]}
+            for run in numbers["runs"]
+            if run["status"] == "done"
+        }
         adopted = 0
         for _, cells in self.stages():  # a choice among them opens the next stage
             for cell in cells or ():
                 run = known.get(cell.key)
                 if run is None or self.result(cell) is not None:
                     continue
-                if run.get("config_sha256") == results.config_sha256(to_dict(cell.config())):
+                if not results.changes(run, to_dict(cell.config())):
                     results.write_adopted(self.path / cell.key, run)
                     adopted += 1
         return adopted
@@ -122,16 +126,12 @@ class Folder:
         """Raises ValueError where a result is not that of the run which the study now has."""
         for _, cells in self.stages():
             for cell in cells or ():
-                result = self.result(cell) or {}
-                config = to_dict(cell.config())
-                if result.get("config_sha256") in (None, results.config_sha256(config)):
-                    continue
-                lines = diff_configs(result.get("config", {}), config)
-                told = "; ".join(line for line in lines if not line.startswith("data.store:"))
-                raise ValueError(
-                    f"output={self.path}: {cell.key} was trained with another config ({told}); "
-                    "choose another folder, or delete that run"
-                )
+                lines = results.changes(self.result(cell) or {}, to_dict(cell.config()))
+                if lines:
+                    raise ValueError(
+                        f"output={self.path}: {cell.key} was trained with another config "
+                        f"({'; '.join(lines)}); choose another folder, or delete that run"
+                    )
 
 
 def commands(folder: Folder) -> list[str]:

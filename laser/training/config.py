@@ -338,7 +338,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One line for each field that differs: `optimizer.learning_rate: 0.001 -> 0.01`."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flatten(old), flatten(new)
     keys = [*flat_old, *(key for key in flat_new if key not in flat_old)]
     return [
         f"{key}: {flat_old.get(key, '(absent)')} -> {flat_new.get(key, '(absent)')}"
@@ -459,11 +459,11 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat
