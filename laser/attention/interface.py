@@ -102,7 +102,7 @@ def dispatch(
     """Output, in the dtype of `value`, and range, by the implementation that serves such a call."""
     if implementation == "auto":
         implementation, why = _choose(query, key, value, kind, options)
-        _log_choice(kind, implementation, _platform(), why)
+        _log_choice(kind, implementation, platform_of_program(), why)
     if module := MODULES.get(implementation):
         _check_options(implementation, query, key, options)
         out, range_nats = module.attention(query, key, value, kind=kind, **options)
@@ -145,7 +145,7 @@ def _check(query, key, value, kind, segment_ids, implementation) -> None:
         )
 
 
-def _platform() -> str:
+def platform_of_program() -> str:
     """Of the mesh in context, whose devices may only be described, else of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -153,7 +153,7 @@ def _platform() -> str:
 
 def _choose(query, key, value, kind: str, options: dict) -> tuple[Implementation, str]:
     """The implementation that `auto` stands for, and why it is not the platform's fused one."""
-    platform = _platform()
+    platform = platform_of_program()
     try:
         if platform == "tpu":
             _check_options("pallas", query, key, options)

@@ -16,6 +16,7 @@ from absl import flags as absl_flags
 from laser.training import flags
 from laser.training.program import Program
 from laser.training.sharding import make_mesh
+from models import stack
 from models.decoder import init_parameters
 from models.decoding import append, empty_cache, next_logits, unstack
 
@@ -30,6 +31,12 @@ def config(module_arguments):
     return flags.parse(argv, lambda values: own)[0]
 
 
+@pytest.fixture
+def as_for_tpus(monkeypatch):
+    """The text of a program for TPUs, as far as precision goes."""
+    monkeypatch.setattr(stack, "platform_of_program", lambda: "tpu")
+
+
 def lowered(config, **fields):
     """The text of the train and of the evaluation step."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
@@ -39,7 +46,7 @@ def lowered(config, **fields):
     return train.as_text() + evaluate.as_text()
 
 
-def test_all_products_of_float32_have_the_precision(config):
+def test_all_products_of_float32_have_the_precision(config, as_for_tpus):
     assert config.model.matmul_precision == "highest"
     found = PRODUCT.findall(lowered(config))
     assert len(found) > 20
@@ -48,7 +55,7 @@ def test_all_products_of_float32_have_the_precision(config):
     assert all("precision = [HIGH, HIGH]" in product for product in found)
 
 
-def test_programs_of_bfloat16_are_the_same_with_any(config):
+def test_programs_of_bfloat16_are_the_same_with_any(config, as_for_tpus):
     texts = {
         lowered(config, dtype="bfloat16", matmul_precision=precision)
         for precision in ("default", "high", "highest")
@@ -57,7 +64,17 @@ def test_programs_of_bfloat16_are_the_same_with_any(config):
     assert len(PRODUCT.findall(texts.pop())) > 20
 
 
-def test_decoding_has_it_too(config):
+def test_programs_for_cpus_are_the_same_with_any(config):
+    """Their float32 is float32, and the attribute would cost them time."""
+    texts = {lowered(config, matmul_precision=precision) for precision in ("default", "highest")}
+    assert len(texts) == 1
+    found = PRODUCT.findall(texts.pop())
+    assert len(found) > 20
+    # Those of the attention alone ask for it by themselves, or none does.
+    assert not any("HIGHEST" in product for product in found)
+
+
+def test_decoding_has_it_too(config, as_for_tpus):
     model = config.model
     params = jax.eval_shape(lambda: unstack(model, init_parameters(model, 0)))
     cache = jax.eval_shape(lambda: empty_cache(model, 1, 128))
