@@ -186,8 +186,30 @@ class BertConfig(ModelConfig):
     kind: Literal["bert"] = "bert"  # type: ignore[assignment]
 
 
+class SplitHeads(Counts):
+    """Of models whose heads split the model dim."""
+
+    @property
+    def head_dim(self: BlockConfig) -> int:
+        """Size of a head's values."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_heads(self: BlockConfig) -> int:
+        """As many as heads of queries."""
+        return self.num_heads
+
+    def check_differential(self: BlockConfig) -> None:
+        """Raises ValueError if differential attention cannot halve the heads."""
+        require(
+            self.attention.diff == "none" or self.head_dim % 2 == 0,
+            f"model.num_heads={self.num_heads}: heads of size {self.head_dim}, and differential "
+            "attention halves the size of queries and keys; use an even one",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
-class VitConfig(Counts):
+class VitConfig(SplitHeads):
     """A vision transformer, see models/vit.py. Fields as in configs/vit.py, section `model`."""
 
     causal: ClassVar[bool] = False
@@ -231,25 +253,11 @@ class VitConfig(Counts):
             f"model.num_heads={heads}: must divide model.model_dim={dim}; use "
             f"{math.gcd(dim, heads)} or another divisor of it",
         )
-        require(
-            self.attention.diff == "none" or self.head_dim % 2 == 0,
-            f"model.num_heads={heads}: heads of size {self.head_dim}, and differential attention "
-            "halves the size of queries and keys; use an even one",
-        )
+        self.check_differential()
         require(
             0 <= self.dropout < 1,
             f"model.dropout={self.dropout}: must be at least 0 and below 1",
         )
-
-    @property
-    def head_dim(self) -> int:
-        """Size of a head's values."""
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """As many as heads of queries."""
-        return self.num_heads
 
     @property
     def tokens(self) -> int:
@@ -268,7 +276,7 @@ class VitConfig(Counts):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConformerConfig(Counts):
+class ConformerConfig(SplitHeads):
     """A Conformer, see models/conformer.py. Fields as in configs/conformer.py, section `model`."""
 
     subsampling: ClassVar[int] = 4
@@ -308,11 +316,7 @@ class ConformerConfig(Counts):
             f"model.model_dim={self.model_dim}: must be a multiple of 2 · model.num_heads="
             f"{2 * heads}",
         )
-        require(
-            self.attention.diff == "none" or self.head_dim % 2 == 0,
-            f"model.num_heads={heads}: heads of size {self.head_dim}, and differential attention "
-            "halves the size of queries and keys; use an even one",
-        )
+        self.check_differential()
         require(
             self.kernel_size % 2 == 1,
             f"model.kernel_size={self.kernel_size}: must be odd, to be centred on its frame",
@@ -323,16 +327,6 @@ class ConformerConfig(Counts):
         for name in ("dropout", "max_masked_time", "batch_norm_momentum"):
             value = getattr(self, name)
             require(0 <= value < 1, f"model.{name}={value}: must be at least 0 and below 1")
-
-    @property
-    def head_dim(self) -> int:
-        """Size of a head's values."""
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """As many as heads of queries."""
-        return self.num_heads
 
     @property
     def attention_weights(self) -> int:

@@ -234,7 +234,7 @@ class TfdsImages:
         ).hexdigest()
         self._name, self._count = f"{info.full_name}/{split}", found.num_examples
         files = [str(path) for path in found.filepaths]
-        self._records: Any  # number → bytes
+        self._records: Sequence[bytes]
         if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
             from array_record.python.array_record_data_source import ArrayRecordDataSource
 
