@@ -43,15 +43,14 @@ class Collective:
     dtype: str
 
 
-def collectives(hlo: str, axis_sizes: dict[str, int]) -> list[Collective]:
+def collectives(module: Module, axis_sizes: dict[str, int]) -> list[Collective]:
     """All collectives of a compiled program.
 
     Args:
-      hlo: text of the optimized module.
+      module: optimized.
       axis_sizes: of the mesh, in the order of its axes.
     """
-    reader = Reader(Module(hlo), axis_sizes)
-    return list(reader.walk(reader.module.entry, 1))
+    return list(Reader(module, axis_sizes).walk(module.entry, 1))
 
 
 class Reader:
@@ -133,13 +132,12 @@ class Reader:
         )
 
 
-def kept_for_backward(hlo: str, layers: int) -> float:
+def kept_for_backward(module: Module, layers: int) -> float:
     """Bytes that the loop over layers hands from the forward to the backward pass.
 
     They are arrays with a first dim of layers among what the forward loop writes: of the loops with
     as many trips as layers, the first one. 0 where layers are unrolled.
     """
-    module = Module(hlo)
     for instructions in module.computations.values():
         for op in instructions:
             if op.opcode == "while" and module.trips(op) == layers and "/jvp()" in op.rest:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from laser.planning import bundles
 from laser.planning.collectives import Collective, collectives, kept_for_backward
+from laser.planning.hlo import Module
 from laser.training import sharding
 from laser.training.config import RunConfig
 from laser.training.program import Program
@@ -48,7 +49,7 @@ class Compiled:
       collectives: all of them.
       attention: the implementation that is in it, pallas or chunked.
       seconds, gb: that compiling took, and the memory of this process.
-      hlo: text of the optimized module.
+      module: the optimized program.
       bundles: of the kernels, by name; {} if they were not requested.
     """
 
@@ -62,7 +63,7 @@ class Compiled:
     attention: str
     seconds: float
     gb: float
-    hlo: str
+    module: Module
     bundles: dict[str, int]
 
 
@@ -114,6 +115,7 @@ def _explained(error: jax.errors.JaxRuntimeError) -> Exception:
 
 def _read(program: Program, compiled: Any, seconds: float) -> Compiled:
     text: str = compiled.as_text() or ""
+    module = Module(text)
     memory = compiled.memory_analysis()
     state = program.abstract_state
     return Compiled(
@@ -122,12 +124,12 @@ def _read(program: Program, compiled: Any, seconds: float) -> Compiled:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        kept=kept_for_backward(text, program.config.model.num_layers),
-        collectives=collectives(text, dict(program.mesh.shape)),
+        kept=kept_for_backward(module, program.config.model.num_layers),
+        collectives=collectives(module, dict(program.mesh.shape)),
         attention="pallas" if KERNEL.search(text) else "chunked",
         seconds=seconds,
         gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        hlo=text,
+        module=module,
         bundles=bundles.take(),
     )
 

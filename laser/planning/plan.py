@@ -172,7 +172,7 @@ def _schedule(config: RunConfig, topology: Topology, mesh: Mesh, compiled: Compi
     if not _one_block(config):
         bundles = {}  # of which a causal mask leaves out some: their roofline counts right
     links = _links(topology, mesh)
-    return read_schedule(compiled.hlo, dict(mesh.shape), chip, links, bundles)
+    return read_schedule(compiled.module, dict(mesh.shape), chip, links, bundles)
 
 
 def _one_block(config: RunConfig) -> bool:

@@ -105,7 +105,7 @@ class Schedule:
 
 
 def read_schedule(
-    hlo: str,
+    module: Module,
     axis_sizes: dict[str, int],
     chip: Chip,
     links: Links,
@@ -114,15 +114,14 @@ def read_schedule(
     """Reads a scheduled module.
 
     Args:
-      hlo: text of the module, compiled for TPUs.
+      module: compiled for TPUs.
       axis_sizes: of the mesh, in the order of its axes.
       chip: that it is compiled for.
       links: of the torus.
       bundles: of kernels by their names, of a row and head; cores share these. A kernel that is
         missing takes its FLOPs or bytes at the chip's peak.
     """
-    reader = _Reader(Module(hlo), axis_sizes, chip, links, bundles)
-    lines = reader.run(reader.module.entry)
+    lines = _Reader(module, axis_sizes, chip, links, bundles).run(module.entry)
     transfers = _joined((line for line in lines if line.kind == TRANSFERS), lambda line: line.what)
     hidden = functools.reduce(Line.plus, transfers).beside if transfers else {}
     kernels = {line.what in bundles for line in lines if line.kind == KERNELS}

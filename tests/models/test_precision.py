@@ -99,11 +99,10 @@ topology = topologies.parse_topology("v5e:1x1")
 topologies.prepare_environment(topology)
 from absl import flags as absl_flags
 from laser.planning.compile import compile_step
-from laser.planning.hlo import Module
 from laser.training import flags
 
 config, _ = flags.parse(["x", *sys.argv[1:]], lambda values: absl_flags.FlagValues())
-module = Module(compile_step(config, topologies.devices(topology))[1].hlo)
+module = compile_step(config, topologies.devices(topology))[1].module
 for ops in module.computations.values():
     for op in ops:
         if op.opcode in ("convolution", "dot"):

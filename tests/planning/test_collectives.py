@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from laser.planning.collectives import collectives, kept_for_backward
+from laser.planning.hlo import Module
 
 # The forms in which XLA for TPUs writes what moves, with all else left out.
 HLO = """\
@@ -58,7 +59,7 @@ ENTRY %main (p: f32[10]) -> f32[10] {
 
 
 def test_the_forms_of_tpu_programs():
-    found = collectives(HLO, {"data": 1, "fsdp": 4, "fsdp_1": 4})
+    found = collectives(Module(HLO), {"data": 1, "fsdp": 4, "fsdp_1": 4})
     by_kind = {(c.kind, c.axes): c for c in found}
     assert len(found) == len(by_kind) == 6
     both, whole = ("fsdp", "fsdp_1"), 128 * 64 * 2
@@ -89,7 +90,7 @@ def test_a_loop_counts_as_often_as_it_runs():
         return jax.lax.psum(jax.lax.scan(layer, x, None, length=7)[0], "data")
 
     text = compile_on_eight_devices(local, mesh, (64, 16))
-    found = {c.kind: c for c in collectives(text, {"data": 2, "fsdp": 4})}
+    found = {c.kind: c for c in collectives(Module(text), {"data": 2, "fsdp": 4})}
     part = 32 * 16 * 4
     assert found["all-gather"].count == found["reduce-scatter"].count == 7
     assert found["all-gather"].axes == found["reduce-scatter"].axes == ("fsdp",)
@@ -112,7 +113,7 @@ def test_what_the_backward_pass_finds():
 
         x, w = jnp.ones((32, 128)), jnp.ones((6, 128, 128))
         text = jax.jit(jax.value_and_grad(loss, argnums=1)).lower(x, w).compile().as_text()
-        return kept_for_backward(text, 6)
+        return kept_for_backward(Module(text), 6)
 
     one = 6 * 32 * 128 * 4
     assert kept(jax.checkpoint_policies.nothing_saveable) == one

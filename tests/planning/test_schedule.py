@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from laser.planning.hlo import Module
 from laser.planning.schedule import COPIES, KERNELS, PRODUCTS, TRANSFERS, WORK, read_schedule
 from laser.training.hardware import CHIPS
 
@@ -102,7 +103,7 @@ def links(axes):
 
 
 def read(bundles):
-    return read_schedule(HLO, {"fsdp": 2, "fsdp_1": 4}, V5P, links, bundles)
+    return read_schedule(Module(HLO), {"fsdp": 2, "fsdp_1": 4}, V5P, links, bundles)
 
 
 def test_a_schedule_that_is_known_by_construction():
@@ -148,7 +149,7 @@ def test_transfers_over_the_same_links_wait_for_each_other():
             "  %all-gather-done.5 = bf16[4]{0} all-gather-done(%all-gather-start.5)\n"
             "  %async-collective-done.1",
         )
-        found = read_schedule(hlo, {"fsdp": 2, "fsdp_1": 4}, V5P, links, {})
+        found = read_schedule(Module(hlo), {"fsdp": 2, "fsdp_1": 4}, V5P, links, {})
         return found.waited[TRANSFERS] / 7 / US - 40
 
     assert waited("{{0,1,2,3},{4,5,6,7}}") == pytest.approx(60 + 240 - 100, rel=1e-3)
@@ -164,6 +165,7 @@ topology = topologies.parse_topology("v5p:2x2x2")
 topologies.prepare_environment(topology)
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from laser.planning.hlo import Module
 from laser.planning.schedule import read_schedule
 from laser.training.hardware import CHIPS
 
@@ -189,7 +191,7 @@ def schedule(dependent):
         for shape, spec in zip(shapes, specs)
     ]
     hlo = jax.jit(run).lower(*arrays).compile(compiler_options=OPTIONS).as_text()
-    found = read_schedule(hlo, {"x": 8}, CHIPS["TPU v5"], links, {})
+    found = read_schedule(Module(hlo), {"x": 8}, CHIPS["TPU v5"], links, {})
     return {"waited": found.waited, "hidden": found.hidden, "seconds": found.seconds}
 
 print(json.dumps([schedule(dependent) for dependent in (True, False)]))

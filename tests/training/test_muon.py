@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from configs import base
 from laser.planning.collectives import collectives
+from laser.planning.hlo import Module
 from laser.training import roofline, sharding
 from laser.training.config import MeshConfig, load_config
 from laser.training.optimizer import learning_rate, make_optimizer
@@ -133,7 +134,7 @@ def test_matrices_come_together_once_and_go_back_once(axes):
     compiled = jax.jit(
         sharding.on_mesh(mesh, optimizer.update), in_shardings=given, out_shardings=tuple(given[:2])
     ).lower(params, state, params)
-    moved = collectives(compiled.compile().as_text(), axes)
+    moved = collectives(Module(compiled.compile().as_text()), axes)
     assert {"all-to-all"} <= {one.kind for one in moved} <= {"all-to-all", "all-gather"}, moved
     split = [size for name, size in axes.items() if name != "data" and size > 1]
     assert len(moved) <= 2 * len(PATHS) * len(split), moved
