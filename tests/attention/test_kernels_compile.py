@@ -28,7 +28,7 @@ pytestmark = [
 # Prints the names of the kernels in each compiled program.
 COMPILE = """
 import json, re, sys
-from scripts.benchmark_attention import lower_program
+from scripts.compile_attention import lower_program
 KERNEL = re.compile("(?:laser|standard)_(?:forward|backward)(?:_raw|_wide)?(?![a-z])")
 for program in json.loads(sys.argv[1]):
     text = lower_program(**program).compile().as_text()
@@ -54,16 +54,16 @@ def kernels_of(programs):
 # Prints the bundles of LASER's two kernels, alone, for 8 and for 2 heads of keys: a line a size.
 BUNDLES = """
 import functools, pathlib, tempfile
-from scripts import benchmark_attention as benchmark
+from scripts import compile_attention as attention
 with tempfile.TemporaryDirectory() as dump:
-    benchmark._prepare_libtpu(dump)
+    attention._prepare_libtpu(dump)
     import jax, jax.numpy as jnp
     from laser.attention.kernels import backward, common, forward
     options = common.Options(
         laser=True, causal=True, scale=0.1, soft_cap=0.0, block=1024, tile=256, backward_tile=256,
         vmem_bytes=24 * 2**20,
     )
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=benchmark._one_device("v5e"))
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=attention._one_device("v5e"))
     def run(q, k, v, d_out, log_sum, reference):
         out, _, statistics = forward.forward(q, k, v, None, options)
         more = (None, reference, options)
@@ -75,7 +75,7 @@ with tempfile.TemporaryDirectory() as dump:
         for earlier in pathlib.Path(dump).iterdir():
             earlier.unlink()
         jax.jit(run).lower(q, k, k, q, log_sum, reference).compile()
-        return sum(benchmark.bundles.read(dump).values())
+        return sum(attention.bundles.read(dump).values())
     for size in (128, 256):
         print(bundles(8, size), bundles(2, size))
 """

@@ -25,7 +25,7 @@ in the same program with repeated keys), of size 256 17,938 (17,957), and a caus
 N = 4096 and size 128 at most 54 thousand, where all keys before a query take 159.
 
 What the compiler makes of equal work differs by 1 to 2 %, up or down, with details that do not
-matter otherwise. To renew: `python scripts/benchmark_attention.py static` for the first table, and
+matter otherwise. To renew: `python scripts/compile_attention.py static` for the first table, and
 `search CHIP SIZE LENGTH`, which tries all sizes, for the second.
 """
 

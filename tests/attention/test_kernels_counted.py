@@ -1,4 +1,4 @@
-"""What scripts/benchmark_attention.py reads out of a compiled program."""
+"""What scripts/compile_attention.py reads out of a compiled program, and the times beside it."""
 
 import subprocess
 import sys
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from laser.attention import attention
-from scripts import benchmark_attention as benchmark
+from scripts import benchmark_attention
+from scripts import compile_attention as compiled
 
 PROGRAM = """
 %cheap (p: (f32[8,128])) -> f32[8,128] {
@@ -38,20 +39,20 @@ ENTRY %main (a: bf16[16,128]) -> f32[8,128] {
 def test_hbm_bytes_are_those_of_the_usual_path():
     a, y = 16 * 128 * 2, 8 * 128 * 4
     kernel, flag, branch = 2 * a + y + 16 * 4, y + 1, 2 * y
-    assert benchmark.hbm_bytes(PROGRAM) == kernel + flag + branch
+    assert compiled.hbm_bytes(PROGRAM) == kernel + flag + branch
 
 
 def test_bundles_leave_the_exact_path_out_and_count_the_steps_of_splash():
     ours = {"bundles": {"laser_forward": 3, "laser_backward": 5, "laser_forward_raw": 100}}
-    assert benchmark.total_bundles("laser", ours) == 8
+    assert compiled.total_bundles("laser", ours) == 8
     splash = {"bundles": {"splash_mha_fwd": 3, "splash_mha_dq": 5}}
-    assert benchmark.total_bundles("splash", splash) == 3 * 8  # 3 of 2 x 2 blocks are not masked
+    assert compiled.total_bundles("splash", splash) == 3 * 8  # 3 of 2 x 2 blocks are not masked
 
 
 def test_bundles_of_several_blocks_are_those_that_are_executed():
     diagonal, other = 4, 6
-    assert benchmark.executed_bundles(1, diagonal, 0) == diagonal
-    assert benchmark.executed_bundles(3, diagonal + other, other) == 3 * diagonal + 3 * other
+    assert compiled.executed_bundles(1, diagonal, 0) == diagonal
+    assert compiled.executed_bundles(3, diagonal + other, other) == 3 * diagonal + 3 * other
 
 
 def test_splash_is_wrapped_as_the_paper_says():
@@ -61,22 +62,22 @@ def test_splash_is_wrapped_as_the_paper_says():
         rows = (x.transpose(0, 2, 1, 3) for x in heads)
         return jax.nn.dot_product_attention(*rows, is_causal=True).transpose(0, 2, 1, 3)
 
-    found = benchmark._wrapped(mean)(*(x.transpose(0, 2, 1, 3) for x in (q, k, v)))
+    found = compiled._wrapped(mean)(*(x.transpose(0, 2, 1, 3) for x in (q, k, v)))
     expected = attention(q, k, v, kind="laser", implementation="paper")
     np.testing.assert_allclose(found.transpose(0, 2, 1, 3), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_times_are_ratios_of_one_run(capsys):
-    medians = benchmark.times(length=16, heads=1, size=8, rounds=1)
+    medians = benchmark_attention.times(length=16, heads=1, size=8, rounds=1)
     printed = capsys.readouterr().out
     assert {"ours, standard", "ours, LASER", "jax.nn, XLA"} <= set(medians)
     assert min(medians.values()) > 0
     assert f"{medians['ours, LASER'] / medians['ours, standard']:6.3f}" in printed
 
 
-@pytest.mark.parametrize("kind", benchmark.KINDS)
+@pytest.mark.parametrize("kind", compiled.KINDS)
 def test_every_kind_is_an_attention(kind):
-    assert callable(benchmark._attention(kind, 128, None))
+    assert callable(compiled._attention(kind, 128, None))
 
 
 def test_it_starts_from_anywhere(tmp_path):
@@ -84,6 +85,6 @@ def test_it_starts_from_anywhere(tmp_path):
     program = (
         "import runpy, sys; runpy.run_path(sys.argv[1]); import laser.attention.kernels.blocks"
     )
-    path = Path(benchmark.__file__).resolve()
+    path = Path(compiled.__file__).resolve()
     done = subprocess.run([sys.executable, "-c", program, path], cwd=tmp_path, check=False)
     assert done.returncode == 0
