@@ -41,6 +41,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.mlp = "relu"  # PAX
     model.logits_soft_cap = 30.0  # PAX
     model.dtype = "bfloat16"
+    model.remat = "dots"
     set_attention(config.attention, chosen["attention"])
     config.attention.soft_cap = 50.0  # PAX
 

@@ -21,24 +21,37 @@ from laser.planning import table
 
 ATTENTIONS = ("laser", "standard", "laser+diff", "standard+diff")
 MUON = [f"size=301m,attention=laser,slice={name},optimizer=muon" for name in ("v5e-64", "v5p-128")]
+# The paper's other models have one layout each, that of their configs.
+OTHERS = [
+    f"model={model},size={size},attention=laser,slice={name}"
+    for model, size, slices in (
+        ("bert", "2p2b", ("v5e-256", "v5p-512")),
+        ("vit", "s16", ("v5e-16", "v5p-16")),
+        ("conformer", "105m", ("v5e-16", "v5p-16")),
+    )
+    for name in slices
+]
 
 
 def names() -> list[str]:
-    """Size, attention, slice and perhaps optimizer of every row, as arguments of configs/c4.py."""
+    """Size, attention, slice and more of every row, as `table.arguments` reads them."""
     rows = [
         f"size={size},attention={attention},slice={name}"
         for attention in ATTENTIONS
         for size, name in LAYOUTS
         if size != llama.SIZE or "diff" not in attention
     ]
-    return rows + MUON
+    return rows + MUON + OTHERS
 
 
 def config(name: str) -> str:
     """What stands behind --config for a row."""
-    size, _, rest = name.partition(",")
-    of_llama = size == f"size={llama.SIZE}"
-    return f"configs/llama.py:{rest}" if of_llama else f"configs/c4.py:{name}"
+    which = table.arguments(name)
+    if model := which.pop("model", ""):
+        del which["slice"]
+    elif which["size"] == llama.SIZE:
+        model = which.pop("size")
+    return f"configs/{model or 'c4'}.py:" + ",".join(f"{k}={v}" for k, v in which.items())
 
 
 def make(name: str) -> dict:

@@ -40,7 +40,7 @@ def renew(
 
     Args:
       path: docs/plans.json.
-      names: arguments of configs/c4.py, as of `arguments`.
+      names: of the rows, as `arguments` reads them.
       make: from such a name to a plan.
       only: leave out names that do not contain it.
     """
@@ -55,7 +55,7 @@ def renew(
 
 
 def arguments(name: str) -> dict[str, str]:
-    """Of a row's name, `size=2p2b,attention=laser,slice=v5e-256[,optimizer=muon]`."""
+    """Of a row's name, `[model=bert,]size=2p2b,attention=laser,slice=v5e-256[,optimizer=muon]`."""
     return dict(part.split("=", 1) for part in name.split(","))
 
 
@@ -70,7 +70,7 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
     lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     for name, plan in rows.items():
         which = arguments(name)
-        size = " ".join(which[key] for key in ("size", "optimizer") if key in which)
+        size = " ".join(which[key] for key in ("model", "size", "optimizer") if key in which)
         mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
         state = plan["parameters_gib"] + plan["optimizer_gib"]
         bound = plan["bound"]
