@@ -70,16 +70,12 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
     """The model of a run's checkpoint, the newest if `step` is None.
 
     Raises:
-      ValueError: there is no run in the folder.
+      ValueError: there is no run of a decoder in the folder.
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
     steps = saved_steps(workdir)
     step = steps[-1] if step is None else step
-    config = load_run_config(str(workdir))
-    if config.model.kind != "decoder":
-        raise ValueError(
-            f"{workdir}: model.kind={config.model.kind}, and only a decoder goes on with text"
-        )
+    config = load_decoder_config(workdir)
     mesh = _mesh(config)
     abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
     shardings = sharding.state_shardings(mesh, abstract)
@@ -91,6 +87,16 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
     scorer = Scorer(config.model, config.data.seq_len, mesh)
     generator = Generator(config.model, tokenizer, mesh, max_length=config.data.seq_len)
     return TrainedModel(config, step, params, tokenizer, scorer, generator)
+
+
+def load_decoder_config(workdir: Path) -> RunConfig:
+    """The config of a run. Raises ValueError unless it is of a decoder."""
+    config = load_run_config(str(workdir))
+    if config.model.kind != "decoder":
+        raise ValueError(
+            f"{workdir}: model.kind={config.model.kind}, and only a decoder goes on with text"
+        )
+    return config
 
 
 def offline_score(model: TrainedModel) -> tuple[float, int]:

@@ -51,7 +51,12 @@ def main(argv: list[str]) -> int:
 
 
 def cut(config: RunConfig, layers: int, tokens: int, devices: int) -> RunConfig:
-    """The config with that many layers and rows for that many tokens, in one micro-batch."""
+    """The config with that many layers and rows for that many tokens, in one micro-batch.
+
+    Raises ValueError unless it is of a decoder.
+    """
+    if config.model.kind != "decoder":
+        raise ValueError(f"model.kind={config.model.kind}: gradients of a decoder are compared")
     rows = -(-tokens // config.data.seq_len)
     return dataclasses.replace(
         config,

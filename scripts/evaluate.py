@@ -32,7 +32,7 @@ from data.tokenizer import Tokenizer
 from eval.likelihood import oneshot, paper, results
 from eval.likelihood.oneshot import Settings, TaskData
 from eval.likelihood.results import ResultsFolder
-from eval.run import TrainedModel, fingerprint, open_model, saved_steps
+from eval.run import TrainedModel, fingerprint, load_decoder_config, open_model, saved_steps
 from eval.tasks.catalogue import KNOWN, PROTOCOLS, Task, choose_tasks
 from eval.tasks.sources import MissingData
 from laser.training.checkpoint import CheckpointError
@@ -209,8 +209,8 @@ def _score(
 
 def _too_long(workdir: Path, settings: Settings, data: Sequence[TaskData]) -> dict[str, str]:
     """Tasks with a candidate that the model can't score, and which."""
+    max_length = load_decoder_config(workdir).data.seq_len
     tokenizer = Tokenizer(workdir / "tokenizer.model")
-    max_length = load_run_config(str(workdir)).data.seq_len
     reasons = {}
     for task_data in data:
         try:

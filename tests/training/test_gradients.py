@@ -9,7 +9,7 @@ import re
 import jax
 import pytest
 
-from configs import c4
+from configs import c4, vit
 from laser.training.config import load_config
 from scripts.check_gradients import batch, cut, errors
 
@@ -55,3 +55,8 @@ def test_every_gradient_in_bfloat16_is_near_that_in_float32(size, attention, dev
     found = errors(config, rows, jax.devices()[:devices])
     assert sum(name.startswith("embedding[") for name in found) >= 6
     assert {name: error for name, error in found.items() if not error < bound(name)} == {}
+
+
+def test_only_a_decoder_is_compared():
+    with pytest.raises(ValueError, match=r"model\.kind=vit: gradients of a decoder"):
+        cut(load_config(vit.get_config("size=digits")), 1, 64, 1)

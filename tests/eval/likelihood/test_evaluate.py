@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from configs import vit
 from data.sealed import file_sha256, seal
 from eval.likelihood import paper, results
 from eval.likelihood.oneshot import Settings
@@ -43,6 +44,15 @@ def run(capsys, workdir, data_dir, *flags):
     code = evaluate.main([f"--workdir={workdir}", f"--data_dir={data_dir}", *flags])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_a_run_of_images_is_refused_by_its_kind(tmp_path, data_dir, capsys):
+    record = {"config": vit.get_config("size=digits").to_dict(), "data": {"fingerprint": ""}}
+    write_run(tmp_path, seal(record | {"tokenizer": ""}), "")
+    (tmp_path / "checkpoints/2").mkdir(parents=True)
+    code, _, err = run(capsys, tmp_path, data_dir, "--tasks=copa")
+    assert code == 2
+    assert "model.kind=vit, and only a decoder goes on with text" in err
 
 
 def test_tasks_are_evaluated_and_missing_ones_reported(workdir, data_dir, capsys):
