@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.study import Best, Stage, Study
-from laser.training.config import RunConfig, nearest
+from laser.training.config import RunConfig
+from laser.training.fields import nearest
 from laser.training.flags import call_in_file, parse
 
 MEASURES = ("domains", "continuations")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data.sealed import seal, unseal
-from laser.training.config import flatten, load_config
+from laser.training.config import load_config
+from laser.training.fields import flatten
 from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, count_spikes, read_metrics
 from laser.training.run_folder import load_record, saved_step_folders

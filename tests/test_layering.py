@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "data",
         "laser.training.checkpoint",
         "laser.training.config",
+        "laser.training.fields",
         "laser.training.folders",
         "laser.training.objectives",
         "laser.training.preemption",
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laser.training.sharding",
         "laser.training.speech_rows",
     ),
-    "eval.tasks": ("data.sources.corpus", "laser.training.config"),
+    "eval.tasks": ("data.sources.corpus", "laser.training.fields"),
     "export": (
         "models",
         "data.reading.mixture",
@@ -65,7 +66,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "configs": (),
 }
-LIGHT = ("models.config", "laser.training.config", "laser.training.flags")
+LIGHT = (
+    "models.config", "laser.training.config", "laser.training.fields", "laser.training.flags",
+)  # fmt: skip
 LIGHT_DATA = (
     "data.reading.store", "data.reading.order", "data.tokenizer", "data.reading.loader",
 )  # fmt: skip

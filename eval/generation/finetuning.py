@@ -22,7 +22,8 @@ from eval.tasks import sources
 from eval.tasks.catalogue import TASKS
 from eval.tasks.prompts import Example
 from eval.tasks.text_to_text import PROMPTS
-from laser.training.config import RunConfig, nearest
+from laser.training.config import RunConfig
+from laser.training.fields import nearest
 from laser.training.folders import write_atomically
 from models.decoder import Parameters
 

@@ -12,7 +12,7 @@ from typing import Literal
 from eval.tasks import offline, prompts, rows
 from eval.tasks.prompts import Prompt
 from eval.tasks.sources import Source
-from laser.training.config import nearest
+from laser.training.fields import nearest
 
 Protocol = Literal["gpt3", "lm_eval"]
 PROTOCOLS: tuple[Protocol, ...] = ("gpt3", "lm_eval")

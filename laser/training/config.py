@@ -6,14 +6,13 @@ and the way out. Nothing here imports jax, so a mistake is reported before any d
 """
 
 import dataclasses
-import difflib
 import math
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from laser.training.fields import check_names, checked, flatten
 from models.config import (
     AttentionConfig,
     BertConfig,
@@ -314,7 +313,7 @@ def load_config(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
     """Checks a nested dictionary in the layout of configs/base.py. Raises ValueError."""
     tree = config.to_dict() if isinstance(config, ConfigDict) else config
     sections = SECTIONS | MORE_SECTIONS.get(_kind(tree.get("model")), {})
-    _check_names("section", "", tree, [*sections, "init_from"])
+    check_names("section", "", tree, [*sections, "init_from"])
     attention = AttentionConfig(**_checked_fields("attention", tree["attention"]))
     model = MODELS[_kind(tree["model"])](
         **_checked_fields("model", tree["model"]), attention=attention
@@ -324,7 +323,7 @@ def load_config(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
         for section, section_class in sections.items()
         if section not in ("model", "attention")
     }
-    start = _checked("init_from", tree["init_from"], str)
+    start = checked("init_from", tree["init_from"], str)
     return RunConfig(init_from=start, model=model, **rest)
 
 
@@ -389,16 +388,10 @@ def check_devices(config: RunConfig, num_devices: int, slices: int = 1) -> MeshC
     return mesh
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` if something known is close to the name, else an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _kind(model: Any) -> str:
     """`kind` of a section `model`."""
     kind = model.get("kind") if isinstance(model, Mapping) else None
-    return _checked("model.kind", kind, Literal[*MODELS]) if kind else "decoder"
+    return checked("model.kind", kind, Literal[*MODELS]) if kind else "decoder"
 
 
 def _check_tensor_axis(model: ModelConfig | VitConfig | ConformerConfig, tensor: int) -> None:
@@ -427,43 +420,5 @@ def _checked_fields(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     section_class = MODELS[kind] if kind else classes[section]
     hints = {field.name: field.type for field in dataclasses.fields(section_class)}
     hints = {key: hint for key, hint in hints.items() if hint is not AttentionConfig}
-    _check_names("key", f"{section}.", values, hints)
-    return {key: _checked(f"{section}.{key}", values[key], hint) for key, hint in hints.items()}
-
-
-def _check_names(what: str, prefix: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    known = list(known)
-    for name, value in given.items():
-        shown = "" if isinstance(value, Mapping) else f"={value!r}"
-        hint = nearest(name, known) or f"; known: {', '.join(known)}"
-        require(name in known, f"unknown {what} {prefix}{name}{shown}{hint}")
-    for name in known:
-        require(name in given, f"missing {what} {prefix}{name}: see configs/base.py")
-
-
-def _checked(key: str, value: Any, hint: Any) -> Any:
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        require(
-            isinstance(value, str) and value in choices,
-            f"{key}={value!r}: must be one of {', '.join(choices)}{nearest(str(value), choices)}",
-        )
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    require(
-        type(value) is hint,
-        f"{key}={value!r}: expected {hint.__name__}, got {type(value).__name__}",
-    )
-    require(hint is not float or math.isfinite(value), f"{key}={value}: must be a finite number")
-    return value
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+    check_names("key", f"{section}.", values, hints)
+    return {key: checked(f"{section}.{key}", values[key], hint) for key, hint in hints.items()}

@@ -20,7 +20,8 @@ from typing import Any, NoReturn, TypeVar
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from laser.training.config import RunConfig, load_config, nearest
+from laser.training.config import RunConfig, load_config
+from laser.training.fields import nearest
 from laser.training.run_folder import load_record
 
 EXIT_BAD_CONFIG = 2

@@ -10,10 +10,10 @@ from laser.training.config import (
     check_devices,
     diff_configs,
     load_config,
-    nearest,
     resolve_mesh,
     to_dict,
 )
+from laser.training.fields import nearest
 
 
 @pytest.fixture
