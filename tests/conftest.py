@@ -25,7 +25,7 @@ if "jax" in sys.modules:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.once import once
-from tests.quick import QUICK_TO_COMPILE
+from tests.quick import QUICK_TO_COMPILE, collect_seldom
 
 # gcsfs would look for its other protocol, which the server of the tests doesn't speak.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -64,12 +64,30 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection_finish():
+    collect_seldom()
+
+
+_modules = itertools.count(1)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _programs_of_a_module():
-    """Drops them from memory at its end; a whole run would gather gigabytes."""
+def _programs_of_some_modules():
+    """Drops them from memory now and then; a whole run would gather gigabytes.
+
+    Not after each module: what all of them use would be traced again, a second or two of each.
+    """
     yield
-    if "jax" in sys.modules:
+    if next(_modules) % 4 == 0 and "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(scope="module")
+def own_programs():
+    """For a module that patches what is traced: it finds no program of others, and leaves none."""
+    sys.modules["jax"].clear_caches()
+    yield
+    sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
+from tests.quick import collect_seldom
+
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = [
     "data.reading.loader", "eval.generation.finetuning", "eval.likelihood.during_training",
@@ -56,6 +58,7 @@ def run(
 
 
 def _main(program: str, arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
+    collect_seldom()
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)

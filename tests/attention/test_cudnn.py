@@ -20,6 +20,7 @@ from models.stack import REMAT_POLICIES
 from tests.attention.closeness import assert_close, errors
 from tests.attention.implementations import CUDNN, OUTLIERS, B, H, compiled, oracle, rounded
 
+pytestmark = pytest.mark.usefixtures("own_programs")
 LATER = CUDNN.late
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 
@@ -31,6 +32,7 @@ def run(inputs, dtype=jnp.float32, causal=True, tried=CUDNN):
 
 @CAUSAL
 @pytest.mark.parametrize("value_std", [0.05, 0.3, 1.0, 3.0, 10.0])
+@pytest.mark.slow
 def test_equals_the_oracle(value_std, causal):
     inputs = CUDNN.inputs(value_std)
     options = {"kind": "laser", "causal": causal}
@@ -42,6 +44,7 @@ def test_equals_the_oracle(value_std, causal):
     )
 
 
+@pytest.mark.slow
 def test_small_values_are_ten_times_as_precise_as_the_wrapper():
     inputs = CUDNN.inputs(0.05, dtype=jnp.bfloat16)
     expected = oracle(inputs, kind="laser")
@@ -99,6 +102,7 @@ def test_no_later_token_changes_an_output_by_a_bit(value_std, change, dtype):
     np.testing.assert_array_equal(before[:, :LATER], after[:, :LATER])
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_twice_in_the_usual_case(monkeypatch):
     """Values and gradients do not come from the branches that repair, which are spoilt here."""
     usual = [CUDNN.inputs(value_std, dtype=jnp.bfloat16) for value_std in (0.05, 1.0, 3.0)]
@@ -124,6 +128,7 @@ def test_the_range_says_how_far_outputs_are_below():
     assert run(inputs)[1] > chunked.RANGE_LIMIT_NATS
 
 
+@pytest.mark.slow
 def test_heads_and_rows_over_a_mesh():
     inputs = [jnp.float32(x) for x in CUDNN.inputs()]
     program = compiled(CUDNN.call, True, kind="laser", causal=True)

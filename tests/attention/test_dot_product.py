@@ -19,6 +19,8 @@ import pytest
 from laser.attention import chunked, dot_product_attention, interface
 from tests.attention.test_kernels import described_mesh
 
+pytestmark = pytest.mark.usefixtures("own_programs")
+
 B, D = 17, 8  # cases of a program; size of queries and keys
 CHUNK = 16
 BIG = 1e30
@@ -41,14 +43,16 @@ CASES = {
         "scale": 0.3, "mask": "B1T1", "bias": "BN1S", "lengths": "qk",
     },
 }  # fmt: skip
+TRIED = [
+    *((name, "laser", jnp.float32) for name in CASES),
+    *((name, "laser", jnp.bfloat16) for name in ("window", "padded", "all")),
+    *((name, "standard", jnp.float32) for name in ("beyond-the-keys", "all")),
+    ("cross", "standard", jnp.bfloat16),
+]
+QUICK = ("masked", "cross", "all")  # the programs of the others are compiled by slow tests alone
 PROGRAMS = pytest.mark.parametrize(
     ("name", "kind", "dtype"),
-    [
-        *((name, "laser", jnp.float32) for name in CASES),
-        *((name, "laser", jnp.bfloat16) for name in ("window", "padded", "all")),
-        *((name, "standard", jnp.float32) for name in ("beyond-the-keys", "all")),
-        ("cross", "standard", jnp.bfloat16),
-    ],
+    [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] not in QUICK)) for one in TRIED],
 )
 GRADIENTS = ("d_query", "d_key", "d_value", "d_bias")
 
@@ -176,7 +180,7 @@ def test_the_cases_are_what_they_are_for():
         assert rows.any(), name
     assert 0.2 < blind["beyond-the-keys"] < 0.9, blind
     assert min(blind["all"], blind["padded"]) > 0.1, blind
-    assert len(PROGRAMS.args[1]) * B >= 200
+    assert len(TRIED) * B >= 200
 
 
 @pytest.mark.parametrize("kind", ["standard", "laser"])
@@ -200,7 +204,9 @@ def test_a_key_that_none_sees_changes_no_bit(kind):
 
 
 @pytest.mark.parametrize("kind", ["standard", "laser"])
-@pytest.mark.parametrize("name", ["masked", "cross", "window"])
+@pytest.mark.parametrize(
+    "name", ["masked", "cross", pytest.param("window", marks=pytest.mark.slow)]
+)
 def test_no_query_is_changed_by_a_key_that_it_does_not_see(name, kind):
     """By a bit, as long as values stay within the range of the certificate."""
     arrays, hidden = make(name, kind, seed=2)
@@ -229,7 +235,9 @@ def test_arguments_are_those_of_jax():
         assert ours[name].default == ("auto" if name == "implementation" else default), name
 
 
-@pytest.mark.parametrize("name", ["cross", "beyond-the-keys", "all"])
+@pytest.mark.parametrize(
+    "name", ["cross", pytest.param("beyond-the-keys", marks=pytest.mark.slow), "all"]
+)
 def test_standard_is_that_of_jax(name):
     """Values of every query that sees a key."""
     arrays, hidden = make(name, "standard")
@@ -348,17 +356,19 @@ def test_the_fused_kernels_take_what_they_know(platform, options, chosen, caplog
 def test_grouped_without_options_is_attention_itself():
     rng = np.random.default_rng(0)
     query, key = (jnp.float32(rng.normal(size=(2, 40, heads, D))) for heads in (4, 2))
-    ours = dot_product_attention(query, key, key, is_causal=True, kind="laser")
-    np.testing.assert_array_equal(ours, interface.attention(query, key, key, kind="laser"))
+    ours = functools.partial(dot_product_attention, is_causal=True, kind="laser")
+    plain = functools.partial(interface.attention, kind="laser")
+    np.testing.assert_array_equal(*(jax.jit(call)(query, key, key) for call in (ours, plain)))
 
 
 def test_queries_that_see_nothing_do_not_take_the_exact_path():
     x = jnp.ones((1, 40, 2, D))
     mask = jnp.zeros((1, 1, 40, 40), bool).at[..., 20:, :].set(True)
-    out, range_nats = chunked.attention(
-        x, x, x, kind="laser", logits_scale=1.0, causal=False, segment_ids=None,
+    call = functools.partial(
+        chunked.attention, kind="laser", logits_scale=1.0, causal=False, segment_ids=None,
         logits_soft_cap=None, extras=chunked.Extras(mask=mask),
     )  # fmt: skip
+    out, range_nats = jax.jit(call)(x, x, x)
     assert range_nats < chunked.RANGE_LIMIT_NATS
     np.testing.assert_allclose(out[:, 20:], 1, rtol=1e-6)
     assert not out[:, :20].any()

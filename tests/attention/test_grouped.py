@@ -65,8 +65,8 @@ CASES = [
     for tried, kind, name, options, marks in [
         (CHUNKED, "standard", "packed", {"segment_ids": CHUNKED.segments}, []),
         (CHUNKED, "laser", "packed", {"segment_ids": CHUNKED.segments, "logits_soft_cap": 5.0}, []),
-        (CUDNN, "laser", "causal", {}, []),
-        (PALLAS, "laser", "causal", {}, []),
+        (CUDNN, "laser", "causal", {}, [pytest.mark.slow]),
+        (PALLAS, "laser", "causal", {}, [pytest.mark.slow]),
         (PALLAS, "standard", "packed", {"segment_ids": PALLAS.segments}, [pytest.mark.slow]),
         (PALLAS_ONE_BLOCK, "laser", "causal", {}, [pytest.mark.slow]),
     ]
@@ -92,7 +92,7 @@ def test_large_heads_equal_the_oracle():
 
 @pytest.mark.parametrize(
     "tried",
-    [CHUNKED, CUDNN, pytest.param(PALLAS, marks=pytest.mark.slow)],
+    [CUDNN, *(pytest.param(tried, marks=pytest.mark.slow) for tried in (CHUNKED, PALLAS))],
     ids=lambda tried: tried.name,
 )
 @pytest.mark.parametrize("spoil", [in_the_same_block, in_another_block])
@@ -104,6 +104,7 @@ def test_outliers_are_exact(tried, spoil):
     assert_close(actual, oracle(inputs, kind="laser"), tolerance)
 
 
+@pytest.mark.slow
 def test_a_groups_gradients_are_summed_before_they_are_rounded():
     """Of 4 heads whose dK and dV all but cancel, in bfloat16: the sum of rounded ones is lost."""
     tried = PALLAS

@@ -28,6 +28,8 @@ from tests.attention.implementations import (
 
 # The interpreter of the kernels takes seconds to compile for each new set of options.
 QUICK = {"laser", "causal", "", "1.0"}
+# Of the others what is like something that is quick: options alone, lengths within one block.
+ALIKE = {"full", "shared-segment", "soft-cap", "1", "5", "128", "256"}
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 
 
@@ -37,7 +39,8 @@ def each(*choices, tried=IMPLEMENTATIONS):
     for one in tried:
         for chosen in itertools.product(*(choice(one).items() for choice in choices)):
             names = [str(name) for name, _ in chosen]
-            slow = one is PALLAS_ONE_BLOCK or (one is PALLAS and not QUICK.issuperset(names))
+            slow = one is PALLAS_ONE_BLOCK or not ALIKE.isdisjoint(names)
+            slow |= one is PALLAS and not QUICK.issuperset(names)
             parameters.append(
                 pytest.param(
                     one, *(value for _, value in chosen),

@@ -34,13 +34,13 @@ WINDOWS = {
 CASES = [
     pytest.param(tried, kind, heads, WINDOWS[name], id=f"{tried.name}-{kind}-{name}", marks=marks)
     for tried, kind, heads, name, marks in [
-        (PALLAS, "laser", 2, "short", []),
+        (PALLAS, "laser", 2, "short", [pytest.mark.slow]),
         (PALLAS_ONE_TILE, "laser", 1, "long", [pytest.mark.slow]),
         (PALLAS, "laser", 2, "both-sides", [pytest.mark.slow]),
         (PALLAS, "standard", 1, "both-sides", [pytest.mark.slow]),
         (PALLAS_ONE_TILE, "standard", 2, "after", []),
         (PALLAS_ONE_BLOCK, "standard", 1, "short", [pytest.mark.slow]),
-        (CUDNN, "laser", 1, "short", []),
+        (CUDNN, "laser", 1, "short", [pytest.mark.slow]),
     ]
 ]
 
@@ -105,6 +105,7 @@ def test_the_gradient_knows_the_values_of_all_blocks():
     assert_close(found, oracle(inputs, "laser", **options), 2e-2)
 
 
+@pytest.mark.slow
 def test_no_earlier_token_out_of_reach_changes_a_bit():
     """Nor a later one. What it is matters to no block of queries that does not meet its block."""
     inputs = grouped(PALLAS, 2)

@@ -71,6 +71,7 @@ def run_config(**mesh):
     )
 
 
+@pytest.mark.slow
 def test_a_mesh_that_splits_heads_gives_the_gradients_of_one_device():
     """The tensor axis splits heads of keys with the heads of queries that they serve."""
     rng = np.random.default_rng(0)

@@ -103,6 +103,7 @@ def test_forward_equals_the_formulas(variant):
 
 @pytest.mark.parametrize("variant", ["standard", "laser"])
 @pytest.mark.parametrize("frames", [41, 64])
+@pytest.mark.slow
 def test_more_padding_and_empty_rows_change_nothing(variant, frames):
     """But the last bits: sums over more zeros may be cut into other pieces."""
     config = make_config(variant, dropout=0.0)
@@ -161,6 +162,7 @@ def test_what_it_cannot_be_is_refused():
         assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_xla_counts():
     """Of the forward pass of one block, so that no scan hides others; a third of all."""
     fields = {"num_layers": 1, "model_dim": 64, "mlp_dim": 256, "mel_bins": 80}

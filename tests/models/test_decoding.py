@@ -141,6 +141,7 @@ def test_the_outlier_lies_so_far_off_that_the_papers_trick_underflows(positions)
     assert values[outlier][..., 1::2].max() < values[~outlier].min() - 90
 
 
+@pytest.mark.slow
 def test_bits_depend_on_no_neighbour_and_no_capacity():
     config = dataclasses.replace(SMALL, attention=AttentionConfig(kind="laser"))
     params = with_outlier(moved(config))

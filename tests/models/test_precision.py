@@ -20,6 +20,7 @@ from models import stack
 from models.decoder import init_parameters
 from models.decoding import append, empty_cache, next_logits, unstack
 
+pytestmark = pytest.mark.usefixtures("own_programs")
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = re.compile(r"stablehlo.dot_general .*")
 

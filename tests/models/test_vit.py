@@ -204,7 +204,7 @@ def test_the_first_patch_sees_the_last_one():
     def first(x):
         return one.encode(x, jnp.int32(0), None)[0][0, 0].sum()
 
-    assert jnp.abs(jax.grad(first)(x_BTM)[0, -1]).max() > 1e-6
+    assert jnp.abs(jax.jit(jax.grad(first))(x_BTM)[0, -1]).max() > 1e-6
 
 
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"unroll": True}])
