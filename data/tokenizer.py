@@ -108,6 +108,10 @@ class Tokenizer:
             )
         return unknown
 
+    def piece(self, token: int) -> str:
+        """A token as it stands in the vocabulary."""
+        return self._processor.id_to_piece(token)
+
     def lost(self) -> list[str]:
         """What does not come back from decode(encode(text)), in words; empty for our own models."""
         return [name for name, text in PROBES.items() if self.decode(self.encode(text)) != text]

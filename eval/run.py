@@ -21,7 +21,7 @@ from laser.training import checkpoint, sharding
 from laser.training.checkpoint import CheckpointError, restore_parameters
 from laser.training.config import MeshConfig, RunConfig, load_config
 from laser.training.run_folder import load_record, load_run_config
-from models.decoder import Parameters, init_parameters
+from models.families import Parameters, init_parameters
 
 log = logging.getLogger(__name__)
 
@@ -73,20 +73,29 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
       ValueError: there is no run of a decoder in the folder.
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
+    config = load_decoder_config(workdir)
+    step, params, mesh = open_parameters(workdir, step)
+    tokenizer = Tokenizer(str(workdir / "tokenizer.model"))
+    scorer = Scorer(config.model, config.data.seq_len, mesh)
+    generator = Generator(config.model, tokenizer, mesh, max_length=config.data.seq_len)
+    return TrainedModel(config, step, params, tokenizer, scorer, generator)
+
+
+def open_parameters(
+    workdir: Path, step: int | None = None
+) -> tuple[int, Parameters, jax.sharding.Mesh]:
+    """The parameters of a checkpoint of any model, the newest if `step` is None: its step, they,
+    and the mesh that they lie on. Raises as `open_model`."""
     steps = saved_steps(workdir)
     step = steps[-1] if step is None else step
-    config = load_decoder_config(workdir)
+    config = load_run_config(str(workdir))
     mesh = _mesh(config)
     abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
     shardings = sharding.state_shardings(mesh, abstract)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    params = restore_parameters(workdir, abstract, step)
-    tokenizer = Tokenizer(str(workdir / "tokenizer.model"))
-    scorer = Scorer(config.model, config.data.seq_len, mesh)
-    generator = Generator(config.model, tokenizer, mesh, max_length=config.data.seq_len)
-    return TrainedModel(config, step, params, tokenizer, scorer, generator)
+    return step, restore_parameters(workdir, abstract, step), mesh
 
 
 def load_decoder_config(workdir: Path) -> RunConfig:

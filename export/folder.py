@@ -1,9 +1,10 @@
-"""A folder that transformers loads and `load_exported` reads back, bit for bit.
+"""A folder that transformers or timm loads and `load_exported` reads back, bit for bit.
 
-config.json          transformers' configuration; its entry `laser` has the run's config
+config.json          configuration of the architecture; its entry `laser` has the run's config
 model.safetensors    float32; the file's metadata has a SHA-256 over all tensors
-tokenizer.model      SentencePiece, with tokenization_laser.py that wraps it
+tokenizer.model      SentencePiece, with tokenization_laser.py that wraps it; of text alone
 *_laser.py           the model in PyTorch, where transformers has none that computes the same
+load_timm.py         makes timm's model of a vision transformer
 SHA256SUMS           of all files but the last one, for `sha256sum -c SHA256SUMS` and the way back
 README.md            the model card, to be edited
 """
@@ -24,15 +25,22 @@ from safetensors.numpy import save_file
 
 from data.sealed import SEAL, file_sha256, seal
 from data.tokenizer import Tokenizer
-from export.layouts import Layout, Tensors, choose_layout, from_tensors, to_tensors
+from export.configurations import configuration, tokenizer_configuration
+from export.layouts import Layout, choose_layout, from_tensors, to_tensors
+from export.tensors import Tensors
 from laser.training.checkpoint import Checkpoints
 from laser.training.config import RunConfig, load_config, to_dict
 from laser.training.folders import is_address
 from laser.training.run_folder import write_run
-from models.config import ModelConfig, require
-from models.decoder import Parameters
+from models.config import require
+from models.families import AnyModelConfig, Parameters
 
 REMOTE = Path(__file__).parent / "remote"
+# Of layouts that need others than the tokenizer's.
+MODULES: dict[str, tuple[str, ...]] = {
+    "laser": ("tokenization_laser.py", "configuration_laser.py", "modeling_laser.py"),
+    "timm": ("load_timm.py",),
+}
 SUMS = "SHA256SUMS"
 CHECKSUM = "sha256"  # in the file's metadata; whoever writes the file anew leaves it out
 
@@ -50,7 +58,7 @@ def write_export(
     output: Path,
     origin: Origin,
     params: Parameters,
-    tokenizer_path: Path,
+    tokenizer_path: Path | None,
     *,
     card: str,
     layout: Layout | None = None,
@@ -61,7 +69,7 @@ def write_export(
       output: must not be there yet.
       origin: of the parameters.
       params: float32 and stacked by layer, as in training.
-      tokenizer_path: the run's SentencePiece model.
+      tokenizer_path: the run's SentencePiece model; None for images.
       card: text of README.md.
       layout: one that is not `choose_layout`'s, such as `laser`, which serves for every model.
 
@@ -77,14 +85,8 @@ def write_export(
         folder.mkdir()
         metadata = {"format": "pt", CHECKSUM: _checksum(tensors)}
         save_file(tensors, folder / "model.safetensors", metadata=metadata)
-        configuration = _configuration(layout, origin, Tokenizer(tokenizer_path))
-        _write_json(folder / "config.json", configuration)
-        _write_json(folder / "tokenizer_config.json", _tokenizer_configuration(origin))
-        (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-        names = ["tokenization_laser.py"]
-        if layout == "laser":
-            names += ["configuration_laser.py", "modeling_laser.py"]
-        for name in names:
+        _write_configurations(folder, layout, origin, tokenizer_path)
+        for name in MODULES.get(layout, ("tokenization_laser.py",)):
             shutil.copyfile(REMOTE / name, folder / name)
         sums = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
         (folder / SUMS).write_text("".join(sums), encoding="utf-8")
@@ -92,7 +94,27 @@ def write_export(
         folder.rename(output)
 
 
-def load_exported(folder: Path) -> tuple[ModelConfig, Parameters]:
+def _write_configurations(
+    folder: Path, layout: Layout, origin: Origin, tokenizer_path: Path | None
+) -> None:
+    """config.json and, with a tokenizer, it and its tokenizer_config.json."""
+    tokenizer = None
+    if tokenizer_path is not None:
+        tokenizer = Tokenizer(tokenizer_path)
+        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+        of_tokenizer = tokenizer_configuration(origin.config, tokenizer)
+        _write_json(folder / "tokenizer_config.json", of_tokenizer)
+    ours = {
+        "layout": layout,
+        "config": to_dict(origin.config),
+        "step": origin.step,
+        "fingerprint": origin.fingerprint,
+    }
+    theirs = configuration(layout, origin.config, tokenizer)
+    _write_json(folder / "config.json", {**theirs, "laser": ours})
+
+
+def load_exported(folder: Path) -> tuple[AnyModelConfig, Parameters]:
     """The model config and the parameters, float32 numpy arrays stacked by layer as in training.
 
     Raises:
@@ -125,15 +147,17 @@ def import_run(folder: Path, workdir: Path) -> Origin:
     )
     parent = workdir.absolute().parent
     require(parent.is_dir(), f"workdir={workdir}: no folder {parent}")
-    origin, _ = _read_origin(folder / "config.json")
+    origin, layout = _read_origin(folder / "config.json")
     _, params = load_exported(folder)
-    Tokenizer(folder / "tokenizer.model")
+    tokenizer = None if layout == "timm" else folder / "tokenizer.model"
+    if tokenizer is not None:
+        Tokenizer(tokenizer)  # raises ValueError if it is none
     fingerprint = f"imported without optimizer state; was {origin.fingerprint}"
     record = seal(
         {
             "config": to_dict(origin.config),
             "data": {"fingerprint": fingerprint},
-            "tokenizer": file_sha256(folder / "tokenizer.model"),
+            "tokenizer": "" if tokenizer is None else file_sha256(tokenizer),
         }
     )
     with tempfile.TemporaryDirectory(dir=parent, prefix=".import-") as temporary:
@@ -141,7 +165,7 @@ def import_run(folder: Path, workdir: Path) -> Origin:
         with Checkpoints(made, origin.config.checkpoint) as checkpoints:
             params = jax.tree.map(jnp.asarray, params)
             checkpoints.save(origin.step, {"params": params}, note={"config": record[SEAL]})
-        write_run(made, record, folder / "tokenizer.model")
+        write_run(made, record, tokenizer or "")
         made.rename(workdir)
     return origin
 
@@ -198,112 +222,6 @@ def _checksum(tensors: Tensors) -> str:
         digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
         digest.update(np.asarray(x, order="C").tobytes())
     return digest.hexdigest()
-
-
-def _configuration(layout: Layout, origin: Origin, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json: what the architecture's class in transformers wants, and our own entry."""
-    model = origin.config.model
-    shared = {
-        "dtype": "float32",
-        "vocab_size": model.vocab_size,
-        "bos_token_id": tokenizer.eos_id,  # EOS comes before a document, too
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "laser": {
-            "layout": layout,
-            "config": to_dict(origin.config),
-            "step": origin.step,
-            "fingerprint": origin.fingerprint,
-        },
-    }
-    return {**shared, **_ARCHITECTURES[layout](model, origin.config.data.seq_len)}
-
-
-def _gpt2(config: ModelConfig, max_length: int) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_layer": config.num_layers,
-        "n_embd": config.model_dim,
-        "n_head": config.num_heads,
-        "n_inner": config.mlp_dim,
-        "n_positions": max_length,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-6,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    }
-
-
-def _starcoder2(config: ModelConfig, max_length: int) -> dict[str, Any]:
-    return {
-        "architectures": ["Starcoder2ForCausalLM"],
-        "model_type": "starcoder2",
-        **_rotary(config, max_length),
-        "hidden_act": "gelu_pytorch_tanh",
-        "norm_epsilon": 1e-6,
-        "sliding_window": None,
-        "use_bias": False,
-    }
-
-
-def _llama(config: ModelConfig, max_length: int) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **_rotary(config, max_length),
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-
-
-def _rotary(config: ModelConfig, max_length: int) -> dict[str, Any]:
-    """What StarCoder2 and Llama call alike."""
-    return {
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.model_dim,
-        "intermediate_size": config.mlp_dim,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": max_length,
-        "rope_theta": 10_000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-    }
-
-
-def _laser(config: ModelConfig, max_length: int) -> dict[str, Any]:
-    return {
-        "architectures": ["LaserForCausalLM"],
-        "model_type": "laser_attention",
-        "auto_map": {
-            "AutoConfig": "configuration_laser.LaserConfig",
-            "AutoModelForCausalLM": "modeling_laser.LaserForCausalLM",
-        },
-        "laser_model": dataclasses.asdict(config),
-        "max_position_embeddings": max_length,
-    }
-
-
-_ARCHITECTURES: dict[Layout, Any] = {
-    "gpt2": _gpt2,
-    "starcoder2": _starcoder2,
-    "llama": _llama,
-    "laser": _laser,
-}
-
-
-def _tokenizer_configuration(origin: Origin) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "LaserTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_laser.LaserTokenizer", None]},
-        "model_max_length": origin.config.data.seq_len,
-    }
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -2,9 +2,11 @@
 
 `gpt2` is transformers' GPT2LMHeadModel, `starcoder2` its Starcoder2ForCausalLM: they compute what
 our decoder does with standard attention, with sinusoidal or rotary positions; `llama` is its
-LlamaForCausalLM, which has RMSNorm and a SwiGLU besides. `laser` is the module in export/remote,
-which computes everything else. Our embedding is scaled by sqrt(M) on the way in
-and not on the way out; models without that scale get two matrices.
+LlamaForCausalLM, which has RMSNorm and a SwiGLU besides. `megatron_bert` is its
+MegatronBertForMaskedLM (megatron.py), and `timm` another library's vision transformer (timm.py).
+`laser` is the module in export/remote, which computes everything else that decoders and BERTs are.
+Our embedding is scaled by sqrt(M) on the way in and not on the way out; models without that scale
+get two matrices.
 
 Shapes: L layers, M model dim, V vocabulary, H heads, D head dim, Q query dim, F MLP dim.
 """
@@ -18,25 +20,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.config import AttentionConfig, ModelConfig, require
-from models.decoder import Parameters, init_parameters, sinusoidal
+from export import timm
+from export.megatron import from_megatron, to_megatron
+from export.tensors import (
+    Take,
+    Tensors,
+    layers_of,
+    norm,
+    positions_table,
+    require_equal,
+    scaled,
+    stacked,
+    taken_norm,
+)
+from models.config import AttentionConfig, ModelConfig, VitConfig, require
+from models.decoder import Parameters, init_parameters
+from models.families import AnyModelConfig
 
-Tensors = dict[str, np.ndarray]
-Layout = Literal["gpt2", "starcoder2", "llama", "laser"]
-# Gives a tensor of a shape by its name, or says what is wrong with it.
-Take = Callable[[str, tuple[int, ...]], np.ndarray]
+Layout = Literal["gpt2", "starcoder2", "llama", "megatron_bert", "timm", "laser"]
+BERT_MLPS = ("gelu", "relu")  # without a gate
 
 
-def choose_layout(config: ModelConfig) -> Layout:
+def choose_layout(config: AnyModelConfig) -> Layout:
     """An existing architecture if one computes the same function, else our own module.
 
     Raises:
-      ValueError: that has no such attention either.
+      ValueError: that has no such attention either, or there is none for this kind of model.
     """
-    require(
-        config.kind == "decoder",
-        f"model.kind={config.kind}: only decoders are exported",
-    )
+    if isinstance(config, VitConfig):
+        timm.arguments(config)
+        return "timm"
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"model.kind={config.kind}: decoders, BERTs and ViTs alone are exported")
     require(
         config.attention.kind in ("standard", "laser"),
         f"attention.kind={config.attention.kind}: export/remote/modeling_laser.py has no such "
@@ -46,8 +61,11 @@ def choose_layout(config: ModelConfig) -> Layout:
     if config.attention != plain or config.logits_soft_cap:
         return "laser"
     block = (config.positions, config.norm, config.mlp)
+    square = config.kv_heads * config.head_dim == config.model_dim == _width(config)
+    if config.kind == "bert":
+        theirs = square and block[:2] == ("sinusoidal", "layernorm") and block[2] in BERT_MLPS
+        return "megatron_bert" if theirs else "laser"
     if block == ("sinusoidal", "layernorm", "gelu"):
-        square = config.kv_heads * config.head_dim == config.model_dim == _width(config)
         return "gpt2" if square else "laser"
     rotary: dict[Any, Layout] = {
         ("rotary", "layernorm", "gelu"): "starcoder2",
@@ -56,14 +74,14 @@ def choose_layout(config: ModelConfig) -> Layout:
     return rotary.get(block, "laser")
 
 
-def to_tensors(layout: Layout, config: ModelConfig, params: Parameters, length: int) -> Tensors:
+def to_tensors(layout: Layout, config: Any, params: Parameters, length: int) -> Tensors:
     """All tensors of the file, float32. `length` is how many positions a table of them has."""
     tensors = dict(_WRITERS[layout](config, jax.tree.map(np.asarray, params), length))
     return {name: np.asarray(x, order="C") for name, x in tensors.items()}
 
 
 def from_tensors(
-    layout: Layout, config: ModelConfig, tensors: Mapping[str, np.ndarray], length: int
+    layout: Layout, config: Any, tensors: Mapping[str, np.ndarray], length: int
 ) -> Parameters:
     """The parameters of which `to_tensors` makes these.
 
@@ -128,12 +146,11 @@ def _layer_name(keys: list[str], layer: int) -> str:
 
 def _gpt2_tensors(config: ModelConfig, params: Parameters, length: int):
     size = config.model_dim
-    yield "transformer.wte.weight", _scaled(params["embedding"], size)
-    yield "transformer.wpe.weight", _table(config, length)
+    yield "transformer.wte.weight", scaled(params["embedding"], size)
+    yield "transformer.wpe.weight", positions_table(config, length)
     yield "lm_head.weight", params["embedding"]
-    yield from _norm("transformer.ln_f", params["final_norm"])
-    for i in range(config.num_layers):
-        layer = jax.tree.map(lambda x, i=i: x[i], params["blocks"])
+    yield from norm("transformer.ln_f", params["final_norm"]).items()
+    for i, layer in enumerate(layers_of(params)):
         prefix, attention = f"transformer.h.{i}", layer["attention"]
         fused = [attention[name].reshape(size, size) for name in ("query", "key", "value")]
         weights = {
@@ -145,8 +162,8 @@ def _gpt2_tensors(config: ModelConfig, params: Parameters, length: int):
         for name, weight in weights.items():
             yield f"{prefix}.{name}.weight", weight
             yield f"{prefix}.{name}.bias", np.zeros(weight.shape[1], np.float32)
-        yield from _norm(f"{prefix}.ln_1", layer["attention_norm"])
-        yield from _norm(f"{prefix}.ln_2", layer["mlp_norm"])
+        yield from norm(f"{prefix}.ln_1", layer["attention_norm"]).items()
+        yield from norm(f"{prefix}.ln_2", layer["mlp_norm"]).items()
 
 
 def _from_gpt2(config: ModelConfig, take: Take, length: int) -> Parameters:
@@ -156,10 +173,10 @@ def _from_gpt2(config: ModelConfig, take: Take, length: int) -> Parameters:
         _embedding(config, take, "transformer.wte.weight"),
     )
     # Other machines may round sines of large angles in another way.
-    _require_equal(take, "transformer.wpe.weight", _table(config, length), tolerance=0.01)
+    require_equal(take, "transformer.wpe.weight", positions_table(config, length), tolerance=0.01)
 
     def weight(name: str, shape: tuple[int, int]) -> np.ndarray:
-        _require_equal(take, f"{name}.bias", np.zeros(shape[1], np.float32))
+        require_equal(take, f"{name}.bias", np.zeros(shape[1], np.float32))
         return take(f"{name}.weight", shape)
 
     def layer(i: int) -> Parameters:
@@ -173,11 +190,11 @@ def _from_gpt2(config: ModelConfig, take: Take, length: int) -> Parameters:
                 "up": weight(f"{prefix}.mlp.c_fc", (size, hidden)),
                 "down": weight(f"{prefix}.mlp.c_proj", (hidden, size)),
             },
-            "attention_norm": _taken_norm(take, f"{prefix}.ln_1", size),
-            "mlp_norm": _taken_norm(take, f"{prefix}.ln_2", size),
+            "attention_norm": taken_norm(take, f"{prefix}.ln_1", size),
+            "mlp_norm": taken_norm(take, f"{prefix}.ln_2", size),
         }
 
-    return _assembled(config, embedding, _taken_norm(take, "transformer.ln_f", size), layer)
+    return _assembled(config, embedding, taken_norm(take, "transformer.ln_f", size), layer)
 
 
 # Our matrices of an MLP, and transformers'.
@@ -195,19 +212,18 @@ def _rotary_tensors(layout: Layout, config: ModelConfig, params: Parameters, len
     """Of StarCoder2 or Llama, whose layers have the same names outside of the MLP."""
     del length
     size = config.model_dim
-    yield "model.embed_tokens.weight", _scaled(params["embedding"], size)
+    yield "model.embed_tokens.weight", scaled(params["embedding"], size)
     yield "lm_head.weight", params["embedding"]
-    yield from _norm("model.norm", params["final_norm"])
-    for i in range(config.num_layers):
-        layer = jax.tree.map(lambda x, i=i: x[i], params["blocks"])
+    yield from norm("model.norm", params["final_norm"]).items()
+    for i, layer in enumerate(layers_of(params)):
         prefix, attention = f"model.layers.{i}", layer["attention"]
         for name in ("query", "key", "value"):
             yield f"{prefix}.self_attn.{name[0]}_proj.weight", attention[name].reshape(size, -1).T
         yield f"{prefix}.self_attn.o_proj.weight", attention["output"].reshape(size, -1)
         for name, theirs in _MLP_NAMES[layout].items():
             yield f"{prefix}.mlp.{theirs}.weight", layer["mlp"][name].T
-        yield from _norm(f"{prefix}.input_layernorm", layer["attention_norm"])
-        yield from _norm(f"{prefix}.post_attention_layernorm", layer["mlp_norm"])
+        yield from norm(f"{prefix}.input_layernorm", layer["attention_norm"]).items()
+        yield from norm(f"{prefix}.post_attention_layernorm", layer["mlp_norm"]).items()
 
 
 def _from_rotary(layout: Layout, config: ModelConfig, take: Take, length: int) -> Parameters:
@@ -232,61 +248,37 @@ def _from_rotary(layout: Layout, config: ModelConfig, take: Take, length: int) -
         return {
             "attention": attention,
             "mlp": mlp,
-            "attention_norm": _taken_norm(take, f"{prefix}.input_layernorm", size, bias),
-            "mlp_norm": _taken_norm(take, f"{prefix}.post_attention_layernorm", size, bias),
+            "attention_norm": taken_norm(take, f"{prefix}.input_layernorm", size, bias),
+            "mlp_norm": taken_norm(take, f"{prefix}.post_attention_layernorm", size, bias),
         }
 
-    return _assembled(config, embedding, _taken_norm(take, "model.norm", size, bias), layer)
+    return _assembled(config, embedding, taken_norm(take, "model.norm", size, bias), layer)
 
 
 def _assembled(config: ModelConfig, embedding, final_norm, layer: Callable[[int], Parameters]):
-    layers = [layer(i) for i in range(config.num_layers)]
-    blocks: Any = jax.tree.map(lambda *xs: np.stack(xs), *layers)
+    blocks = stacked([layer(i) for i in range(config.num_layers)])
     return {"embedding": embedding, "final_norm": final_norm, "blocks": blocks}
-
-
-def _scaled(embedding_VM: np.ndarray, size: int) -> np.ndarray:
-    """As our decoder scales what it looks up."""
-    return embedding_VM * np.float32(math.sqrt(size))
-
-
-def _table(config: ModelConfig, length: int) -> np.ndarray:
-    return np.asarray(sinusoidal(jnp.arange(length)[None], config.model_dim)[0])
 
 
 def _embedding(config: ModelConfig, take: Take, input_name: str) -> np.ndarray:
     embedding = take("lm_head.weight", (config.vocab_size, config.model_dim))
-    _require_equal(take, input_name, _scaled(embedding, config.model_dim))
+    require_equal(take, input_name, scaled(embedding, config.model_dim))
     return embedding
-
-
-def _norm(prefix: str, norm: Parameters):
-    yield f"{prefix}.weight", norm["scale"]
-    if "bias" in norm:
-        yield f"{prefix}.bias", norm["bias"]
-
-
-def _taken_norm(take: Take, prefix: str, size: int, bias: bool = True) -> Parameters:
-    scale = {"scale": take(f"{prefix}.weight", (size,))}
-    return {**scale, "bias": take(f"{prefix}.bias", (size,))} if bias else scale
-
-
-def _require_equal(take: Take, name: str, expected: np.ndarray, tolerance: float = 0.0) -> None:
-    require(
-        np.allclose(take(name, expected.shape), expected, rtol=0.0, atol=tolerance),
-        f"tensor {name} has other values than our architecture fixes there: trained elsewhere?",
-    )
 
 
 _WRITERS: dict[Layout, Callable[..., Any]] = {
     "gpt2": _gpt2_tensors,
     "starcoder2": functools.partial(_rotary_tensors, "starcoder2"),
     "llama": functools.partial(_rotary_tensors, "llama"),
+    "megatron_bert": lambda *args: to_megatron(*args).items(),
+    "timm": lambda *args: timm.to_timm(*args).items(),
     "laser": _laser_tensors,
 }
 _READERS: dict[Layout, Callable[..., Parameters]] = {
     "gpt2": _from_gpt2,
     "starcoder2": functools.partial(_from_rotary, "starcoder2"),
     "llama": functools.partial(_from_rotary, "llama"),
+    "megatron_bert": from_megatron,
+    "timm": timm.from_timm,
     "laser": _from_laser,
 }

@@ -1,14 +1,9 @@
 """Vision transformers as timm's `VisionTransformer`, and back, for standard attention.
 
 timm's has the mean over tokens and no token for the class on request; the table of positions, which
-is fixed here, is a parameter there; and its head becomes the dense layer, tanh and the head:
-
-    model = timm.models.VisionTransformer(**arguments(config))
-    dim = config.model_dim
-    model.head = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, config.num_classes))
-    model.load_state_dict({name: torch.tensor(x) for name, x in to_timm(config, params).items()})
-
-Its images are (batch, 3, side, side) of the values of laser/training/objectives/images.py.
+is fixed here, is a parameter there; and its head becomes the dense layer, tanh and the head, as
+export/remote/load_timm.py makes it. Its images are (batch, 3, side, side) of the values of
+laser/training/objectives/images.py.
 """
 
 import math
@@ -16,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from export.tensors import Take, Tensors, layers_of, norm, require_equal, stacked, taken_norm
 from models.config import VitConfig, require
 from models.vit import Parameters, sincos_2d
 
-Tensors = dict[str, np.ndarray]
 NORMS = {"norm1": "attention_norm", "norm2": "mlp_norm"}
 QK_NORMS = {"attn.q_norm": "query_norm", "attn.k_norm": "key_norm"}
 
@@ -49,23 +44,23 @@ def arguments(config: VitConfig) -> dict[str, Any]:
     }
 
 
-def to_timm(config: VitConfig, params: Parameters) -> Tensors:
+def to_timm(config: VitConfig, params: Parameters, length: int = 0) -> Tensors:
     """timm's tensors of parameters that are stacked by layer. Raises ValueError as `arguments`."""
+    del length
     arguments(config)
-    size, dim, side = config.patch_size, config.model_dim, math.isqrt(config.tokens)
+    size, dim = config.patch_size, config.model_dim
     kernel = np.asarray(params["patches"]["kernel"]).reshape(size, size, 3, dim)
     tensors = {
         "patch_embed.proj.weight": kernel.transpose(3, 2, 0, 1),
         "patch_embed.proj.bias": params["patches"]["bias"],
-        "pos_embed": sincos_2d(side, side, dim)[None],
-        **_norm("norm", params["final_norm"]),
+        "pos_embed": _positions(config),
+        **norm("norm", params["final_norm"]),
         "head.0.weight": params["pre_logits"]["kernel"].T,
         "head.0.bias": params["pre_logits"]["bias"],
         "head.2.weight": params["head"]["kernel"].T,
         "head.2.bias": params["head"]["bias"],
     }
-    for i in range(config.num_layers):
-        block = {name: _layer(part, i) for name, part in params["blocks"].items()}
+    for i, block in enumerate(layers_of(params)):
         attention, mlp = block["attention"], block["mlp"]
         parts = [attention[name].reshape(dim, -1).T for name in ("query", "key", "value")]
         biases = [attention[f"{name}_bias"].reshape(-1) for name in ("query", "key", "value")]
@@ -80,67 +75,56 @@ def to_timm(config: VitConfig, params: Parameters) -> Tensors:
             "mlp.fc2.bias": mlp["down_bias"],
         }
         for theirs, ours in NORMS.items():
-            layer |= _norm(theirs, block[ours])
+            layer |= norm(theirs, block[ours])
         for theirs, ours in QK_NORMS.items() if config.attention.qk_norm else ():
-            layer |= _norm(theirs, attention[ours])
+            layer |= norm(theirs, attention[ours])
         tensors |= {f"blocks.{i}.{name}": tensor for name, tensor in layer.items()}
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return tensors
 
 
-def from_timm(config: VitConfig, tensors: Tensors) -> Parameters:
-    """The way back, bit for bit. Raises ValueError as `arguments`, or for a missing tensor."""
+def from_timm(config: VitConfig, take: Take, length: int = 0) -> Parameters:
+    """The way back, bit for bit. Raises ValueError as `arguments` and `take`."""
+    del length
     arguments(config)
-    shape = (config.model_dim, config.num_heads, config.head_dim)
+    size, dim, hidden = config.patch_size, config.model_dim, config.mlp_dim
+    heads = (dim, config.num_heads, config.head_dim)
+    # Other machines may round sines of large angles in another way.
+    require_equal(take, "pos_embed", _positions(config), tolerance=0.01)
 
-    def get(name: str) -> np.ndarray:
-        require(name in tensors, f"{name}: no such tensor")
-        return np.asarray(tensors[name])
-
-    def norm(name: str) -> Parameters:
-        return {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
-
-    def dense(name: str) -> Parameters:
-        return {"kernel": get(f"{name}.weight").T, "bias": get(f"{name}.bias")}
+    def dense(name: str, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+        return take(f"{name}.weight", (outputs, inputs)).T, take(f"{name}.bias", (outputs,))
 
     def block(i: int) -> Parameters:
         at = f"blocks.{i}"
-        weights = np.split(get(f"{at}.attn.qkv.weight"), 3)
-        biases = np.split(get(f"{at}.attn.qkv.bias"), 3)
-        attention: Parameters = {"output": get(f"{at}.attn.proj.weight").reshape(shape)}
-        attention["output_bias"] = get(f"{at}.attn.proj.bias")
-        for name, weight, bias in zip(("query", "key", "value"), weights, biases):
-            attention |= {name: weight.T.reshape(shape), f"{name}_bias": bias.reshape(shape[1:])}
+        weight, bias = dense(f"{at}.attn.qkv", dim, 3 * dim)
+        output = take(f"{at}.attn.proj.weight", (dim, dim)).reshape(heads)
+        attention: Parameters = {"output": output}
+        attention["output_bias"] = take(f"{at}.attn.proj.bias", (dim,))
+        parts = zip(("query", "key", "value"), np.split(weight, 3, 1), np.split(bias, 3))
+        for name, kernel, offset in parts:
+            attention |= {name: kernel.reshape(heads), f"{name}_bias": offset.reshape(heads[1:])}
         for theirs, ours in QK_NORMS.items() if config.attention.qk_norm else ():
-            attention[ours] = norm(f"{at}.{theirs}")
+            attention[ours] = taken_norm(take, f"{at}.{theirs}", config.head_dim)
         mlp: Parameters = {}
-        for theirs, ours in (("fc1", "up"), ("fc2", "down")):
-            mlp[ours] = get(f"{at}.mlp.{theirs}.weight").T
-            mlp[f"{ours}_bias"] = get(f"{at}.mlp.{theirs}.bias")
-        norms = {ours: norm(f"{at}.{theirs}") for theirs, ours in NORMS.items()}
+        mlp["up"], mlp["up_bias"] = dense(f"{at}.mlp.fc1", dim, hidden)
+        mlp["down"], mlp["down_bias"] = dense(f"{at}.mlp.fc2", hidden, dim)
+        norms = {ours: taken_norm(take, f"{at}.{theirs}", dim) for theirs, ours in NORMS.items()}
         return {"attention": attention, "mlp": mlp, **norms}
 
-    kernel = get("patch_embed.proj.weight").transpose(2, 3, 1, 0)
-    patches = {"kernel": kernel.reshape(-1, config.model_dim), "bias": get("patch_embed.proj.bias")}
+    kernel = take("patch_embed.proj.weight", (dim, 3, size, size)).transpose(2, 3, 1, 0)
+    names = ("kernel", "bias")
     return {
-        "patches": patches,
-        "blocks": _stacked([block(i) for i in range(config.num_layers)]),
-        "final_norm": norm("norm"),
-        "pre_logits": dense("head.0"),
-        "head": dense("head.2"),
+        "patches": {
+            "kernel": kernel.reshape(-1, dim),
+            "bias": take("patch_embed.proj.bias", (dim,)),
+        },
+        "blocks": stacked([block(i) for i in range(config.num_layers)]),
+        "final_norm": taken_norm(take, "norm", dim),
+        "pre_logits": dict(zip(names, dense("head.0", dim, dim))),
+        "head": dict(zip(names, dense("head.2", dim, config.num_classes))),
     }
 
 
-def _norm(name: str, params: Parameters) -> Tensors:
-    return {f"{name}.weight": params["scale"], f"{name}.bias": params["bias"]}
-
-
-def _layer(tree: Any, index: int) -> Any:
-    if isinstance(tree, dict):
-        return {name: _layer(part, index) for name, part in tree.items()}
-    return np.asarray(tree[index])
-
-
-def _stacked(trees: list[Any]) -> Any:
-    if isinstance(trees[0], dict):
-        return {name: _stacked([tree[name] for tree in trees]) for name in trees[0]}
-    return np.stack(trees)
+def _positions(config: VitConfig) -> np.ndarray:
+    side = math.isqrt(config.tokens)
+    return np.asarray(sincos_2d(side, side, config.model_dim))[None]

@@ -4,7 +4,8 @@
 
 JPEGs of 500 x 375, the usual size of ImageNet, are made up: blots with noise, so that they take the
 110 kB that ImageNet's do on average. CPU time of all threads for an image, in turns so that other
-work on the machine meets all of them; the median of the rounds.
+work on the machine meets all of them; the median of the rounds. Memory is kept by the process as in
+train.py, for all of them.
 
   decode       tf.data with tf.io.decode_jpeg of the whole image and nothing else
   images       data/images: reading a file, decoding, random crop, bicubic resize to 224, mirroring
@@ -25,6 +26,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from laser.training.hardware import tune_cpu
+
+if __name__ == "__main__":
+    tune_cpu()  # before anything imports jax
 
 import cv2
 import numpy as np

@@ -1,12 +1,14 @@
-"""Writes a run's model as a folder that transformers loads, and makes a run of such a folder.
+"""Writes a run's model as a folder that transformers or timm loads, and makes a run of such a
+folder.
 
     python scripts/export.py --workdir=runs/quickstart-laser --output=exported
     python scripts/export.py --from_export=exported --workdir=runs/imported
 
 The folder has safetensors, config.json, the tokenizer and a model card (see export/folder.py).
 Standard attention becomes an existing architecture of transformers where one computes the same;
-everything else comes with a module in PyTorch, for trust_remote_code=True. The way back gives the
-same bits, as a run's folder without optimizer state: to generate, evaluate, or start from.
+every other decoder or BERT comes with a module in PyTorch, for trust_remote_code=True. A vision
+transformer of standard attention becomes timm's. The way back gives the same bits, as a run's
+folder without optimizer state: to generate, evaluate, or start from.
 """
 
 import argparse
@@ -26,12 +28,12 @@ if __name__ == "__main__":
 
 import jax
 
-from eval.run import open_model
+from eval.run import open_parameters
 from export.card import model_card
 from export.folder import Origin, import_run, write_export
 from export.layouts import choose_layout
 from laser.training.checkpoint import CheckpointError
-from laser.training.run_folder import load_fingerprint
+from laser.training.run_folder import load_fingerprint, load_run_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,13 +70,15 @@ def _parser() -> argparse.ArgumentParser:
 def _export(workdir: Path, step: int | None, output: Path) -> None:
     if output.exists():
         raise ValueError(f"output={output}: exists; choose another or remove it")
-    model = open_model(workdir, step)
-    origin = Origin(model.config, model.step, load_fingerprint(str(workdir)))
-    layout = choose_layout(model.config.model)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
+    config = load_run_config(str(workdir))
+    layout = choose_layout(config.model)
+    step, params, _ = open_parameters(workdir, step)
+    origin = Origin(config, step, load_fingerprint(str(workdir)))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     card = model_card(workdir, origin, layout, count)
-    write_export(output, origin, model.params, workdir / "tokenizer.model", card=card)
-    print(f"written: {output}, step {model.step}, layout {layout}, {count:,} parameters")
+    tokenizer = None if layout == "timm" else workdir / "tokenizer.model"
+    write_export(output, origin, params, tokenizer, card=card)
+    print(f"written: {output}, step {step}, layout {layout}, {count:,} parameters")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ LibriSpeech comes, with all folders in it (needs requirements-speech.txt), or
 `tfds:librispeech:VERSION@SPLIT`, prepared before; several are separated by commas. Recordings above
 20 seconds and transcripts above 256 characters are left out, as in AlgoPerf. The vocabulary is
 trained on the transcripts, or --tokenizer names a SentencePiece model, as of
-scripts/train_tokenizer.py.
+scripts/train_tokenizer.py. The same command goes on where it was stopped.
 Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by Ctrl-C, 1 anything
 else.
 """
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from laser.training.console import end_on_ctrl_c
 
 if __name__ == "__main__":
-    end_on_ctrl_c("stopped; the same command begins anew")
+    end_on_ctrl_c("stopped; the same command goes on with the part that it was at")
 
 from absl import flags
 

@@ -80,7 +80,7 @@ def prepare(
         preparation = Preparation(source, folder, tokenizer, config.max_broken)
         records = preparation.run(workers or cores(), config.drop_duplicates)
         manifest = make_manifest(config, request, tokenizer, records)
-        _check_files(folder, files, source.files(), "while they were read")
+        check_files(folder, files, source.files(), "while they were read")
         write_json(folder / MANIFEST, manifest)
     TokenStore(folder)  # all is there, and as it was written, whenever that was
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)
@@ -97,8 +97,8 @@ def begin(folder: Path, request: Record, files: dict[str, str]) -> None:
     if begun.exists():
         saved = read_sealed(begun, PREPARE_AGAIN)
         if any(folder.glob("*.bin")):
-            _check_same(folder, saved["request"], request)
-            _check_files(folder, saved["files"], files, "since this preparation began")
+            check_same(folder, saved["request"], request)
+            check_files(folder, saved["files"], files, "since this preparation began")
         for path in [*folder.glob(f"*{TEMPORARY}"), *begun.parent.rglob(f"*{TEMPORARY}")]:
             path.unlink(missing_ok=True)  # a killed run's
         if saved == {"request": request, "files": files}:
@@ -122,7 +122,7 @@ def begin(folder: Path, request: Record, files: dict[str, str]) -> None:
 def _check_finished(folder: Path, request: Record, max_broken: int) -> None:
     """Raises ValueError if a finished store is not what was asked for."""
     saved = read_manifest(folder)
-    _check_same(folder, saved["request"], request)
+    check_same(folder, saved["request"], request)
     if (broken := sum(saved["broken"].values())) > max_broken:
         raise ValueError(
             f"max_broken={max_broken}: {folder} is complete and lacks {broken} broken records "
@@ -282,7 +282,8 @@ class Preparation:
         return self.folder / PROGRESS / HASHES / f"{part.index:05d}.hashes"
 
 
-def _check_same(folder: Path, saved: Record, request: Record) -> None:
+def check_same(folder: Path, saved: Record, request: Record) -> None:
+    """Raises ValueError if a folder was not begun with this request."""
     old, new = _flat(saved), _flat(request)
     changes = [
         f"{key}: {old.get(key)} there, {new.get(key)} asked for"
@@ -296,7 +297,8 @@ def _check_same(folder: Path, saved: Record, request: Record) -> None:
         )
 
 
-def _check_files(folder: Path, before: dict[str, str], now: dict[str, str], when: str) -> None:
+def check_files(folder: Path, before: dict[str, str], now: dict[str, str], when: str) -> None:
+    """Raises ValueError if files of the source are not as they were."""
     changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:
         others = f" and {len(changed) - 1} others" if len(changed) > 1 else ""

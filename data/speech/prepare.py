@@ -1,25 +1,44 @@
 """From recordings to a store of speech, see store.py.
 
-The folder gets its name when it is whole; until then it has another one, and what a stopped
-preparation left is begun anew. Recordings and transcripts of lengths that are not wanted are left
-out and counted, as the recipe has it. What is broken is named, counted and skipped, up to a limit.
+The folder gets its name when it is whole; until then it is NAME.partial. There the audio is written
+part by part (recordings.py), and what was taken of a part is recorded in the folder `progress`:
+stopped at any moment and started again, the preparation goes on behind the last part that was
+finished, and the store comes out the same to the byte. The audio alone takes long; all else is made
+at the end.
+
+Recordings and transcripts of lengths that are not wanted are left out and counted, as the recipe
+has it. What is broken is named, counted and skipped, up to a limit.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.preparation.shards import Counts, sync, write_json
+from data.preparation.prepare import PROGRESS, REQUEST, check_files, check_same
+from data.preparation.shards import (
+    SHOWN,
+    Counts,
+    Record,
+    broken_records,
+    check_broken,
+    sync,
+    write_json,
+)
+from data.reading.manifest import read_sealed
+from data.sealed import checksum
 from data.sources.parts import Broken
 from data.speech import recordings
 from data.speech.features import MEL_BINS, SAMPLE_RATE, log_mel, num_frames
-from data.speech.store import DTYPES, FORMAT, MANIFEST, SPLITS, TOKENIZER, checksums
+from data.speech.store import AGAIN, DTYPES, FORMAT, MANIFEST, SPLITS, TOKENIZER, checksums
 from data.tokenizer import Tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -59,25 +78,117 @@ class SpeechConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
 
+    def request(self, parts: dict[str, list[recordings.Part]]) -> Record:
+        """What a store must have been asked for to be the same as this one."""
+        source = {name: getattr(self, name) for name in SPLITS}
+        content = {name: checksum([part.content for part in parts[name]]) for name in SPLITS}
+        return {
+            "source": source | {f"content of {name}": said for name, said in content.items()},
+            "vocab_size": self.vocab_size,
+            "tokenizer_sha256": Tokenizer(self.tokenizer).sha256 if self.tokenizer else None,
+            "max_seconds": self.max_seconds,
+            "max_characters": self.max_characters,
+        }
+
+    def parts(self) -> dict[str, list[recordings.Part]]:
+        """Of the sources of each split. Raises ValueError where one is none."""
+        return {
+            name: list(
+                itertools.chain.from_iterable(map(recordings.parts, getattr(self, name).split(",")))
+            )
+            for name in SPLITS
+        }
+
 
 def prepare(config: SpeechConfig, output: str | Path) -> dict[str, Any]:
-    """Writes a store. Returns its manifest.
+    """Writes a store, or goes on with one, or does nothing if it is there already.
+
+    Args:
+      config: what the store is made of. An unfinished one may go on with another `max_broken`.
+      output: the folder to write.
+
+    Returns:
+      The manifest.
 
     Raises:
-      ValueError: the folder is there, or sources or tokenizer are not what they should be.
+      ValueError: the folder is another one, or is being written by another process, or sources or
+        tokenizer are not what they should be.
     """
     folder = Path(output)
+    parts = config.parts()
+    request = config.request(parts)
     if folder.exists():
-        raise ValueError(f"output={output}: is there already; choose another name, or delete it")
-    tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else None
+        return _finished(folder, request)
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    splits = {}
-    for name, sources in zip(SPLITS, (config.train, config.validation)):
-        splits[name] = _Split(partial, name)
-        splits[name].write_audio(sources.split(","), config)
-    if tokenizer is None:
+    partial.mkdir(parents=True, exist_ok=True)
+    with _alone(partial):
+        if not (partial / MANIFEST).exists():  # else it was stopped just before its end
+            seen = _seen(parts)
+            _begin(partial, request, seen)
+            manifest = _write(config, parts, partial)
+            check_files(partial, seen, _seen(config.parts()), "while they were read")
+            write_json(partial / MANIFEST, {**manifest, "request": request})
+        finished = _finished(partial, request)
+        shutil.rmtree(partial / PROGRESS, ignore_errors=True)
+        partial.rename(folder)
+        sync(folder.absolute().parent)
+    return finished
+
+
+def _seen(parts: dict[str, list[recordings.Part]]) -> dict[str, str]:
+    return {f"{name}: {part.name}": part.seen for name in SPLITS for part in parts[name]}
+
+
+def _finished(folder: Path, request: Record) -> Record:
+    """The manifest. Raises ValueError if the folder is not the store that was asked for."""
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"output={folder}: is there already and no store; choose another name")
+    manifest = read_sealed(folder / MANIFEST, AGAIN)
+    if "request" not in manifest:
+        raise ValueError(f"output={folder}: is there already; choose another name, or delete it")
+    check_same(folder, manifest["request"], request)
+    return manifest
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Raises ValueError while another process is inside."""
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{partial}: another process is writing it; wait for it") from None
+    finally:
+        os.close(handle)
+
+
+def _begin(partial: Path, request: Record, seen: dict[str, str]) -> None:
+    """Checks that the folder was begun with this request and these very files, or empties it.
+
+    One without a finished part, of another request, is begun anew.
+    """
+    progress = partial / PROGRESS
+    if (progress / REQUEST).exists():
+        saved = read_sealed(progress / REQUEST, f"delete {partial}")
+        if any(progress.glob("*-*.json")):
+            check_same(partial, saved["request"], request)
+            check_files(partial, saved["files"], seen, "since this preparation began")
+        if saved == {"request": request, "files": seen}:
+            return
+    for path in partial.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    progress.mkdir()
+    write_json(progress / REQUEST, {"request": request, "files": seen})
+
+
+def _write(config: SpeechConfig, parts: dict[str, list[recordings.Part]], partial: Path) -> Record:
+    """All files but the manifest, which it returns."""
+    splits = {name: _Split(partial, name) for name in SPLITS}
+    for name, split in splits.items():
+        split.write_audio(parts[name], config)
+    (partial / TOKENIZER).unlink(missing_ok=True)
+    if config.tokenizer is None:
         assert config.vocab_size is not None
         train_tokenizer(
             splits["train"].texts,
@@ -86,14 +197,13 @@ def prepare(config: SpeechConfig, output: str | Path) -> dict[str, Any]:
             sample_bytes=SAMPLE_BYTES,
             byte_fallback=False,
         )
-        tokenizer = Tokenizer(partial / TOKENIZER)
     else:
-        assert config.tokenizer is not None
         shutil.copyfile(config.tokenizer, partial / TOKENIZER)
+    tokenizer = Tokenizer(partial / TOKENIZER)
     for split in splits.values():
         split.write_labels(tokenizer, config.max_broken)
     mean, deviation = splits["train"].normalisation()
-    manifest = {
+    return {
         "format": f"speech, {FORMAT}",
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
@@ -102,10 +212,6 @@ def prepare(config: SpeechConfig, output: str | Path) -> dict[str, Any]:
         "splits": {name: split.summary() for name, split in splits.items()},
         **checksums(partial),
     }
-    write_json(partial / MANIFEST, manifest)
-    partial.rename(folder)
-    sync(folder.absolute().parent)
-    return manifest
 
 
 class _Split:
@@ -114,47 +220,74 @@ class _Split:
     def __init__(self, folder: Path, name: str):
         self.name = name
         self.texts: list[str] = []
+        self._folder = folder
         self._paths = {part: folder / f"{name}.{part}" for part in DTYPES}
         self._names: list[str] = []
         self._places: list[tuple[int, int]] = []  # first sample, samples
         self._left_out: dict[str, int] = {}
-        self._counts = Counts()
+        self._broken: Record = {"broken": {}, "messages": []}
+        self._samples = 0
 
-    def write_audio(self, sources: Sequence[str], config: SpeechConfig) -> None:
-        """All recordings that are wanted. Raises ValueError if there are none, or many broken."""
-        first = 0
-        with self._paths["audio"].open("wb") as file:
-            for recording in self._wanted(sources, config):
-                file.write(recording.audio.astype(DTYPES["audio"]).tobytes())
-                self._places.append((first, len(recording.audio)))
-                self.texts.append(recording.text)
-                self._names.append(recording.name)
-                first += len(recording.audio)
+    def write_audio(self, parts: Sequence[recordings.Part], config: SpeechConfig) -> None:
+        """All recordings that are wanted, and are not there yet. Raises ValueError if there are
+        none, or many broken."""
+        records = [self._folder / PROGRESS / f"{self.name}-{i:05d}.json" for i in range(len(parts))]
+        done = list(itertools.takewhile(Path.exists, records))
+        for path in done:
+            self._add(read_sealed(path, f"delete {self._folder}"), config.max_broken)
+        if done:
+            log.info("%s: going on after %d of %d parts", self.name, len(done), len(parts))
+        with self._paths["audio"].open("ab") as file:
+            size = self._samples * np.dtype(DTYPES["audio"]).itemsize
+            if file.tell() < size:
+                raise ValueError(f"{self._paths['audio']}: was cut off; delete {self._folder}")
+            file.truncate(size)  # what a part that was not finished has left
+            for path, part in zip(records[len(done) :], parts[len(done) :], strict=True):
+                record = self._write_part(file, part, config)
+                file.flush()
+                os.fsync(file.fileno())
+                write_json(path, record)
+                self._add(record, config.max_broken)
         if not self.texts:
-            raise ValueError(f"{self.name}={','.join(sources)}: no recording in it")
+            raise ValueError(f"{self.name}={getattr(config, self.name)}: no recording in it")
 
-    def _wanted(
-        self, sources: Sequence[str], config: SpeechConfig
-    ) -> Iterator[recordings.Recording]:
-        for source in sources:
-            for record in recordings.read(source):
-                if isinstance(record, recordings.Recording):
-                    record = _checked(record)
-                if isinstance(record, Broken):
-                    self._skip(record, config.max_broken)
-                elif len(record.audio) > config.max_seconds * SAMPLE_RATE:
-                    self._leave_out(f"longer than {config.max_seconds:g} s")
-                elif len(record.text) > config.max_characters:
-                    self._leave_out(f"of more than {config.max_characters} characters")
-                else:
-                    yield record
+    def _add(self, record: Record, max_broken: int) -> None:
+        """What is recorded of a part. Raises ValueError if too many recordings are broken."""
+        for samples in record["samples"]:
+            self._places.append((self._samples, samples))
+            self._samples += samples
+        self.texts += record["texts"]
+        self._names += record["names"]
+        for why, count in record["left_out"].items():
+            self._left_out[why] = self._left_out.get(why, 0) + count
+        self._add_broken(record, max_broken)
 
-    def _leave_out(self, why: str) -> None:
-        self._left_out[why] = self._left_out.get(why, 0) + 1
+    def _add_broken(self, record: Record, max_broken: int) -> None:
+        check_broken([self._broken, record], max_broken)
+        messages = [*self._broken["messages"], *record["messages"]][:SHOWN]
+        broken = broken_records([self._broken, record])
+        self._broken = {"broken": broken, "messages": messages}
 
-    def _skip(self, broken: Broken, limit: int) -> None:
-        log.warning("%s skipped: %s", self.name, broken.message)
-        self._counts.add(broken, limit)
+    def _write_part(self, file: BinaryIO, part: recordings.Part, config: SpeechConfig) -> Record:
+        """Its audio, and what is recorded of it."""
+        counts = Counts()
+        left_out: dict[str, int] = {}
+        record: Record = {"names": [], "texts": [], "samples": []}
+        for found in part.read():
+            checked = _checked(found) if isinstance(found, recordings.Recording) else found
+            if isinstance(checked, Broken):
+                log.warning("%s skipped: %s", self.name, checked.message)
+                counts.add(checked, config.max_broken)
+                check_broken([self._broken, vars(counts)], config.max_broken)
+            elif why := _unwanted(checked, config):
+                left_out[why] = left_out.get(why, 0) + 1
+            else:
+                file.write(checked.audio.astype(DTYPES["audio"]).tobytes())
+                record["names"].append(checked.name)
+                record["texts"].append(checked.text)
+                record["samples"].append(len(checked.audio))
+        broken = {"broken": counts.broken, "messages": counts.messages}
+        return {**record, **broken, "left_out": left_out}
 
     def write_labels(self, tokenizer: Tokenizer, max_broken: int) -> None:
         """Labels and index of the recordings whose transcripts the tokenizer can write."""
@@ -163,7 +296,9 @@ class _Split:
             for name, text, place in zip(self._names, self.texts, self._places):
                 labels = [*tokenizer.encode(text), tokenizer.eos_id]
                 if broken := _unwritable(name, text, labels, place[1], tokenizer):
-                    self._skip(broken, max_broken)
+                    log.warning("%s skipped: %s", self.name, broken.message)
+                    one = {"broken": {broken.kind: 1}, "messages": [broken.message]}
+                    self._add_broken(one, max_broken)
                     continue
                 file.write(np.array(labels, DTYPES["labels"]).tobytes())
                 index.append((*place, first, len(labels)))
@@ -194,9 +329,17 @@ class _Split:
             "seconds": samples / SAMPLE_RATE,
             "labels": labels,
             "left_out": self._left_out,
-            "broken": self._counts.broken,
-            "messages": self._counts.messages,
+            **self._broken,
         }
+
+
+def _unwanted(record: recordings.Recording, config: SpeechConfig) -> str:
+    """Why a recording is left out, or nothing."""
+    if len(record.audio) > config.max_seconds * SAMPLE_RATE:
+        return f"longer than {config.max_seconds:g} s"
+    if len(record.text) > config.max_characters:
+        return f"of more than {config.max_characters} characters"
+    return ""
 
 
 def _checked(record: recordings.Recording) -> recordings.Recording | Broken:

@@ -1,4 +1,4 @@
-"""Configuration of a decoder with LASER attention (arXiv 2411.03493), for transformers."""
+"""Configuration of a decoder or BERT with LASER attention (arXiv 2411.03493), for transformers."""
 
 from transformers import PretrainedConfig
 

@@ -1,6 +1,7 @@
-"""A decoder with LASER attention (arXiv 2411.03493) in PyTorch, for transformers.
+"""A decoder or BERT with LASER attention (arXiv 2411.03493) in PyTorch, for transformers.
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 Every option of the JAX model that was exported: LASER or standard attention, grouped heads,
 temperatures, QK-norm, differential attention, soft caps, sinusoidal or rotary positions, gated
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from .configuration_laser import LaserConfig
 
@@ -172,7 +173,9 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class LaserForCausalLM(PreTrainedModel, GenerationMixin):
+class LaserModel(PreTrainedModel):
+    """What a decoder and a BERT have in common: tokens to logits."""
+
     config_class = LaserConfig
     base_model_prefix = ""
     _no_split_modules = ["Block"]  # noqa: RUF012, transformers' own name and form
@@ -192,6 +195,29 @@ class LaserForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         """Nothing: parameters are loaded."""
 
+    def hidden(self, input_ids, positions_BT, seen_B1TS, cache=None):
+        """Final hidden states, (B, T, M)."""
+        model = self.config.laser_model
+        x = self.embedding[input_ids] * math.sqrt(model["model_dim"])
+        angle = positions_BT[..., None].float() * self.frequencies.float()
+        rotation = None
+        if model["positions"] == "rotary":
+            rotation = (angle.sin()[:, None], angle.cos()[:, None])
+        else:
+            x = x + torch.cat([angle.sin(), angle.cos()], dim=-1).to(x.dtype)
+        for block in self.blocks:
+            x = block(x, rotation, seen_B1TS, cache)
+        return self.final_norm(x)
+
+    def logits(self, hidden):
+        """Of the vocabulary, float32."""
+        logits = (hidden @ self.embedding.T).float()
+        if cap := self.config.laser_model["logits_soft_cap"]:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+class LaserForCausalLM(LaserModel, GenerationMixin):
     def forward(
         self,
         input_ids,
@@ -204,7 +230,6 @@ class LaserForCausalLM(PreTrainedModel, GenerationMixin):
         **unused,
     ):
         """As of any causal language model in transformers; padding may stand on either side."""
-        model = self.config.laser_model
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = DynamicCache()
@@ -219,21 +244,26 @@ class LaserForCausalLM(PreTrainedModel, GenerationMixin):
         itself_TS = (slots[None] == new[:, None]).to(input_ids.device)
         seen_B1TS = (causal_TS & real_BS[:, None, None]) | itself_TS
 
-        x = self.embedding[input_ids] * math.sqrt(model["model_dim"])
-        angle = positions_BT[..., None].float() * self.frequencies.float()
-        rotation = None
-        if model["positions"] == "rotary":
-            rotation = (angle.sin()[:, None], angle.cos()[:, None])
-        else:
-            x = x + torch.cat([angle.sin(), angle.cos()], dim=-1).to(x.dtype)
-        for block in self.blocks:
-            x = block(x, rotation, seen_B1TS, cache)
-        x = self.final_norm(x)
+        x = self.hidden(input_ids, positions_BT, seen_B1TS, cache)
         kept = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
-        logits = (kept @ self.embedding.T).float()
-        if cap := model["logits_soft_cap"]:
-            logits = cap * torch.tanh(logits / cap)
+        logits = self.logits(kept)
         loss = None
         if labels is not None:
             loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+
+class LaserForMaskedLM(LaserModel):
+    def forward(self, input_ids, attention_mask=None, labels=None, **unused):
+        """As of any masked language model in transformers: -100 in `labels` has no loss."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        real_BS = attention_mask.bool()
+        positions_BT = (real_BS.cumsum(-1) - 1).clamp(min=0)
+        itself_TS = torch.eye(input_ids.shape[1], dtype=torch.bool, device=input_ids.device)
+        seen_B1TS = real_BS[:, None, None] | itself_TS
+        logits = self.logits(self.hidden(input_ids, positions_BT, seen_B1TS))
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return MaskedLMOutput(loss=loss, logits=logits)

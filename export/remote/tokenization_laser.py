@@ -32,8 +32,8 @@ class LaserTokenizer(PreTrainedTokenizer):
             eos_token=eos,
             unk_token=self.processor.id_to_piece(self.processor.unk_id()),
             pad_token=self.processor.id_to_piece(pad) if pad >= 0 else eos,
-            padding_side="left",
         )
+        kwargs.setdefault("padding_side", "left")
         super().__init__(**kwargs)
 
     @property

@@ -6,29 +6,40 @@ tests/export/test_transformers.py compares the models in PyTorch.
 import dataclasses
 import json
 import random
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import base
-from eval.run import open_model
+from configs import base, bert, vit
+from eval.run import open_model, open_parameters
 from export.folder import Origin, load_exported, write_export
 from export.layouts import choose_layout
 from laser.training.config import load_config
-from models.config import AttentionConfig, ModelConfig
-from models.decoder import init_parameters
+from laser.training.run_folder import load_run_config
+from models.config import AttentionConfig, BertConfig, ConformerConfig, ModelConfig, VitConfig
+from models.families import init_parameters
 from scripts import export
 from tests.training import runs
 
 SMALL = ModelConfig(
     vocab_size=400, num_layers=2, model_dim=32, mlp_dim=64, num_heads=2, head_dim=16
 )
+LAYOUTS = ("gpt2", "starcoder2", "llama", "megatron_bert", "timm", "laser")
 EVERYTHING = AttentionConfig(
     kind="laser", temperature=0.5, per_dim_temp=True, qk_norm=True, diff="official", soft_cap=5.0
 )
-MODELS = {
+STANDARD = AttentionConfig(kind="standard")
+BERT = BertConfig(
+    vocab_size=400, num_layers=2, model_dim=32, mlp_dim=64, num_heads=2, head_dim=16, mlp="relu"
+)
+VIT = VitConfig(
+    image_size=24, patch_size=4, num_classes=7, num_layers=2, model_dim=32, mlp_dim=48, num_heads=2,
+    attention=STANDARD,
+)  # fmt: skip
+MODELS: dict[str, Any] = {
     "gpt2": dataclasses.replace(SMALL, attention=AttentionConfig(kind="standard")),
     "starcoder2": dataclasses.replace(
         SMALL, head_dim=8, positions="rotary", attention=AttentionConfig(kind="standard")
@@ -47,11 +58,26 @@ MODELS = {
         attention=dataclasses.replace(EVERYTHING, qk_norm=False),
     ),
     "laser_scalar": dataclasses.replace(SMALL, attention=AttentionConfig(diff="scalar")),
+    "megatron_bert": dataclasses.replace(BERT, attention=STANDARD),
+    "megatron_bert_gelu": dataclasses.replace(BERT, mlp="gelu", attention=STANDARD),
+    "laser_bert": dataclasses.replace(
+        BERT, logits_soft_cap=30.0, attention=AttentionConfig(soft_cap=50.0)
+    ),
+    "timm": VIT,
+    "timm_qk_norm": dataclasses.replace(
+        VIT, attention=dataclasses.replace(STANDARD, qk_norm=True)
+    ),
 }  # fmt: skip
 
 
+def layout_of(name):
+    """The layout that a model of MODELS gets."""
+    return next(x for x in LAYOUTS if name.startswith(x))
+
+
 def origin_of(model):
-    return Origin(dataclasses.replace(load_config(base.get_config()), model=model), 7, "abc")
+    config = load_config({"decoder": base, "bert": bert, "vit": vit}[model.kind].get_config())
+    return Origin(dataclasses.replace(config, model=model), 7, "abc")
 
 
 def random_parameters(model, seed=0):
@@ -65,9 +91,8 @@ def random_parameters(model, seed=0):
 
 def exported(folder, store, model, seed=0, **options):
     params = random_parameters(model, seed)
-    write_export(
-        folder, origin_of(model), params, store / "tokenizer.model", card="# A model", **options
-    )
+    tokenizer = None if model.kind == "vit" else store / "tokenizer.model"
+    write_export(folder, origin_of(model), params, tokenizer, card="# A model", **options)
     return params
 
 
@@ -79,7 +104,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_round_trip_is_bit_equal(name, store, tmp_path):
     model = MODELS[name]
-    assert choose_layout(model) == name.partition("_")[0]
+    assert choose_layout(model) == layout_of(name)
     params = exported(tmp_path / "out", store, model)
     config, back = load_exported(tmp_path / "out")
     assert config == model
@@ -101,6 +126,94 @@ def test_a_round_trip_is_bit_equal(name, store, tmp_path):
 )
 def test_only_what_computes_the_same_is_chosen(changes, layout):
     assert choose_layout(dataclasses.replace(MODELS["gpt2"], **changes)) == layout
+
+
+@pytest.mark.parametrize(
+    "changes, layout",
+    [
+        ({}, "megatron_bert"),
+        ({"head_dim": 8}, "laser"),
+        ({"mlp": "geglu"}, "laser"),
+        ({"norm": "rmsnorm"}, "laser"),
+        ({"positions": "rotary"}, "laser"),
+        ({"logits_soft_cap": 30.0}, "laser"),
+        ({"attention": AttentionConfig(kind="standard", soft_cap=50.0)}, "laser"),
+        ({"attention": AttentionConfig(kind="laser")}, "laser"),
+    ],
+)
+def test_a_bert_that_megatron_computes_is_megatrons(changes, layout):
+    assert choose_layout(dataclasses.replace(MODELS["megatron_bert"], **changes)) == layout
+
+
+def test_a_bert_is_what_transformers_makes_of_its_config(store, tmp_path):
+    """Names and shapes of MegatronBertForMaskedLM, and the fields that give the function."""
+    model = MODELS["megatron_bert"]
+    params = exported(tmp_path / "out", store, model)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    expected = {
+        "architectures": ["MegatronBertForMaskedLM"], "model_type": "megatron-bert",
+        "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "hidden_act": "relu", "layer_norm_eps": 1e-6,
+        "max_position_embeddings": origin_of(model).config.data.seq_len, "type_vocab_size": 1,
+        "tie_word_embeddings": False, "hidden_dropout_prob": 0.0,
+    }  # fmt: skip
+    assert expected.items() <= config.items()
+    assert (tokenizer["padding_side"], tokenizer["mask_token"]) == ("right", "<unk>")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    layer = "bert.encoder.layer.1."
+    shapes = {
+        "bert.embeddings.word_embeddings.weight": (400, 32),
+        "bert.embeddings.token_type_embeddings.weight": (1, 32),
+        "bert.encoder.ln.weight": (32,),
+        f"{layer}attention.self.query.weight": (32, 32),
+        f"{layer}attention.output.dense.bias": (32,),
+        f"{layer}intermediate.dense.weight": (64, 32),
+        f"{layer}output.dense.weight": (32, 64),
+        f"{layer}attention.ln.weight": (32,),
+        f"{layer}ln.bias": (32,),
+        "cls.predictions.transform.dense.weight": (32, 32),
+        "cls.predictions.decoder.weight": (400, 32),
+        "cls.predictions.bias": (400,),
+    }
+    assert shapes.items() <= {name: x.shape for name, x in tensors.items()}.items()
+    assert len(tensors) == 3 + 2 + 2 * 16 + 4 + 3
+    query = params["blocks"]["attention"]["query"][1]
+    np.testing.assert_array_equal(
+        tensors[f"{layer}attention.self.query.weight"], query.reshape(32, 32).T
+    )
+
+
+def test_the_head_of_a_bert_takes_off_what_it_adds(store, tmp_path):
+    """Of any hidden states: what transformers' head does with them, by its formulas in float32."""
+    params = exported(tmp_path / "out", store, MODELS["megatron_bert"])
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+
+    def layer_norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(1e-6))
+        return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    hidden = np.random.default_rng(0).normal(size=(50, 32)).astype(np.float32)
+    hidden[0, 5] = 1e4  # one outlier: an entry as far from 0 as any can be
+    head = "cls.predictions.transform"
+    x = layer_norm(hidden, "bert.encoder.ln") @ tensors[f"{head}.dense.weight"].T
+    x = np.maximum(x + tensors[f"{head}.dense.bias"], 0)
+    theirs = layer_norm(x, f"{head}.LayerNorm") @ tensors["cls.predictions.decoder.weight"].T
+    norm = params["final_norm"]
+    tensors |= {"ours.weight": norm["scale"], "ours.bias": norm["bias"]}
+    ours = layer_norm(hidden, "ours") @ params["embedding"].T
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+
+
+def test_what_no_library_computes_is_refused():
+    for change in ({"kind": "laser"}, {"per_dim_temp": True}, {"soft_cap": 50.0}):
+        attention = AttentionConfig(**{"kind": "standard", **change})
+        with pytest.raises(ValueError, match="timm has"):
+            choose_layout(dataclasses.replace(VIT, attention=attention))
+    conformer = ConformerConfig(vocab_size=8, num_layers=1, model_dim=8, mlp_dim=8, num_heads=1)
+    with pytest.raises(ValueError, match=r"model\.kind=conformer: decoders, BERTs and ViTs"):
+        choose_layout(conformer)
 
 
 def rewritten(folder, change):
@@ -138,6 +251,19 @@ def set_to(name, value):
             "transformer.wte.weight has other values",
         ),
         ("starcoder2", lambda t: t.pop("model.norm.bias"), "model.norm.bias .* is missing"),
+        (
+            "megatron_bert",
+            set_to("bert.encoder.layer.0.output.dense.bias", np.ones(32, np.float32)),
+            "layer.0.output.dense.bias has other values",
+        ),
+        (
+            "megatron_bert",
+            set_to("cls.predictions.transform.dense.weight", np.ones((32, 32), np.float32)),
+            "transform.dense.weight has other values",
+        ),
+        ("megatron_bert", set_to("cls.predictions.bias", np.ones(400, np.float32)), "has other va"),
+        ("timm", set_to("pos_embed", np.ones((1, 36, 32), np.float32)), "pos_embed has other val"),
+        ("timm", lambda t: t.pop("head.2.bias"), r"head.2.bias \(7,\) is missing"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(layout, change, message, store, tmp_path):
@@ -272,3 +398,49 @@ def test_a_run_goes_out_and_comes_back(trained_run, arguments, tmp_path, capsys)
         assert export.main(wrong) == 2
         assert capsys.readouterr().err.startswith("export.py: error: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
+
+
+TINY = {
+    "model.num_layers": 1, "model.model_dim": 16, "model.mlp_dim": 32, "model.num_heads": 2,
+    "training.steps": 1, "training.eval_every": 1, "training.eval_batches": 1,
+    "training.batch_size": 8, "checkpoint.every": 1, "optimizer.warmup_steps": 1,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, layout, files",
+    [
+        (
+            ["--config=configs/bert.py:size=tiny,attention=laser", "--config.model.head_dim=8"],
+            "laser",
+            {"modeling_laser.py", "configuration_laser.py", "tokenization_laser.py",
+             "tokenizer.model", "tokenizer_config.json"},
+        ),
+        (["--config=configs/vit.py:size=digits,attention=standard"], "timm", {"load_timm.py"}),
+    ],
+    ids=["bert", "vit"],
+)  # fmt: skip
+def test_other_runs_go_out_and_come_back(command, layout, files, store, tmp_path, capsys):
+    run, out, again = tmp_path / "run", tmp_path / "out", tmp_path / "again"
+    command = [*command]
+    if layout == "laser":
+        command += [f"--config.data.store={store}", "--config.model.vocab_size=400"]
+        command += ["--config.data.seq_len=32", "--config.data.block_rows=4"]
+    command += [f"--config.{name}={value}" for name, value in TINY.items()]
+    done = runs.train(command, run)
+    assert done.returncode == 0, done.stderr
+    assert export.main([f"--workdir={run}", f"--output={out}"]) == 0
+    assert f"step 1, layout {layout}" in capsys.readouterr().out
+    common = {"config.json", "model.safetensors", "SHA256SUMS", "README.md"}
+    assert {path.name for path in out.iterdir()} == files | common
+    card = (out / "README.md").read_text()
+    assert "error 0." in card or "error 1.0" in card
+    assert export.main([f"--from_export={out}", f"--workdir={again}"]) == 0
+    (_, first, _), (step, second, _) = open_parameters(run), open_parameters(again)
+    assert step == 1
+    assert load_run_config(str(again)) == load_run_config(str(run))
+    assert_same(*(jax.tree.map(np.asarray, x) for x in (second, first)))
+    # And it is a beginning for another run.
+    more = runs.train([*command, f"--config.init_from={again}"], tmp_path / "more")
+    assert more.returncode == 0, more.stderr

@@ -16,11 +16,19 @@ from eval.generation.generator import Generator
 from export.folder import load_exported
 from models.config import AttentionConfig
 from models.decoder import structure
-from tests.export.test_export import EVERYTHING, MODELS, SMALL, assert_same, exported
+from tests.export.test_export import (
+    BERT,
+    EVERYTHING,
+    MODELS,
+    SMALL,
+    assert_same,
+    exported,
+    layout_of,
+)
 
 LENGTH = 128
 VARIANTS = {
-    **MODELS,
+    **{name: model for name, model in MODELS.items() if model.kind == "decoder"},
     "laser_plain": dataclasses.replace(SMALL, attention=AttentionConfig(kind="laser")),
     "laser_rotary": dataclasses.replace(
         SMALL, positions="rotary", logits_soft_cap=5.0,
@@ -30,9 +38,9 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def ours(config, params, tokens):
+def ours(config, params, tokens, segments=None):
     model = nnx.merge(structure(config), params)
-    return np.asarray(model.logits(model(jnp.asarray(tokens))[0]))
+    return np.asarray(model.logits(model(jnp.asarray(tokens), segments)[0]))
 
 
 def loaded(folder):
@@ -42,6 +50,44 @@ def loaded(folder):
 @pytest.fixture
 def tokenizer(store):
     return Tokenizer(store / "tokenizer.model")
+
+
+BERTS = {
+    **{name: model for name, model in MODELS.items() if model.kind == "bert"},
+    "laser_bert_wide": dataclasses.replace(
+        BERT, head_dim=8, positions="rotary", mlp="geglu", attention=EVERYTHING
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BERTS)
+def test_a_bert_fills_in_the_same(name, store, tmp_path):
+    """Logits of rows of two lengths, the shorter one padded behind."""
+    config = BERTS[name]
+    params = exported(tmp_path / "out", store, config)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True
+    ).eval()
+    theirs = layout_of(name) == "megatron_bert"
+    assert type(model).__name__ == ("MegatronBertForMaskedLM" if theirs else "LaserForMaskedLM")
+    tokens = np.random.default_rng(0).integers(0, 400, size=(2, LENGTH))
+    real = np.arange(LENGTH) < np.array([[LENGTH], [90]])
+    with torch.inference_mode():
+        found = model(torch.tensor(tokens), attention_mask=torch.tensor(real).long()).logits.numpy()
+    expected = ours(config, params, tokens, real.astype(np.int32))
+    np.testing.assert_allclose(
+        found[real], expected[real], rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("name", ["megatron_bert", "laser_bert"])
+def test_a_bert_comes_with_a_mask_and_pads_behind(name, store, tokenizer, tmp_path):
+    exported(tmp_path / "out", store, BERTS[name])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert theirs.mask_token_id == tokenizer.mask_id()
+    text = "Let there </s> be light. <unk>"
+    assert theirs(text).input_ids == [tokenizer.eos_id, *tokenizer.encode(text)]
+    assert theirs(["a", "In the beginning"], padding=True).attention_mask[0][-1] == 0
 
 
 def with_outlier(params):
@@ -140,10 +186,12 @@ def test_a_padded_batch_generates_what_its_rows_do(name, store, tmp_path):
         np.testing.assert_array_equal(made[-12:], together[row, -12:])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "starcoder2", "laser"])
+@pytest.mark.parametrize("name", ["gpt2", "starcoder2", "laser", "megatron_bert", "laser_bert"])
 def test_what_transformers_saves_comes_back(name, store, tmp_path):
-    params = exported(tmp_path / "out", store, VARIANTS[name])
-    loaded(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    params = exported(tmp_path / "out", store, MODELS[name])
+    kind = {"decoder": "CausalLM", "bert": "MaskedLM"}[MODELS[name].kind]
+    load = getattr(transformers, f"AutoModelFor{kind}").from_pretrained
+    load(tmp_path / "out", trust_remote_code=True).save_pretrained(tmp_path / "saved")
     config, back = load_exported(tmp_path / "saved")
-    assert config == VARIANTS[name]
+    assert config == MODELS[name]
     assert_same(back, params)

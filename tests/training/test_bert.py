@@ -15,6 +15,7 @@ from laser.training.metrics import read_metrics
 from laser.training.open_rows import open_rows
 from laser.training.program import Program
 from laser.training.run_folder import load_run_config
+from laser.training.step import make_gradient
 from tests.training import runs
 
 FIELDS = {
@@ -59,15 +60,20 @@ def evaluated(store):
     )
     program = Program(config, sharding.single_device_mesh())
     params = program.init_state().params
+    gradient = jax.jit(sharding.on_mesh(program.mesh, make_gradient(config)))
     (part,) = open_rows(config).validation_parts(config, program.batch_sharding)
     batch = {name: np.array(x) for name, x in list(part.batches)[-1].items()}
     assert (batch["segment_ids"] == 0).any()
-    return lambda batch: jax.device_get(program.eval_step(params, batch)), batch
+
+    def step(batch):
+        return jax.device_get(program.eval_step(params, batch))
+
+    return step, lambda batch: jax.device_get(gradient(params, batch)[0]), batch
 
 
 def test_the_loss_is_of_masked_tokens_alone(evaluated):
-    """Other targets and other padding change no bit of it."""
-    step, batch = evaluated
+    """Other targets and other padding change no bit of it, nor of its gradients."""
+    step, gradient, batch = evaluated
 
     def of_the_loss(sums):  # the attention range is of padding, too
         return sums._replace(attention_range=0)
@@ -78,13 +84,14 @@ def test_the_loss_is_of_masked_tokens_alone(evaluated):
     changed["targets"][elsewhere] = (changed["targets"][elsewhere] + 5) % 400
     changed["inputs"][padding] = (changed["inputs"][padding] + 5) % 400
     jax.tree.map(np.testing.assert_array_equal, of_the_loss(step(changed)), of_the_loss(before))
+    jax.tree.map(np.testing.assert_array_equal, gradient(changed), gradient(batch))
     changed["targets"][~elsewhere] = (changed["targets"][~elsewhere] + 5) % 400
     assert step(changed).nll != before.nll
     assert before.tokens == batch["weights"].sum() > 0
 
 
 def test_the_error_counts_masked_tokens_that_are_not_the_likeliest(evaluated):
-    step, batch = evaluated
+    step, _, batch = evaluated
     wrong = {}
     for token in range(0, 400, 7):  # each target a token: right where that is the likeliest
         targets = np.full_like(batch["targets"], token)

@@ -14,6 +14,7 @@ from laser.training.config import load_config
 from laser.training.program import Program
 from laser.training.rows import resolved
 from laser.training.speech_rows import SpeechRows
+from laser.training.step import make_gradient
 
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
 STEPS = 3
@@ -26,8 +27,8 @@ def store(tmp_path_factory):
     return folder
 
 
-def make_config(store, mesh=(1, 1, 1), **fields):
-    config = tones.get_config("attention=standard")  # LASER: tests/models/test_conformer.py
+def make_config(store, mesh=(1, 1, 1), attention="standard", **fields):
+    config = tones.get_config(f"attention={attention}")
     small = {
         "data.store": str(store), "model.num_layers": 1, "model.model_dim": 16,
         "model.mlp_dim": 32, "model.num_heads": 2,
@@ -73,6 +74,30 @@ def test_devices_equal_one(store, on_one_device, mesh):
         jax.device_get(state.params),
         jax.device_get(expected.params),
     )
+
+
+@pytest.mark.parametrize("attention", ["standard", "laser"])
+def test_what_lies_in_padding_changes_no_bit(store, attention):
+    """Of the loss, the gradients and batch norm's moments: frames beyond recordings, labels beyond
+    transcripts, and rows without a recording."""
+    config = make_config(store, attention=attention, **{"data.seq_len": 384})
+    program = Program(config, sharding.make_mesh(config, jax.devices()[:1]))
+    params = program.init_state().params
+    with SpeechRows(config).train_batches(config, 0, program.batch_sharding) as batches:
+        batch = {name: np.array(x) for name, x in next(batches)[1].items()}
+    batch["frames"][3] = batch["labels"][3] = 0
+    frames = np.arange(batch["inputs"].shape[1]) >= batch["frames"][:, None]
+    labels = np.arange(batch["targets"].shape[1]) >= batch["labels"][:, None]
+    assert frames[:3].sum(axis=1).min() > 100  # of every recording
+    gradient = jax.jit(sharding.on_mesh(program.mesh, make_gradient(config)))
+    expected = jax.device_get(gradient(params, batch))
+    for content in (np.nan, np.inf, -3e38, 7.0):
+        batch["inputs"][frames] = content
+        batch["targets"][labels] = np.random.default_rng(0).integers(0, 12, labels.sum())
+        jax.tree.map(
+            np.testing.assert_array_equal, jax.device_get(gradient(params, batch)), expected
+        )
+    assert np.isfinite(expected[1].loss)
 
 
 def moments(params):

@@ -14,7 +14,7 @@ from laser.training.checkpoint import restore_parameters
 from laser.training.config import load_config
 from laser.training.image_rows import ImageRows
 from laser.training.program import Program
-from laser.training.step import make_eval_step
+from laser.training.step import make_eval_step, make_gradient
 from models import vit
 from tests.training import runs
 
@@ -159,6 +159,23 @@ def test_padded_images_change_no_bit():
     batch["images"][padded], batch["labels"][padded] = 255, 3
     assert jax.tree.map(float, step(params, batch))[:3] == jax.tree.map(float, expected)[:3]
     assert step(params, batch).shares == expected.shares
+
+
+def test_images_without_weight_change_no_bit_of_a_gradient():
+    config = make_config()
+    batch, params = make_batch(config), parameters(config)
+    gradient = jax.jit(make_gradient(config))
+    expected, sums = jax.device_get(gradient(params, batch))
+    padded = batch["weights"] == 0
+    for name in ("images", "partners"):
+        batch[name][padded] = 255
+    batch["labels"][padded], batch["partner_labels"][padded] = 3, 4
+    batch["noise"][padded] += 1
+    found, others = jax.device_get(gradient(params, batch))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert (others.loss, others.shares) == (sums.loss, sums.shares)
+    batch["images"][0] = 255
+    assert gradient(params, batch)[1].loss != sums.loss
 
 
 def test_what_does_not_fit_is_named():

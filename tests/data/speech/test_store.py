@@ -1,7 +1,11 @@
 """Recordings to a store and back; what is left out, and what is broken, is named and counted."""
 
+import functools
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ import pytest
 from data.sources.parts import Broken
 from data.speech import recordings, tones
 from data.speech.prepare import SpeechConfig, prepare
-from data.speech.recordings import Recording
+from data.speech.recordings import Part, Recording
 from data.speech.store import SpeechStore
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,8 +63,117 @@ def test_the_same_command_makes_the_same_store(store, tmp_path):
     for name in files:
         assert (store / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    command[2] = "--train=tones:39"
+    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert other.returncode == 2
+    assert "source.train: tones:40 there, tones:39 asked for" in other.stderr
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Ends a preparation at the recording of a number, of those that it makes."""
+    monkeypatch.setattr(recordings, "AT_A_TIME", 4)
+    made, make = [], tones.recording
+
+    def recording(seed, number):
+        made.append((seed, number))
+        if len(made) == recording.end:
+            raise Stopped
+        return make(seed, number)
+
+    recording.made, recording.end = made, 0
+    monkeypatch.setattr(tones, "recording", recording)
+    return recording
+
+
+CONFIG = SpeechConfig("tones:10", "tones:5@1", vocab_size=12)
+
+
+@pytest.mark.parametrize("end", [1, 7, 13, 15])
+def test_a_preparation_that_was_stopped_goes_on(tmp_path, stopped, end):
+    """Nothing that is finished is read again, and the store is the same to the byte."""
+    whole = prepare(CONFIG, tmp_path / "whole")
+    stopped.made.clear()
+    stopped.end = end
+    with pytest.raises(Stopped):
+        prepare(CONFIG, tmp_path / "parts")
+    assert [path.name for path in tmp_path.iterdir()].count("parts") == 0
+    assert not list(tmp_path.glob("parts.partial/manifest.json"))
+    stopped.end = 0
+    stopped.made.clear()
+    assert prepare(CONFIG, tmp_path / "parts") == whole
+    order = [(0, i) for i in range(10)] + [(1, i) for i in range(5)]
+    starts = [0, 4, 8, 10, 14, 15]  # of parts
+    first = max(start for start in starts if start < end)
+    assert stopped.made == order[first:]
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_what_is_begun_goes_on_with_the_same_source_alone(tmp_path, stopped):
+    stopped.end = 7
+    with pytest.raises(Stopped):
+        prepare(CONFIG, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"source.train: tones:10 there, tones:9 asked for"):
+        prepare(SpeechConfig("tones:9", "tones:5@1", vocab_size=12), tmp_path / "out")
+    audio = tmp_path / "out.partial" / "train.audio"
+    audio.write_bytes(audio.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"train.audio: was cut off; delete .*out.partial"):
+        prepare(CONFIG, tmp_path / "out")
+
+
+def test_one_that_has_finished_no_part_is_begun_anew(tmp_path, stopped):
+    stopped.end = 3
+    with pytest.raises(Stopped):
+        prepare(CONFIG, tmp_path / "out")
+    stopped.end = 0
+    manifest = prepare(SpeechConfig("tones:9", "tones:5@1", vocab_size=12), tmp_path / "out")
+    assert manifest["splits"]["train"]["recordings"] == 9
+
+
+def test_one_process_writes_at_a_time(tmp_path, stopped, monkeypatch):
+    def second(seed, number):
+        prepare(CONFIG, tmp_path / "out")
+
+    monkeypatch.setattr(tones, "recording", second)
+    with pytest.raises(ValueError, match="another process is writing it"):
+        prepare(CONFIG, tmp_path / "out")
+
+
+def test_one_that_ended_before_its_folder_had_its_name(store, tmp_path):
+    config = SpeechConfig("tones:40", "tones:8@1,tones:2@2", vocab_size=12)
+    shutil.copytree(store, tmp_path / "out.partial")
+    manifest = prepare(config, tmp_path / "out")
+    assert manifest == prepare(config, store)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(tmp_path):
+    """By SIGKILL, at moments that come as they come."""
+    command = [
+        sys.executable, "scripts/prepare_speech.py", "--train=tones:3000", "--vocab_size=12",
+        "--validation=tones:20@1", f"--output={tmp_path / 'out'}",
+    ]  # fmt: skip
+    for record in ("train-00000.json", "train-00001.json"):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        path = tmp_path / "out.partial" / "progress" / record
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "going on after 2 of 3 parts" in done.stderr
+    opened = SpeechStore(tmp_path / "out").train
+    for i in (0, 999, 1000, 2999):
+        np.testing.assert_array_equal(opened.audio(i), tones.recording(0, i)[0])
 
 
 MADE_UP = {
@@ -77,7 +190,11 @@ MADE_UP = {
 @pytest.fixture
 def made_up(monkeypatch, store):
     """Prepares from MADE_UP; returns a function of the sources and the limit of broken ones."""
-    monkeypatch.setattr(recordings, "read", lambda source: iter(MADE_UP[source]))
+
+    def parts(source):
+        return [Part(source, source, source, functools.partial(iter, MADE_UP[source]))]
+
+    monkeypatch.setattr(recordings, "parts", parts)
 
     def make(sources, output, max_broken=0):
         tokenizer = str(store / "tokenizer.model")
@@ -115,7 +232,7 @@ def test_what_is_broken_is_named_counted_and_skipped(made_up, tmp_path, source, 
     split = manifest["splits"]["train"]
     assert (split["recordings"], split["broken"]) == (2, {kind: 1})
     with pytest.raises(ValueError) as error:
-        made_up(f"{source},{source}", tmp_path / "refused", max_broken=1)
+        made_up(f"{source},{source}", tmp_path / "twice", max_broken=1)
     assert message in str(error.value)
 
 
@@ -139,21 +256,43 @@ def test_folders_as_librispeech_comes(tmp_path):
     assert [record.kind for record in rest] == kinds
     assert "8000 Hz, 1 channels" in rest[0].message
 
+    (before,) = recordings.parts(str(tmp_path))
+    other = tmp_path / "copy"
+    shutil.copytree(tmp_path / "19", other)
+    (copied,) = recordings.parts(str(other))
+    assert copied.content == before.content
+    (other / "198" / "19-198-0000.flac").write_bytes(whole + b"0")
+    (changed,) = recordings.parts(str(other))
+    assert changed.content != before.content
+    assert changed.seen != copied.seen
+
 
 @pytest.mark.slow  # it imports TensorFlow
-def test_tensorflow_datasets():
-    """Examples as TFDS's `librispeech` has them, by its own stand-in for data."""
+def test_tensorflow_datasets(monkeypatch):
+    """As its `librispeech` is, by its own stand-in for data; a thousand in a part."""
     tfds = pytest.importorskip("tensorflow_datasets")
+    asked = []
 
-    def as_dataset(self, *rest, **more):
+    def as_dataset(self, *rest, split, **more):
         import tensorflow as tf
 
+        asked.append(split)
         one = {"speech": tf.range(5, dtype=tf.int64), "text": "SO IT IS", "id": "19-198-0000"}
         return tf.data.Dataset.from_tensors(one)
 
+    sizes = {"dev_clean": [900, 800], "dev_other": [5]}
+    splits = {
+        name: tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=9)
+        for name, lengths in sizes.items()
+    }
+    monkeypatch.setattr(tfds.core.DatasetInfo, "splits", splits)
     with tfds.testing.mock_data(as_dataset_fn=as_dataset):
-        (one,) = recordings.read("tfds:librispeech:2.*.*@dev_clean")
+        one, *rest = recordings.read("tfds:librispeech:2.*.*@dev_clean+dev_other")
+        with pytest.raises(ValueError, match="tfds build librispeech"):
+            recordings.parts("tfds:librispeech:2.*.*@nothing")
     assert (one.name, one.text, one.audio.tolist()) == ("19-198-0000", "SO IT IS", [0, 1, 2, 3, 4])
+    assert asked == ["dev_clean[0:1000]", "dev_clean[1000:1700]", "dev_other[0:5]"]
+    assert len(rest) == 2
 
 
 def test_sources_that_are_none(tmp_path):
