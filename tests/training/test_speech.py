@@ -80,15 +80,15 @@ def test_devices_equal_one(store, on_one_device, mesh):
 def test_what_lies_in_padding_changes_no_bit(store, attention):
     """Of the loss, the gradients and batch norm's moments: frames beyond recordings, labels beyond
     transcripts, and rows without a recording."""
-    config = make_config(store, attention=attention, **{"data.seq_len": 384})
+    config = make_config(store, attention=attention)
     program = Program(config, sharding.make_mesh(config, jax.devices()[:1]))
     params = program.init_state().params
     with SpeechRows(config).train_batches(config, 0, program.batch_sharding) as batches:
         batch = {name: np.array(x) for name, x in next(batches)[1].items()}
+    batch["inputs"] = np.pad(batch["inputs"], ((0, 0), (0, 128), (0, 0)))
     batch["frames"][3] = batch["labels"][3] = 0
     frames = np.arange(batch["inputs"].shape[1]) >= batch["frames"][:, None]
     labels = np.arange(batch["targets"].shape[1]) >= batch["labels"][:, None]
-    assert frames[:3].sum(axis=1).min() > 100  # of every recording
     gradient = jax.jit(sharding.on_mesh(program.mesh, make_gradient(config)))
     expected = jax.device_get(gradient(params, batch))
     for content in (np.nan, np.inf, -3e38, 7.0):
