@@ -76,6 +76,29 @@ def test_devices_equal_one(store, on_one_device, mesh):
     )
 
 
+SPLIT_BY_TENSOR = {
+    "subsampling/first": False, "subsampling/second": False, "subsampling/output": False,
+    "blocks/convolution/value": False, "blocks/convolution/gate": False,
+    "blocks/convolution/output": False, "blocks/first/up": True, "blocks/first/down": True,
+    "blocks/second/up": True, "blocks/second/down": True, "blocks/attention/query": True,
+    "blocks/attention/output": True, "head": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 1, 2), (1, 2, 2)], ids=str)
+def test_devices_share_every_matrix(store, mesh):
+    config = make_config(store, mesh)
+    made = sharding.make_mesh(config, jax.devices()[: np.prod(mesh)])
+    params = Program(config, made).abstract_state.params
+    for name, by_tensor in SPLIT_BY_TENSOR.items():
+        weight = params
+        for part in name.split("/"):
+            weight = weight[part]
+        weight = weight.get("kernel") if isinstance(weight, dict) else weight
+        parts = weight.size // np.prod(weight.sharding.shard_shape(weight.shape))
+        assert parts == mesh[1] * (mesh[2] if by_tensor else 1), name
+
+
 @pytest.mark.parametrize("attention", ["standard", "laser"])
 def test_what_lies_in_padding_changes_no_bit(store, attention):
     """Of the loss, the gradients and batch norm's moments: frames beyond recordings, labels beyond
