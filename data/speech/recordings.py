@@ -167,6 +167,8 @@ def _tfds(source: str) -> list[Part]:
 def _examples(builder, split: str) -> Iterator[Recording]:
     import tensorflow_datasets as tfds
 
-    for example in tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)):
+    once = tfds.ReadConfig(try_autocache=False)
+    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=once)
+    for example in tfds.as_numpy(dataset):
         audio = np.asarray(example["speech"]).astype(np.int16)
         yield Recording(example["id"].decode(), audio, example["text"].decode())

@@ -42,8 +42,10 @@ def _make_loss(config: RunConfig) -> Loss:
         outputs = _outputs(config, params, batch, share)
         valid_BT = conformer.within(outputs.logits_BTV.shape[1], outputs.positions_B)
         valid_BU = conformer.within(batch["targets"].shape[1], batch["labels"])
+        # optax sums in another order where what lies beyond a transcript repeats its last label.
+        targets_BU = jnp.where(valid_BU, batch["targets"], BLANK)
         nll = optax.ctc_loss(
-            outputs.logits_BTV, 1.0 - valid_BT, batch["targets"], 1.0 - valid_BU, blank_id=BLANK
+            outputs.logits_BTV, 1.0 - valid_BT, targets_BU, 1.0 - valid_BU, blank_id=BLANK
         ).sum()
         positions = valid_BT.sum().astype(jnp.float32)
         moments = jax.tree.map(lambda x: x * positions, outputs.moments)

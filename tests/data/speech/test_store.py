@@ -128,6 +128,36 @@ def test_what_is_begun_goes_on_with_the_same_source_alone(tmp_path, stopped):
         prepare(CONFIG, tmp_path / "out")
 
 
+def test_a_source_that_changes_is_seen(tmp_path, monkeypatch, store):
+    """Before it goes on, and at the end."""
+    seen = iter(["as it was", "other", "as it was", "other"])
+
+    def second():
+        if "other" in said:
+            yield from MADE_UP["good"]
+        else:
+            raise Stopped
+
+    said = []
+
+    def parts(source):
+        said.append(next(seen) if source == "it" else "")
+        return [
+            Part("first", "", said[-1], functools.partial(iter, MADE_UP["good"])),
+            Part("second", "", "", second if source == "it" else tuple),
+        ]
+
+    monkeypatch.setattr(recordings, "parts", parts)
+    config = SpeechConfig("it", "good", tokenizer=str(store / "tokenizer.model"))
+    with pytest.raises(Stopped):
+        prepare(config, tmp_path / "out")
+    with pytest.raises(ValueError, match="changed since this preparation began, as train: first"):
+        prepare(config, tmp_path / "out")
+    with pytest.raises(ValueError, match="changed while they were read"):
+        prepare(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_that_has_finished_no_part_is_begun_anew(tmp_path, stopped):
     stopped.end = 3
     with pytest.raises(Stopped):
@@ -282,7 +312,7 @@ def test_tensorflow_datasets(monkeypatch):
 
     sizes = {"dev_clean": [900, 800], "dev_other": [5]}
     splits = {
-        name: tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=9)
+        name: tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=0)
         for name, lengths in sizes.items()
     }
     monkeypatch.setattr(tfds.core.DatasetInfo, "splits", splits)
