@@ -58,7 +58,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """A test that starts train.py is slow: it is given the arguments of a run, or a finetuned one.
 
-    A few others are marked by hand; `trained_run`, which many share, is worth its seconds.
+    Others are marked by hand; `trained_run`, which many share, is worth its seconds.
     """
     for item in items:
         if {"module_arguments", "finetuned"} & set(item.fixturenames):
