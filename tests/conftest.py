@@ -38,6 +38,7 @@ os.environ["XLA_FLAGS"] = (
 from data.preparation.config import StoreConfig
 from data.preparation.prepare import prepare
 from data.sources import corpus
+from data.tokenizer import train_tokenizer
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -57,7 +58,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """A test that starts train.py is slow: it is given the arguments of a run, or a finetuned one.
 
-    A few others are marked by hand; `trained_run`, which many share, is worth its seconds.
+    Others are marked by hand; `trained_run`, which many share, is worth its seconds.
     """
     for item in items:
         if {"module_arguments", "finetuned"} & set(item.fixturenames):
@@ -88,6 +89,16 @@ def own_programs():
     sys.modules["jax"].clear_caches()
     yield
     sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory):
+    """A tokenizer of 512 pieces."""
+
+    def make(folder):
+        train_tokenizer(corpus.documents("validation"), folder / "tiny.model", 512)
+
+    return once(tmp_path_factory, "tokenizer-of-tests", make) / "tiny.model"
 
 
 @pytest.fixture(scope="session")

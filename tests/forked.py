@@ -22,7 +22,7 @@ from tests.quick import collect_seldom
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = [
     "data.reading.loader", "eval.generation.finetuning", "eval.likelihood.during_training",
-    "laser.training.loop", "train",
+    "laser.training.loop", "laser.training.tensorboard", "train",
 ]  # fmt: skip
 _starting = threading.Lock()
 

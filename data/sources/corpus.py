@@ -13,6 +13,7 @@ What is changed, because it is an artefact of typesetting and not text:
 """
 
 import ast
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def _source_file(package: str) -> Path:
     return Path(spec.origin).with_name(FILE)
 
 
+@functools.cache  # parsing takes two seconds, and whoever reads counts first
 def _parse(path: Path) -> tuple[list[str], dict[int, str]]:
     """Short titles of the books in their order, and verse id → text.
 

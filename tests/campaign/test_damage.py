@@ -41,6 +41,7 @@ def test_each_end_gets_its_verdict(ended, same, verdict, capsys):
     assert "1 trials" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_program_that_waits_for_ever_is_ended_and_one_that_works_is_not(monkeypatch):
     monkeypatch.setattr(damage, "HANG_SECONDS", 1.0)
     waits = [sys.executable, "-c", "import time; print('waiting', flush=True); time.sleep(600)"]

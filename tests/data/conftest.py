@@ -1,4 +1,4 @@
-"""A small tokenizer, a prepared store, and stores written by hand for tests that need no text."""
+"""Stores written by hand for tests that need no text."""
 
 import hashlib
 import json
@@ -10,18 +10,8 @@ import pytest
 from data.reading.manifest import COUNTS, FORMAT, MANIFEST
 from data.reading.store import TOKENIZER, TokenStore
 from data.sealed import seal
-from data.sources import corpus
-from data.tokenizer import train_tokenizer
 
-VOCAB_SIZE = 512
 EOS = 1
-
-
-@pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
-    train_tokenizer(corpus.documents("validation"), path, VOCAB_SIZE)
-    return path
 
 
 @pytest.fixture

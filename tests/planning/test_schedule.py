@@ -201,6 +201,7 @@ print(json.dumps([schedule(dependent) for dependent in (True, False)]))
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu"
 )
+@pytest.mark.slow
 def test_a_product_and_a_gather_that_the_compiler_scheduled():
     result = subprocess.run(
         [sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, check=False,

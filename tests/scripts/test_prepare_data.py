@@ -17,19 +17,12 @@ import train
 from configs import c4
 from data.reading.store import TokenStore
 from data.sources import corpus
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer
 from laser.training.flags import parse
 from scripts import prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare_data.py")]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
-    train_tokenizer(corpus.documents("validation"), path, 512)
-    return path
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def trained(store, mesh, steps=3):
 
 
 @pytest.mark.parametrize("mesh", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
+@pytest.mark.slow
 def test_two_devices_equal_one(mesh, store):
     np.testing.assert_allclose(trained(store, mesh), trained(store, (1, 1, 1)), rtol=5e-5)
 

@@ -304,6 +304,7 @@ def assert_second_save_fails(script, workdir, seconds):
     assert "steps [5]" in process.stdout
 
 
+@pytest.mark.slow
 def test_a_process_ends_where_a_folder_for_a_save_could_not_be_made(tmp_path):
     """Threads that wait for that folder must not keep it: they would do so for 20 minutes."""
     assert_second_save_fails(NO_FOLDER, tmp_path, seconds=200)
@@ -329,6 +330,7 @@ with Checkpoints(workdir, CONFIG) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_failed_write_leaves_the_older_checkpoint(tmp_path):
     """A limit on the size of files stands in for a full disk: writing fails in the same call."""
     assert_second_save_fails(FULL_DISK, tmp_path, seconds=120)

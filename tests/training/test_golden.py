@@ -61,7 +61,7 @@ def first_losses(attention, store):
 
 @pytest.mark.parametrize(
     "attention",
-    [pytest.param(name, marks=[pytest.mark.slow] * ("+" in name)) for name in ATTENTIONS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "laser")) for name in ATTENTIONS],
 )
 def test_the_first_losses_are_what_they_were(attention, store):
     fingerprint, losses = first_losses(attention, store)

@@ -15,6 +15,7 @@ from laser.training.program import Program
 from tests.training.test_step import make_config, run
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
+ALL_AXES = [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:3]), MESHES[3]]
 CHECKPOINT = load_config(base.get_config()).checkpoint
 
 
@@ -30,8 +31,8 @@ def run_on(mesh, diff, accumulation=1):
     return run(config, steps=10)
 
 
-@pytest.mark.parametrize("diff", ["none", "official"])
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("diff", ["none", pytest.param("official", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", ALL_AXES, ids=str)
 def test_eight_devices_equal_one(mesh, diff):
     history, state = run_on(mesh, diff)
     expected_history, expected = run_on_one_device(diff)
@@ -46,12 +47,13 @@ def test_eight_devices_equal_one(mesh, diff):
     )
 
 
+@pytest.mark.slow
 def test_micro_batches_on_a_mesh_equal_one_device():
     history, _ = run_on((2, 2, 2), "none", accumulation=2)
     np.testing.assert_allclose(history[:3], run_on_one_device("none")[0][:3], rtol=2e-5)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("mesh", ALL_AXES, ids=str)
 def test_bytes_fall_with_the_axes_that_split(mesh):
     """Matrices and their moments are split over fsdp and tensor; what is not, is small."""
     _, state = run_on(mesh, "none")
@@ -85,6 +87,7 @@ def assert_equal(actual, expected):
 
 
 @pytest.mark.parametrize("mesh", [MESHES[0], *MESHES[2:]], ids=str)
+@pytest.mark.slow
 def test_a_checkpoint_restores_under_every_other_mesh(saved, mesh):
     folder, expected = saved
     config = make_config(mesh=mesh)
@@ -96,6 +99,7 @@ def test_a_checkpoint_restores_under_every_other_mesh(saved, mesh):
     assert jax.tree.map(lambda x: x.sharding, state) == shardings
 
 
+@pytest.mark.slow
 def test_parameters_alone_restore_on_one_device(saved):
     folder, expected = saved
     config = make_config()

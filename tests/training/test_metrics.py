@@ -9,7 +9,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from laser.training.metrics import (
     JsonlWriter,
-    TensorBoardWriter,
     TerminalLine,
     format_duration,
     make_writer,
@@ -17,6 +16,7 @@ from laser.training.metrics import (
     read_metrics,
 )
 from laser.training.records import Records
+from laser.training.tensorboard import TensorBoardWriter
 
 
 class _Terminal(io.StringIO):

@@ -70,6 +70,7 @@ def on_one_device():
     return run(dataclasses.replace(CONFIG, clip_grad_norm=0.0))
 
 
+@pytest.mark.slow
 def test_matrices_of_layers_get_the_update_of_optax():
     theirs = optax.contrib.muon(
         1.0, beta=CONFIG.muon_momentum, weight_decay=CONFIG.weight_decay, consistent_rms=0.2
@@ -98,6 +99,7 @@ def test_all_else_gets_the_update_of_adamw():
     assert not np.allclose(ours["blocks"]["mlp"]["up"], adamw["blocks"]["mlp"]["up"], atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_the_update_by_rounding_alone():
     """Layers over fsdp and tensor; what differs is the order of sums within a product."""
     config = dataclasses.replace(CONFIG, clip_grad_norm=0.0)
@@ -120,6 +122,7 @@ def test_a_mesh_changes_the_update_by_rounding_alone():
         {"data": 1, "fsdp": 2, "tensor": 2},
     ],
 )
+@pytest.mark.slow
 def test_matrices_come_together_once_and_go_back_once(axes):
     """In the compiled update: no whole array on a device, no gather within the products."""
     config = dataclasses.replace(CONFIG, clip_grad_norm=0.0, clip_update_rms=0.0, eps=1e-8)

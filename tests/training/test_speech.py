@@ -66,6 +66,7 @@ def on_one_device(store):
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.slow
 def test_devices_equal_one(store, on_one_device, mesh):
     """Batch norm's moments are those of all rows, and the gradient knows it."""
     _, expected_losses, expected, _ = on_one_device
@@ -131,6 +132,7 @@ def moments(params):
     return {name: norm[name] for name in ("mean", "variance")}
 
 
+@pytest.mark.slow
 def test_moments_move_in_training(on_one_device):
     _, _, state, program = on_one_device
     initial, after = moments(program.init_state().params), moments(state.params)
@@ -138,6 +140,7 @@ def test_moments_move_in_training(on_one_device):
         assert np.abs(after[name] - initial[name]).max() > 0.01, name
 
 
+@pytest.mark.slow
 def test_a_step_without_an_update_keeps_the_moments(on_one_device):
     config, _, _, program = on_one_device
     state = program.init_state()
@@ -149,6 +152,7 @@ def test_a_step_without_an_update_keeps_the_moments(on_one_device):
     jax.tree.map(np.testing.assert_array_equal, moments(state.params), before)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_smaller_batches(store):
     """Two halves that are equal have the loss, and move the moments, as one of them."""
     halves = make_config(store, **{"training.accumulation": 2, "model.dropout": 0.0})
@@ -171,6 +175,7 @@ def test_micro_batches_are_smaller_batches(store):
     )
 
 
+@pytest.mark.slow
 def test_word_error_rate_of_a_model_that_is_not_trained(on_one_device):
     config, _, state, program = on_one_device
     evaluate = make_evaluation(config, program.mesh, SpeechRows(config).store.validation)

@@ -62,6 +62,12 @@ def run(config, steps=3, packed=False, devices=None):
     return np.array(history), state
 
 
+@functools.cache
+def begun(config):
+    """Its train step, compiled once for all tests, and its first state."""
+    return jax.jit(make_train_step(config)), init_state(config)
+
+
 def test_the_embedding_s_gradient_is_reduced_before_the_blocks_backward_pass():
     """The gradient of the hidden states waits for a device's part of it (memory on TPUs)."""
     config = make_config(mesh=(1, 8, 1))
@@ -75,7 +81,7 @@ def test_the_embedding_s_gradient_is_reduced_before_the_blocks_backward_pass():
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_loss_and_gradient_are_means_over_target_tokens(accumulation):
     config = make_config(**{"training.accumulation": accumulation})
-    state, batch = init_state(config), make_batch(0)
+    (train_step, state), batch = begun(config), make_batch(0)
 
     def mean_loss(params):
         model = nnx.merge(structure(config.model), params)
@@ -83,8 +89,8 @@ def test_loss_and_gradient_are_means_over_target_tokens(accumulation):
         nll = -jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
         return jnp.sum(nll * batch["weights"]) / batch["weights"].sum()
 
-    loss, gradient = jax.value_and_grad(mean_loss)(state.params)
-    _, metrics = jax.jit(make_train_step(config))(state, batch)
+    loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(state.params)
+    _, metrics = train_step(state, batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
 
@@ -99,6 +105,7 @@ def assert_same_run(actual, expected):
     )
 
 
+@pytest.mark.slow
 def test_four_micro_batches_equal_one_batch():
     one = [jax.devices()[0]]
     whole = run(make_config(), packed=True, devices=one)
@@ -110,8 +117,7 @@ def test_four_micro_batches_equal_one_batch():
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 def test_loss_falls_on_a_repeated_batch(optimizer):
     config = make_config(**{"optimizer.name": optimizer})
-    state = init_state(config)
-    train_step = jax.jit(make_train_step(config))
+    train_step, state = begun(config)
     losses = []
     for _ in range(15):
         state, metrics = train_step(state, make_batch(0))
@@ -121,9 +127,8 @@ def test_loss_falls_on_a_repeated_batch(optimizer):
 
 
 def test_a_bad_step_changes_nothing_but_the_counts():
-    config = make_config()
-    train_step = jax.jit(make_train_step(config))
-    good, _ = train_step(init_state(config), make_batch(0))
+    train_step, initial = begun(make_config())
+    good, _ = train_step(initial, make_batch(0))
     bad_batch = make_batch(1)
     bad_batch["weights"][0, 0] = np.inf
     bad, metrics = train_step(good, bad_batch)
@@ -138,25 +143,25 @@ def test_a_bad_step_changes_nothing_but_the_counts():
 
 
 def test_z_loss_trains_but_is_not_reported_as_loss():
-    plain, heavy = make_config(), make_config(**{"training.z_loss": 0.1})
-    batch = make_batch(0)
-    first, second = (jax.jit(make_train_step(c))(init_state(c), batch)[1] for c in (plain, heavy))
+    configs, batch = (make_config(), make_config(**{"training.z_loss": 0.1})), make_batch(0)
+    first, second = (step(state, batch)[1] for step, state in map(begun, configs))
     np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-6)
     assert abs(float(first["gradient_norm"] - second["gradient_norm"])) > 1e-3
 
 
 def test_evaluation_is_the_training_loss_without_an_update():
-    config = make_config()
-    state, batch = init_state(config), make_batch(0)
+    config, batch = make_config(), make_batch(0)
+    train_step, state = begun(config)
     sums = jax.jit(make_eval_step(config))(state.params, batch)
-    _, metrics = jax.jit(make_train_step(config))(state, batch)
+    _, metrics = train_step(state, batch)
     np.testing.assert_allclose(sums.nll / sums.tokens, metrics["loss"], rtol=1e-6)
     assert float(sums.tokens) == batch["weights"].sum()
 
 
 def test_attention_range_is_reported():
-    _, metrics = jax.jit(make_train_step(make_config()))(init_state(make_config()), make_batch(0))
+    batch = make_batch(0)
+    laser, standard = map(begun, (make_config(), make_config("standard")))
+    _, metrics = laser[0](laser[1], batch)
     assert 0 < metrics["attention_range"] < 30
-    config = make_config("standard")
-    _, metrics = jax.jit(make_train_step(config))(init_state(config), make_batch(0))
+    _, metrics = standard[0](standard[1], batch)
     assert metrics["attention_range"] == jnp.float32(0)

@@ -71,6 +71,7 @@ def run_on_one_device(accumulation=1):
 
 
 @pytest.mark.parametrize("mesh", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
+@pytest.mark.slow
 def test_meshes_equal_one_device(mesh):
     config = make_config(mesh)
     history, state = run(config, jax.devices()[: np.prod(mesh)])
@@ -89,6 +90,7 @@ def test_meshes_equal_one_device(mesh):
         assert kernel.addressable_shards[0].data.nbytes * split == kernel.nbytes
 
 
+@pytest.mark.slow
 def test_micro_batches_equal_one_batch():
     np.testing.assert_allclose(run_on_one_device(4)[0], run_on_one_device()[0], rtol=2e-4)
 

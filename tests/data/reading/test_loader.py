@@ -242,6 +242,7 @@ def _hosts(count: int, folder: Path, port: int) -> list[dict]:
     return [json.loads(output) for output in outputs]
 
 
+@pytest.mark.slow
 def test_two_hosts_read_half_each_and_make_the_same_batch(make_store, unused_port):
     store = make_store(train=[[(i * 37) % 5000 for i in range(200 * LENGTH + 1)]])
     (alone,) = _hosts(1, store.path, unused_port)

@@ -79,6 +79,7 @@ def _random_case(rng):
     return rng.randrange(-5, 2**70), num_rows, batch, rng.choice([1, 2, rng.randrange(1, 300)])
 
 
+@pytest.mark.slow
 def test_the_order_is_that_of_whole_epochs_written_out():
     """200 random seeds, numbers of rows, batches and blocks; steps in any order, over the ends of
     epochs; batches larger than the number of blocks, and than the number of rows."""

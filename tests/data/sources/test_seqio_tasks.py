@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import seqio
-import tensorflow_datasets as tfds
 
 from data.preparation.config import StoreConfig
 from data.preparation.prepare import prepare
 from data.reading.store import TokenStore
-from data.sources import corpus, seqio_tasks, text_files
+from data.sources import corpus, text_files
 from data.sources.parts import Broken, texts
 from data.sources.registry import open_source
 from data.tokenizer import Tokenizer
+from tests.lazily import Lazily
 
+pytestmark = pytest.mark.slow  # they import TensorFlow
+seqio, tfds = Lazily("seqio"), Lazily("tensorflow_datasets")
+seqio_tasks = Lazily("data.sources.seqio_tasks")
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -105,7 +107,6 @@ def test_tfds_and_json_gz_give_the_same_documents_and_the_same_store(
             assert (stores[0].path / name).read_bytes() == (stores[1].path / name).read_bytes()
 
 
-@pytest.mark.slow
 def test_workers_read_tfds_as_one_process_does(tmp_path, tfds_folder, tokenizer_path):
     _write_tfds(tfds_folder)
     for name, workers in (("one", 1), ("two", 2)):
@@ -165,7 +166,6 @@ def test_sets_that_are_not_there_are_errors_with_the_ways_to_get_them(tfds_folde
     assert reason in str(error.value)
 
 
-@pytest.mark.slow
 def test_the_embedded_corpus_is_a_task():
     task = seqio_tasks.register("bible", "bible")
     found = [target.decode() for target in _targets(task, "validation")]

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import seqio
 
 from data.tokenizer import Tokenizer
-from eval.harnesses.seqio_tasks import MIXTURE, register, register_text_to_text
 from tests.eval.tasks.test_prompts import RAW
+from tests.lazily import Lazily
+
+pytestmark = pytest.mark.slow  # they import TensorFlow
+seqio, seqio_tasks = Lazily("seqio"), Lazily("eval.harnesses.seqio_tasks")
 
 
 @pytest.fixture
@@ -36,7 +38,9 @@ def registry():
 
 def test_the_evaluator_computes_the_tasks_metric(store, data_dir, registry):
     tokenizer = Tokenizer(store / "tokenizer.model")
-    names, missing = register("gpt3", 1, data_dir, tokenizer_path=store / "tokenizer.model")
+    names, missing = seqio_tasks.register(
+        "gpt3", 1, data_dir, tokenizer_path=store / "tokenizer.model"
+    )
     assert set(names) == {"copa_gpt3_1shot", "rte_gpt3_1shot", "held_out_gpt3_1shot"}
     assert "piqa" in missing
     lengths = {"inputs": 256, "targets": 64}
@@ -66,7 +70,7 @@ def test_the_evaluator_computes_the_tasks_metric(store, data_dir, registry):
 
 
 def test_a_metric_that_seqio_cannot_compute_is_named_for_what_it_is(store, data_dir, registry):
-    register("gpt3", 0, data_dir, tokenizer_path=store / "tokenizer.model")
+    seqio_tasks.register("gpt3", 0, data_dir, tokenizer_path=store / "tokenizer.model")
     (metric,) = seqio.TaskRegistry.get("rte_gpt3_0shot").metric_fns
     places = [(document, candidate) for document in range(4) for candidate in range(2)]
     assert metric(places, [-2.0, -1.0] * 4) == {"accuracy_by_sum": 1.0}
@@ -80,10 +84,10 @@ def test_superglue_is_a_mixture_for_training_and_a_metric_for_its_answers(
     (data_dir / "RTE" / "train.jsonl").write_text(
         (data_dir / "RTE" / "train.jsonl").read_text() * 3
     )
-    names, missing = register_text_to_text(data_dir, path)
+    names, missing = seqio_tasks.register_text_to_text(data_dir, path)
     assert names == ["copa_text_to_text", "rte_text_to_text"]
     assert "boolq" in missing
-    mixture = seqio.get_mixture_or_task(MIXTURE)
+    mixture = seqio.get_mixture_or_task(seqio_tasks.MIXTURE)
     assert [mixture.get_rate(task) for task in mixture.tasks] == [4, 12]
     dataset = mixture.get_dataset({"inputs": 256, "targets": 16}, "train", seed=0, num_epochs=1)
     rows = list(dataset.as_numpy_iterator())

@@ -326,6 +326,7 @@ def test_the_nearest_split_stands_in(tmp_path):
     assert sources.available_split(source, "test", tmp_path) == "test"
 
 
+@pytest.mark.slow
 def test_the_offline_task_is_made_of_held_out_text():
     from data.sources import corpus
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import tensorflow_datasets as tfds
 
 from eval.generation import finetuning
 from eval.likelihood.oneshot import Settings, load_task
@@ -16,7 +15,11 @@ from eval.tasks import sources
 from eval.tasks.catalogue import TASKS
 from eval.tasks.text_to_text import PROMPTS
 from tests.eval.tasks.test_prompts import MULTIRC, PASSAGE, RACE, RAW, RECORD, examples
+from tests.lazily import Lazily
 from tests.training.runs import ROOT
+
+pytestmark = pytest.mark.slow  # they import TensorFlow
+tfds = Lazily("tensorflow_datasets")
 
 
 def flat(name, **rest):
