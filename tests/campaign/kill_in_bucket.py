@@ -28,7 +28,7 @@ RUN = "runs/killed"
 PROGRESS = re.compile(r"step \d+")
 
 
-def train(environment: dict[str, str], kill_after: float | None) -> int:
+def train(kill_after: float | None) -> int:
     """Exit code of one process, which is killed so many seconds after its first step, or never."""
     command = [
         sys.executable, "train.py", "--config=configs/quickstart.py:attention=laser",
@@ -37,7 +37,6 @@ def train(environment: dict[str, str], kill_after: float | None) -> int:
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,6 +66,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     with buckets.running() as bucket, tempfile.TemporaryDirectory() as here:
+        os.environ.update(bucket.environment)
         files = bucket.files()
         for path in arguments.store.iterdir():
             if path.is_file():
@@ -74,8 +74,8 @@ def main() -> int:
         for kill in range(arguments.kills):
             seconds = rng.uniform(0, arguments.longest)
             print(f"kill {kill + 1} of {arguments.kills}, after {seconds:.1f} s", flush=True)
-            train(bucket.environment, seconds)
-        if code := train(bucket.environment, None):
+            train(seconds)
+        if code := train(None):
             return code
         files.get(f"bucket/{RUN}", here, recursive=True)
         ended = next(Path(here).rglob("metrics.jsonl")).parent
