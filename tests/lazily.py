@@ -11,6 +11,6 @@ class Lazily:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):  # pytest looks whether it is a test
+        if attribute.startswith("_"):  # pytest looks whether it is a test or a fixture
             raise AttributeError(attribute)
         return getattr(importlib.import_module(self._name), attribute)
