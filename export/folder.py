@@ -101,7 +101,7 @@ def _write_configurations(
     tokenizer = None
     if tokenizer_path is not None:
         tokenizer = Tokenizer(tokenizer_path)
-        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+        (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
         of_tokenizer = tokenizer_configuration(origin.config, tokenizer)
         _write_json(folder / "tokenizer_config.json", of_tokenizer)
     ours = {

@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import time
 
 import pytest
 
@@ -27,6 +28,7 @@ def test_a_run_is_told_in_full(tmp_path, monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     for start in (1, 3):  # a restart that does steps again
+        time.sleep(1)  # a folder is named by its second: two of one second would be one
         writer = wandb_writer.WandbWriter("p", Records(tmp_path), {"model": {"layers": 2}})
         for step in range(start, start + 3):
             writer.write(step, {"loss": 1 / step})
