@@ -22,19 +22,12 @@ def logged(path):
         place += 7 + size
 
 
-def test_a_run_is_told_in_full(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+def told(folder):
+    """Ids, and steps with their losses, of all files of W&B below a run's folder."""
     from wandb.proto import wandb_internal_pb2
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for start in (1, 3):  # a restart that does steps again
-        time.sleep(1)  # a folder is named by its second: two of one second would be one
-        writer = wandb_writer.WandbWriter("p", Records(tmp_path), {"model": {"layers": 2}})
-        for step in range(start, start + 3):
-            writer.write(step, {"loss": 1 / step})
-        writer.close()
     ids, losses = set(), []
-    for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")):
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         for data in logged(path):
             record = wandb_internal_pb2.Record.FromString(data)
             if record.HasField("run"):
@@ -43,8 +36,25 @@ def test_a_run_is_told_in_full(tmp_path, monkeypatch):
                 items = {item.key or item.nested_key[0]: item.value_json
                          for item in record.history.item}  # fmt: skip
                 losses.append((int(items["_step"]), float(items["loss"])))
+    return ids, losses
+
+
+def test_a_run_is_told_in_full(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for start in (1, 3):  # a restart that does steps again
+        time.sleep(1)  # a folder is named by its second: two of one second would be one
+        writer = wandb_writer.WandbWriter("p", Records(tmp_path), {"model": {"layers": 2}})
+        for step in range(start, start + 3):
+            writer.write(step, {"loss": 1 / step})
+        writer.close()
+    expected = [(step, 1 / step) for step in (1, 2, 3, 3, 4, 5)]
+    deadline = time.monotonic() + 60
+    while (found := told(tmp_path))[1] != expected and time.monotonic() < deadline:
+        time.sleep(0.2)  # a process of W&B's writes, and may be later than the run
+    ids, losses = found
     assert ids == {(tmp_path / "wandb-id").read_text()}
-    assert losses == [(step, 1 / step) for step in (1, 2, 3, 3, 4, 5)]
+    assert losses == expected
 
 
 def test_a_project_without_the_package_is_a_mistake(monkeypatch):
