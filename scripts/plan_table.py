@@ -22,15 +22,7 @@ from laser.planning import table
 ATTENTIONS = ("laser", "standard", "laser+diff", "standard+diff")
 MUON = [f"size=301m,attention=laser,slice={name},optimizer=muon" for name in ("v5e-64", "v5p-128")]
 # The paper's other models have one layout each, that of their configs.
-OTHERS = [
-    f"model={model},size={size},attention=laser,slice={name}"
-    for model, size, slices in (
-        ("bert", "2p2b", ("v5e-256", "v5p-512")),
-        ("vit", "s16", ("v5e-16", "v5p-16")),
-        ("conformer", "105m", ("v5e-16", "v5p-16")),
-    )
-    for name in slices
-]
+OTHERS = ["model=bert,size=2p2b,attention=laser,slice=v5e-256"]
 
 
 def names() -> list[str]:
