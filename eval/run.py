@@ -74,7 +74,7 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
     config = load_decoder_config(workdir)
-    step, params, mesh = open_parameters(workdir, step)
+    step, params, mesh = open_parameters(workdir, config, step)
     tokenizer = Tokenizer(str(workdir / "tokenizer.model"))
     scorer = Scorer(config.model, config.data.seq_len, mesh)
     generator = Generator(config.model, tokenizer, mesh, max_length=config.data.seq_len)
@@ -82,13 +82,12 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
 
 
 def open_parameters(
-    workdir: Path, step: int | None = None
+    workdir: Path, config: RunConfig, step: int | None = None
 ) -> tuple[int, Parameters, jax.sharding.Mesh]:
     """The parameters of a checkpoint of any model, the newest if `step` is None: its step, they,
     and the mesh that they lie on. Raises as `open_model`."""
     steps = saved_steps(workdir)
     step = steps[-1] if step is None else step
-    config = load_run_config(str(workdir))
     mesh = _mesh(config)
     abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
     shardings = sharding.state_shardings(mesh, abstract)

@@ -29,8 +29,10 @@ from export.tensors import (
     norm,
     positions_table,
     require_equal,
+    require_sines,
     scaled,
     stacked,
+    taken_embedding,
     taken_norm,
 )
 from models.config import AttentionConfig, ModelConfig, VitConfig, require
@@ -168,12 +170,9 @@ def _gpt2_tensors(config: ModelConfig, params: Parameters, length: int):
 
 def _from_gpt2(config: ModelConfig, take: Take, length: int) -> Parameters:
     size, hidden = config.model_dim, config.mlp_dim
-    heads, embedding = (
-        (config.num_heads, config.head_dim),
-        _embedding(config, take, "transformer.wte.weight"),
-    )
-    # Other machines may round sines of large angles in another way.
-    require_equal(take, "transformer.wpe.weight", positions_table(config, length), tolerance=0.01)
+    heads = (config.num_heads, config.head_dim)
+    embedding = taken_embedding(take, config, "lm_head.weight", "transformer.wte.weight")
+    require_sines(take, "transformer.wpe.weight", positions_table(config, length))
 
     def weight(name: str, shape: tuple[int, int]) -> np.ndarray:
         require_equal(take, f"{name}.bias", np.zeros(shape[1], np.float32))
@@ -230,7 +229,7 @@ def _from_rotary(layout: Layout, config: ModelConfig, take: Take, length: int) -
     del length
     size, hidden = config.model_dim, config.mlp_dim
     heads, bias = (config.num_heads, config.head_dim), config.norm == "layernorm"
-    embedding = _embedding(config, take, "model.embed_tokens.weight")
+    embedding = taken_embedding(take, config, "lm_head.weight", "model.embed_tokens.weight")
 
     def layer(i: int) -> Parameters:
         prefix = f"model.layers.{i}"
@@ -258,12 +257,6 @@ def _from_rotary(layout: Layout, config: ModelConfig, take: Take, length: int) -
 def _assembled(config: ModelConfig, embedding, final_norm, layer: Callable[[int], Parameters]):
     blocks = stacked([layer(i) for i in range(config.num_layers)])
     return {"embedding": embedding, "final_norm": final_norm, "blocks": blocks}
-
-
-def _embedding(config: ModelConfig, take: Take, input_name: str) -> np.ndarray:
-    embedding = take("lm_head.weight", (config.vocab_size, config.model_dim))
-    require_equal(take, input_name, scaled(embedding, config.model_dim))
-    return embedding
 
 
 _WRITERS: dict[Layout, Callable[..., Any]] = {

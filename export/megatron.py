@@ -21,15 +21,19 @@ from export.tensors import (
     norm,
     positions_table,
     require_equal,
+    require_sines,
     scaled,
     stacked,
+    taken_embedding,
     taken_norm,
 )
 from models.config import ModelConfig
 from models.decoder import Parameters
 
 FLAT = 8.0  # from here on GELU of a number is the number, in float32
-WORDS, HEAD = "bert.embeddings.word_embeddings.weight", "cls.predictions"
+WORDS = "bert.embeddings.word_embeddings.weight"
+POSITIONS = "bert.embeddings.position_embeddings.weight"
+HEAD = "cls.predictions"
 
 
 def to_megatron(config: ModelConfig, params: Parameters, length: int) -> Tensors:
@@ -39,7 +43,7 @@ def to_megatron(config: ModelConfig, params: Parameters, length: int) -> Tensors
         WORDS: scaled(params["embedding"], size),
         f"{HEAD}.decoder.weight": params["embedding"],
         **norm(f"{HEAD}.transform.LayerNorm", params["final_norm"]),
-        "bert.embeddings.position_embeddings.weight": positions_table(config, length),
+        POSITIONS: positions_table(config, length),
         **_fixed(config),
     }
     for i, layer in enumerate(layers_of(params)):
@@ -63,11 +67,8 @@ def from_megatron(config: ModelConfig, take: Take, length: int) -> Parameters:
     """The way back, bit for bit. Raises ValueError as `take`, or where our model has no place."""
     size, hidden = config.model_dim, config.mlp_dim
     heads = (size, config.num_heads, config.head_dim)
-    embedding = take(f"{HEAD}.decoder.weight", (config.vocab_size, size))
-    require_equal(take, WORDS, scaled(embedding, size))
-    # Other machines may round sines of large angles in another way.
-    table = positions_table(config, length)
-    require_equal(take, "bert.embeddings.position_embeddings.weight", table, tolerance=0.01)
+    embedding = taken_embedding(take, config, f"{HEAD}.decoder.weight", WORDS)
+    require_sines(take, POSITIONS, positions_table(config, length))
     for name, fixed in _fixed(config).items():
         require_equal(take, name, fixed)
 

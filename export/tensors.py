@@ -52,6 +52,20 @@ def taken_norm(take: Take, prefix: str, size: int, bias: bool = True) -> Paramet
     return {**scale, "bias": take(f"{prefix}.bias", (size,))} if bias else scale
 
 
+def taken_embedding(
+    take: Take, config: ModelConfig, output_name: str, input_name: str
+) -> np.ndarray:
+    """(V, M), of which theirs are two. Raises ValueError unless they are one but for its scale."""
+    embedding = take(output_name, (config.vocab_size, config.model_dim))
+    require_equal(take, input_name, scaled(embedding, config.model_dim))
+    return embedding
+
+
+def require_sines(take: Take, name: str, expected: np.ndarray) -> None:
+    """Of positions: other machines may round sines of large angles in another way."""
+    require_equal(take, name, expected, tolerance=0.01)
+
+
 def require_equal(take: Take, name: str, expected: np.ndarray, tolerance: float = 0.0) -> None:
     """Raises ValueError if a tensor has not the values that follow from the config."""
     require(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from export.tensors import Take, Tensors, layers_of, norm, require_equal, stacked, taken_norm
+from export.tensors import Take, Tensors, layers_of, norm, require_sines, stacked, taken_norm
 from models.config import VitConfig, require
 from models.vit import Parameters, sincos_2d
 
@@ -88,8 +88,7 @@ def from_timm(config: VitConfig, take: Take, length: int = 0) -> Parameters:
     arguments(config)
     size, dim, hidden = config.patch_size, config.model_dim, config.mlp_dim
     heads = (dim, config.num_heads, config.head_dim)
-    # Other machines may round sines of large angles in another way.
-    require_equal(take, "pos_embed", _positions(config), tolerance=0.01)
+    require_sines(take, "pos_embed", _positions(config))
 
     def dense(name: str, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
         return take(f"{name}.weight", (outputs, inputs)).T, take(f"{name}.bias", (outputs,))

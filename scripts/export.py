@@ -72,7 +72,7 @@ def _export(workdir: Path, step: int | None, output: Path) -> None:
         raise ValueError(f"output={output}: exists; choose another or remove it")
     config = load_run_config(str(workdir))
     layout = choose_layout(config.model)
-    step, params, _ = open_parameters(workdir, step)
+    step, params, _ = open_parameters(workdir, config, step)
     origin = Origin(config, step, load_fingerprint(str(workdir)))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     card = model_card(workdir, origin, layout, count)

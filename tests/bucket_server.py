@@ -2,11 +2,13 @@
 
     python tests/bucket_server.py PORT [FAIL_EVERY]
 
-Here a write or removal may ask for the generation that is replaced, and a read says which it is. In
-the bucket `denied` nobody may do anything. Every FAIL_EVERY-th read answers that it is busy.
+Here a write or removal may ask for the generation that is replaced, and a read says which it is. An
+object can be moved. In the bucket `denied` nobody may do anything. Every FAIL_EVERY-th read answers
+that it is busy.
 """
 
 import itertools
+import socketserver
 import sys
 from http import HTTPStatus
 
@@ -53,6 +55,22 @@ for module, names in (
         setattr(module, name, _faithful(getattr(module, name)))
 
 # It looks the handlers up when it is imported.
-from gcp_storage_emulator.server import create_server  # noqa: E402
+from gcp_storage_emulator import server  # noqa: E402
 
-create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
+
+def move(request, response, storage, *rest, **more):
+    request.params["dest_bucket_name"] = request.params["bucket_name"]
+    objects.copy(request, response, storage, *rest, **more)
+    if response.status == HTTPStatus.OK:
+        objects.delete(request, response, storage, *rest, **more)
+
+
+# Its answer to what it doesn't know would be taken for a failure that is worth half a minute of
+# asking again.
+PATH = r".*/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$"
+server.HANDLERS = ((PATH, {server.POST: move}), *server.HANDLERS)
+
+# A client opens more connections at once than the usual 5 that may wait. What is turned away then
+# waits for minutes.
+socketserver.TCPServer.request_queue_size = 128
+server.create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()

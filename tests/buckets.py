@@ -42,6 +42,13 @@ class Bucket:
             "TMPDIR": folder,  # where processes of a machine lock an address: others have its name
         }
 
+    def upload(self, folder: Path, name: str) -> None:
+        """Copies the files of a folder of this machine, without those of folders in it."""
+        files = self.files()
+        for path in folder.iterdir():
+            if path.is_file():
+                files.pipe_file(f"bucket/{name}/{path.name}", path.read_bytes())
+
     def files(self):
         """fsspec's file system of it, in this process."""
         url = self.environment["STORAGE_EMULATOR_HOST"]

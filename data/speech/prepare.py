@@ -155,10 +155,12 @@ def _alone(partial: Path) -> Iterator[None]:
     """Raises ValueError while another process is inside."""
     handle = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"{partial}: another process is writing it; wait for it"
+            raise ValueError(message) from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"{partial}: another process is writing it; wait for it") from None
     finally:
         os.close(handle)
 

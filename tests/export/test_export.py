@@ -437,9 +437,10 @@ def test_other_runs_go_out_and_come_back(command, layout, files, store, tmp_path
     card = (out / "README.md").read_text()
     assert "error 0." in card or "error 1.0" in card
     assert export.main([f"--from_export={out}", f"--workdir={again}"]) == 0
-    (_, first, _), (step, second, _) = open_parameters(run), open_parameters(again)
+    config = load_run_config(str(run))
+    (_, first, _), (step, second, _) = (open_parameters(path, config) for path in (run, again))
     assert step == 1
-    assert load_run_config(str(again)) == load_run_config(str(run))
+    assert load_run_config(str(again)) == config
     assert_same(*(jax.tree.map(np.asarray, x) for x in (second, first)))
     # And it is a beginning for another run.
     more = runs.train([*command, f"--config.init_from={again}"], tmp_path / "more")

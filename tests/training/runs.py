@@ -238,6 +238,12 @@ def rows_read(record, host="*"):
     return rows
 
 
+def tensors(workdir, step):
+    """Checksums of a checkpoint's tensors by their names."""
+    path = Path(workdir) / f"checkpoints/{step}/record/metadata"
+    return json.loads(path.read_text())["tensors"]
+
+
 def losses(workdir):
     """Step → loss of metrics.jsonl, where each step must be there once."""
     records = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").open()]

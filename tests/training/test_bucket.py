@@ -70,9 +70,7 @@ def files(bucket):
 @pytest.fixture(scope="module")
 def in_bucket(bucket, files, store, module_arguments):
     """Arguments of a run that reads its store from the bucket."""
-    for path in store.iterdir():
-        if path.is_file():
-            files.pipe_file(f"bucket/store/{path.name}", path.read_bytes())
+    bucket.upload(store, "store")
     return [
         *module_arguments,
         "--config.checkpoint.every=5",
@@ -131,10 +129,6 @@ def script(bucket, *command):
     )
 
 
-def tensors(folder, step):
-    return json.loads((folder / f"checkpoints/{step}/record/metadata").read_text())["tensors"]
-
-
 def test_five_kills_leave_the_run_as_one_on_a_disk(
     bucket, files, in_bucket, module_arguments, tmp_path
 ):
@@ -152,7 +146,7 @@ def test_five_kills_leave_the_run_as_one_on_a_disk(
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"resuming gs://bucket/runs/killed after step \d", done.stdout)
     here = fetched(files, "runs/killed", tmp_path / "here")
-    assert tensors(here, 60) == tensors(tmp_path / "whole", 60)
+    assert runs.tensors(here, 60) == runs.tensors(tmp_path / "whole", 60)
     assert runs.losses(here) == runs.losses(tmp_path / "whole")
     seen = script(bucket, "scripts/verify_run.py", "gs://bucket/runs/killed")
     assert seen.returncode == 0, seen.stdout + seen.stderr
@@ -172,7 +166,7 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, files, in_bucket, run, on_dis
     assert "resuming gs://bucket/runs/damaged after step 15" in done.stdout
     here = fetched(files, "runs/damaged", tmp_path / "here")
     assert (here / "20.unreadable/record/metadata").is_file()
-    assert tensors(here, 20) == tensors(on_disk, 20)
+    assert runs.tensors(here, 20) == runs.tensors(on_disk, 20)
     assert runs.losses(here) == runs.losses(on_disk)
     seen = script(bucket, "scripts/verify_run.py", "gs://bucket/runs/damaged")
     assert "20.unreadable: damaged" in seen.stdout
@@ -287,9 +281,7 @@ def test_one_process_at_a_time(bucket, tmp_path):
 
 def test_a_busy_bucket_is_asked_again(store, module_arguments, on_disk, tmp_path):
     with buckets.running(fail_every=5) as busy:
-        for path in store.iterdir():
-            if path.is_file():
-                busy.files().pipe_file(f"bucket/store/{path.name}", path.read_bytes())
+        busy.upload(store, "store")
         done = runs.train(
             [*module_arguments, "--config.checkpoint.every=5"], tmp_path / "run",
             "--config.data.store=gs://bucket/store", env=busy.environment,
@@ -314,9 +306,7 @@ def test_a_network_that_dies_ends_the_run_in_one_line(store, module_arguments, o
     reference = runs.train(arguments, tmp_path / "reference", *more)
     assert reference.returncode == 0
     with buckets.running() as dies:
-        for path in store.iterdir():
-            if path.is_file():
-                dies.files().pipe_file(f"bucket/store/{path.name}", path.read_bytes())
+        dies.upload(store, "store")
         ended = runs.train(
             arguments, tmp_path / "run", "--config.data.store=gs://bucket/store", *more, event=DIES,
             env={**dies.environment, "SERVER": str(dies.process.pid)},
@@ -326,9 +316,9 @@ def test_a_network_that_dies_ends_the_run_in_one_line(store, module_arguments, o
     assert "Traceback" not in ended.stdout + ended.stderr
     gone_on = runs.train(arguments, tmp_path / "run", *more)
     assert gone_on.returncode == 0
-    assert "after step 5" in gone_on.stdout
+    assert re.search(r"after step (5|10)\n", gone_on.stdout)  # rows of steps 9 and 10 may be there
     assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "reference")
-    assert tensors(tmp_path / "run", 20) == tensors(tmp_path / "reference", 20)
+    assert runs.tensors(tmp_path / "run", 20) == runs.tensors(tmp_path / "reference", 20)
 
 
 SCORES = """
