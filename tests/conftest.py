@@ -40,6 +40,8 @@ from data.preparation.prepare import prepare
 from data.sources import corpus
 from data.tokenizer import train_tokenizer
 
+SCRIPTS = Path(__file__).parent / "scripts"
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
@@ -58,10 +60,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """A test that starts train.py is slow: it is given the arguments of a run, or a finetuned one.
 
-    Others are marked by hand; `trained_run`, which many share, is worth its seconds.
+    So are those of scripts/, which start programs. Others are marked by hand; `trained_run`, which
+    many share, is worth its seconds.
     """
     for item in items:
-        if {"module_arguments", "finetuned"} & set(item.fixturenames):
+        starts_train = {"module_arguments", "finetuned"} & set(item.fixturenames)
+        if starts_train or SCRIPTS in item.path.parents:
             item.add_marker(pytest.mark.slow)
 
 

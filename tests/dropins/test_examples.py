@@ -12,6 +12,7 @@ NEEDS = {"pytorch": "torch", "hugging_face": "transformers", "maxtext_train": "m
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path):
     needed = NEEDS.get(path.stem)

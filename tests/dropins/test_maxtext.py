@@ -36,6 +36,7 @@ def arrays():
     return [jax.random.normal(key, (B, T, n, D)) for key, n in zip(keys, (N, K, K))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["GLOBAL", "FULL", "LOCAL_SLIDING"])
 def test_values(kind, arrays):
     back = np.arange(T)[:, None] - np.arange(T)

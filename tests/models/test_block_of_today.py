@@ -51,6 +51,7 @@ def test_a_gated_mlp_is_its_formula(kind):
     np.testing.assert_allclose(mlp(jnp.float32(x)), (gated * (x @ up)) @ down, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["standard", "laser"])
 def test_prefill_and_decode_give_the_logits_of_the_whole(kind):
     config = dataclasses.replace(SMALL, attention=AttentionConfig(kind=kind))

@@ -105,6 +105,7 @@ def test_layer_equals_the_formula(variant):
     np.testing.assert_allclose(actual, expected_layer(x, params, variant), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))
 def test_every_parameter_of_every_variant_is_trained(variant):
     layer, _ = make_layer(variant)

@@ -15,7 +15,6 @@ from scripts import benchmark_data
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
 def test_the_benchmark_prints_its_numbers_and_memory_is_bounded():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark_data.py")]
     done = subprocess.run(
@@ -37,7 +36,6 @@ def test_the_benchmark_prints_its_numbers_and_memory_is_bounded():
     assert "would wait for data" in done.stdout
 
 
-@pytest.mark.slow
 def test_the_requests_of_a_store_far_away_are_counted(capsys):
     assert benchmark_data.main(["--latency_ms=1"]) == 0
     table = capsys.readouterr().out.split("|---|\n")[1]

@@ -1,13 +1,10 @@
 """benchmark_generate.py on a tiny shape: every row is there. Times are not judged."""
 
-import pytest
-
 from scripts.benchmark_generate import LASER, PEER, STANDARD, Shape, measure, report
 
 TINY = Shape(layers=1, dim=16, heads=2, vocabulary=64, prompt=3, new=4)
 
 
-@pytest.mark.slow
 def test_all_rows_are_reported():
     seconds = measure(TINY, batch=2, rounds=2, peers=False)
     assert list(seconds) == [STANDARD, LASER]

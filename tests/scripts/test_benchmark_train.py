@@ -2,15 +2,12 @@
 
 import os
 
-import pytest
-
 from scripts import benchmark_train
 from scripts.benchmark_train import LASER, PRODUCTS, STANDARD, Result, Shape, measure, report
 
 TINY = Shape(layers=2, dim=16, heads=2, vocabulary=64, length=16, batch=2)
 
 
-@pytest.mark.slow  # it compiles three train steps
 def test_all_rows_are_reported():
     result = measure(TINY, steps=2, peers=False)
     assert list(result.seconds) == [STANDARD, LASER, PRODUCTS]

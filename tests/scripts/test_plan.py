@@ -117,7 +117,6 @@ def assert_row_is_right(name):
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
@@ -138,7 +137,6 @@ def test_every_shipped_config_is_in_the_table_and_fits():
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_too_large_a_run_is_refused_with_a_suggestion_that_fits():
     what = ["--config=configs/c4.py:size=301m", "--topology=v5e:2x2", "--json"]

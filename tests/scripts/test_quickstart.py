@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = {
     "training.steps": 6,
@@ -32,7 +30,6 @@ WORDS = (
 )
 
 
-@pytest.mark.slow
 def test_quickstart_ends_with_a_summary_and_resumes(tmp_path):
     command = [sys.executable, "scripts/quickstart.py", f"--workdir={tmp_path / 'run'}", "--"]
     command += [f"--config.{name}={value}" for name, value in OVERRIDES.items()]

@@ -13,6 +13,8 @@ from laser.training.config import to_dict
 from scripts.study import main
 from study import run
 
+pytestmark = pytest.mark.slow
+
 STUDY = """
 from configs import quickstart
 from configs.study import Best, Comparison, Stage, Study

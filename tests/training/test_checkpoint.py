@@ -138,6 +138,7 @@ def test_truncated_checkpoint_falls_back_and_says_so(tmp_path, caplog):
     assert_equal(restore(tmp_path), make_state(10))
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_is_noticed(tmp_path):
     """Wherever it is in the tensors' files: what is read is right, or it is refused.
 

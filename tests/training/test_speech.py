@@ -103,6 +103,7 @@ def test_devices_share_every_matrix(store, mesh):
         assert parts == mesh[1] * (mesh[2] if by_tensor else 1), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["standard", "laser"])
 def test_what_lies_in_padding_changes_no_bit(store, attention):
     """Of the loss, the gradients and batch norm's moments: frames beyond recordings, labels beyond

@@ -39,6 +39,7 @@ def told(folder):
     return ids, losses
 
 
+@pytest.mark.slow
 def test_a_run_is_told_in_full(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

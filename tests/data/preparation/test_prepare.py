@@ -155,6 +155,7 @@ class Crash(BaseException):
     """Stands for the end of the process: nothing catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("drop_duplicates", [False, True])
 def test_a_crash_at_any_write_leaves_what_can_be_continued(
@@ -392,6 +393,7 @@ def test_a_mistake_before_the_first_shard_can_be_mended(run, source, tmp_path, m
 BROKEN = [b'{"text": "caf\xe9"}\n', b'{"text": "cut\n', b"[3]\n", b'{"text": "\\ud800"}\n']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_broken_records_are_skipped_counted_and_shown(run, source, tmp_path, caplog, workers):
     run("reference")

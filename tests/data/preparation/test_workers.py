@@ -87,6 +87,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["die", "hang"])
 def test_workers_that_never_get_to_work_do_not_hold_it_up(tmp_path, how):
     """They die while they start, or Ctrl-C comes while they do."""

@@ -45,6 +45,7 @@ def test_after_any_number_of_rows_no_share_is_off_by_a_row(weights):
     assert list(had[-1]) == [share * len(pattern) for share in shares]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_rows", [1, 16])
 def test_hundreds_of_steps_have_the_shares_and_whole_epochs(block_rows):
     """Each row once an epoch of its store, in blocks that are of one store each."""

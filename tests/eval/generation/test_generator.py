@@ -82,6 +82,7 @@ def test_a_mesh_gives_the_same_text(params, tokenizer, greedy):
     assert generator.generate(placed, PROMPTS, max_new_tokens=NEW) == greedy
 
 
+@pytest.mark.slow
 def test_draws_follow_from_the_seed_and_the_place_alone(generator, params, tokenizer):
     def texts(prompts, seed, of=generator):
         return of.generate(params, prompts, max_new_tokens=NEW, temperature=1.0, seed=seed)

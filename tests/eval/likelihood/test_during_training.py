@@ -27,6 +27,7 @@ def with_evaluation(config, **fields):
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **fields))
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_checkpoint(trained_run, tokenizer):
     model = open_model(trained_run)
     config = with_evaluation(model.config, tasks=OFFLINE.name, shots=0, limit=20)

@@ -17,6 +17,8 @@ from laser.training.run_folder import write_run
 from scripts import evaluate
 from tests.eval.tasks.test_prompts import RAW
 
+pytestmark = pytest.mark.slow
+
 FOLDER = "eval/4/gpt3-1shot-2seeds-limit2"
 
 

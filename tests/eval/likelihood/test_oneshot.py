@@ -235,6 +235,7 @@ def test_settings_are_part_of_the_result(tokenizer):
     assert (result["n"], result["split"], result["origin"]) == (3, "validation", "here")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not EVALDATA.is_dir(), reason="the real data are not here")
 @pytest.mark.parametrize("name", ["arc_easy", "copa", "rte", "winogrande"])
 def test_a_model_before_training_scores_at_chance(name, tokenizer):
