@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     began = time.time()
     config, values = parse_or_exit(argv, define_flags, __doc__)
     start_logging()
-    tune_cpu()
+    tune_cpu(config.model.dtype)
 
     from laser.training import hosts, loop  # jax: only after the config was found to be right
 

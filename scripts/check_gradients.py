@@ -37,7 +37,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> int:
     config, values = parse_or_exit(argv, define_flags, __doc__)
-    tune_cpu()
+    tune_cpu("bfloat16")
     import jax
 
     try:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, help="a text file in UTF-8")
     parser.add_argument("--rows", type=int, default=8, help="of the run's length (default 8)")
     arguments = parser.parse_args(argv)
-    tune_cpu()
+    tune_cpu("bfloat16")  # which the run may have
     from laser.training.checkpoint import CheckpointError
 
     try:
