@@ -8,8 +8,10 @@ frequent as the words of a language (Zipf's law), since sums over many tokens ar
 loses. Both gradients are made by the code that train.py runs, on this machine's devices and the
 config's mesh; the float32 one with products of the highest precision. An error is the norm of the
 difference over the norm of the float32 gradient. Rows of the embedding are listed by frequency.
-An offset that all keys share changes nothing, so the gradient of key_norm.bias is 0: what is left
-of it is measured by the gradient of query_norm.bias.
+Two gradients nearly cancel, and what is left is measured by another one. An offset that all keys
+share changes nothing: key_norm.bias, by query_norm.bias. A wide model predicts, before training, the
+token that it reads, and so each token is added once as a target and taken away once as an input:
+final_norm.bias, by final_norm.scale.
 """
 
 import dataclasses
@@ -91,6 +93,7 @@ def errors(config: RunConfig, rows, devices=None) -> dict[str, float]:
 
     def error(name, row=...):
         measure = name.replace("key_norm.bias", "query_norm.bias")
+        measure = measure.replace("final_norm.bias", "final_norm.scale")
         difference = np.float64(rounded[name][row]) - exact[name][row]
         return float(np.linalg.norm(difference) / np.linalg.norm(exact[measure][row]))
 
