@@ -9,8 +9,8 @@ loses. Both gradients are made by the code that train.py runs, on this machine's
 config's mesh; the float32 one with products of the highest precision. An error is the norm of the
 difference over the norm of the float32 gradient. Rows of the embedding are listed by frequency.
 Two gradients nearly cancel, and what is left is measured by another one. An offset that all keys
-share changes nothing: key_norm.bias, by query_norm.bias. A wide model predicts, before training, the
-token that it reads, and so each token is added once as a target and taken away once as an input:
+share changes nothing: key_norm.bias, by query_norm.bias. Before training a wide model predicts the
+token that it reads, and so a token is added once as a target and taken away once as an input:
 final_norm.bias, by final_norm.scale.
 """
 
