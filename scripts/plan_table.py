@@ -3,7 +3,8 @@
     python scripts/plan_table.py [--only=SUBSTRING]
 
 Needs libtpu (pip install libtpu). Rows that are in docs/plans.json are kept: to renew all, delete
-it first. A row takes the compiler about a minute; a run that was stopped goes on where it was.
+it first. A row takes the compiler a minute or two, and where products are of float32 with the
+highest precision ten; a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -22,7 +23,10 @@ from laser.planning import table
 ATTENTIONS = ("laser", "standard", "laser+diff", "standard+diff")
 MUON = [f"size=301m,attention=laser,slice={name},optimizer=muon" for name in ("v5e-64", "v5p-128")]
 # The paper's other models have one layout each, that of their configs.
-OTHERS = ["model=bert,size=2p2b,attention=laser,slice=v5e-256"]
+OTHERS = [
+    "model=bert,size=2p2b,attention=laser,slice=v5e-256",
+    "model=vit,size=s16,attention=laser,slice=v5e-16",
+]
 
 
 def names() -> list[str]:
