@@ -4,7 +4,7 @@
 
 Needs libtpu (pip install libtpu). Rows that are in docs/plans.json are kept: to renew all, delete
 it first. A row takes the compiler a minute or two, and where products are of float32 with the
-highest precision ten; a run that was stopped goes on where it was.
+highest precision ten or twenty; a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -26,6 +26,7 @@ MUON = [f"size=301m,attention=laser,slice={name},optimizer=muon" for name in ("v
 OTHERS = [
     "model=bert,size=2p2b,attention=laser,slice=v5e-256",
     "model=vit,size=s16,attention=laser,slice=v5e-16",
+    "model=conformer,size=105m,attention=laser,slice=v5e-16",
 ]
 
 
