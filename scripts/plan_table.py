@@ -25,6 +25,7 @@ MUON = [f"size=301m,attention=laser,slice={name},optimizer=muon" for name in ("v
 # The paper's other models have one layout each, that of their configs.
 OTHERS = [
     "model=bert,size=2p2b,attention=laser,slice=v5e-256",
+    "model=bert,size=2p2b,attention=laser,slice=v5p-512",
     "model=vit,size=s16,attention=laser,slice=v5e-16",
     "model=conformer,size=105m,attention=laser,slice=v5e-16",
 ]
