@@ -117,22 +117,17 @@ def test_compiles_for_a_tpu(chip, shape, length):
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_options_compile_for_a_tpu(chip):
-    # One tile each: tiles of a block are unrolled, and the time grows with their square. One chip
-    # each: blocks and code are the same for all.
-    if chip == "v5e":
-        programs = [
-            program(chip, 8, 128, 256, packed=True, soft_cap=50.0),
-            program(chip, 8, 128, 1100, packed=True, full=True),  # two blocks
-            program(chip, 8, 720, 256, dtype="float32"),
-            program(chip, 8, 128, 256, value_size=256),
-            program(chip, 16, 360, 256, value_size=720),
-        ]
-    else:
-        programs = [
-            program(chip, 8, 128, 256, "standard", packed=True, soft_cap=50.0),
-            program(chip, 8, 128, 256, dtype="float32"),
-            program(chip, 8, 64, 256, value_size=128),
-            program(chip, 8, 256, 256, value_size=512),
-        ]
+    # One tile each: tiles of a block are unrolled, and the time grows with their square.
+    programs = [
+        program(chip, 8, 128, 256, packed=True, soft_cap=50.0),
+        program(chip, 8, 128, 256, "standard", packed=True, soft_cap=50.0),
+        program(chip, 8, 128, 1100, packed=True, full=True),  # two blocks
+        program(chip, 8, 128, 256, dtype="float32"),
+        program(chip, 8, 720, 256, dtype="float32"),
+        program(chip, 8, 64, 256, value_size=128),
+        program(chip, 8, 128, 256, value_size=256),
+        program(chip, 8, 256, 256, value_size=512),
+        program(chip, 16, 360, 256, value_size=720),
+    ]
     for one, found in zip(programs, kernels_of(programs), strict=True):
         assert set(found) == EXPECTED[one["kind"]], one

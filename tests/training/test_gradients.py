@@ -47,6 +47,7 @@ def small(size: str, attention: str):
 @pytest.mark.parametrize(
     ("size", "attention", "devices"),
     [
+        ("301m", "laser", 1),
         ("435m", "laser", 8),
         ("1p1b", "laser" + ALL, 1),
         ("2p2b", "standard" + ALL, 1),
