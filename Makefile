@@ -16,7 +16,7 @@ PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-
 ONLY_NEWS := sed -u -n -E -e 's/^Collecting /  fetching /p' -e '/^(Installing collected|Success)/p' \
 	-e '/^(ERROR|WARNING)/p'
 
-.PHONY: help quickstart study bert digits tones tpu test check docs lint types format clean
+.PHONY: help quickstart study bert digits tones tpu test check peers docs lint types format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -53,6 +53,10 @@ test: lint types  ## ruff, mypy and every test, the slow ones too
 
 check: lint types  ## ruff, mypy and the quick tests
 	$(PYTEST) -m "not slow"
+
+PEERS := dropins export models/test_bert.py models/test_vit.py scripts/test_benchmark_torch.py
+peers: .venv/.peers  ## compare models and layers with those of PyTorch, transformers and timm
+	$(PYTEST) $(PEERS:%=tests/%)
 
 docs: .venv/.docs  ## build the documentation into site/html; a dead link is an error
 	.venv/bin/python -m sphinx -W --keep-going -q -b html docs site/html
@@ -96,6 +100,11 @@ EXTRAS := bucket images plan speech wandb
 .venv/.images: requirements-images.txt .venv/.runtime
 	@echo "Installing requirements-images.txt into .venv"
 	@$(PIP_INSTALL) -r requirements-images.txt | $(ONLY_NEWS)
+	@touch $@
+
+.venv/.peers: requirements-peers.txt .venv/.dev
+	@echo "Installing requirements-peers.txt into .venv"
+	@$(PIP_INSTALL) -r requirements-peers.txt | $(ONLY_NEWS)
 	@touch $@
 
 .venv/.docs: requirements-docs.txt .venv/.runtime

@@ -13,18 +13,12 @@ again), 130 stopped by Ctrl-C at once, as before the first step, 1 anything else
 import contextlib
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from absl import flags
 
-from laser.training.config import RunConfig
 from laser.training.console import end_on_ctrl_c, start_logging
 from laser.training.flags import exit_with, parse_or_exit
-from laser.training.folders import folder_of
 from laser.training.hardware import tune_cpu
-
-if TYPE_CHECKING:
-    from laser.training.loop import Evaluation, Run
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -49,64 +43,19 @@ def main(argv: list[str]) -> int:
     start_logging()
     tune_cpu(config.model.dtype)
 
-    from laser.training import hosts, loop  # jax: only after the config was found to be right
+    from eval.opening import open_run  # jax: only after the config was found to be right
+    from laser.training import hosts, loop
 
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(hosts.joined())
-            run, evaluations = _open(config, values)
+            run, evaluations = open_run(config, values.workdir, values.allow_config_change)
         except ValueError as error:
             exit_with(argv[0], str(error))
         code = loop.train(run, evaluations, began)
     if code == loop.EXIT_FAILED:
         hosts.leave(code)
     return code
-
-
-def _open(config: RunConfig, values: flags.FlagValues) -> "tuple[Run, list[Evaluation]]":
-    """The run, and what is evaluated besides its loss. Raises ValueError before it writes."""
-    from data.tokenizer import Tokenizer
-    from eval.generation import finetuning
-    from eval.likelihood import during_training
-    from laser.training import hosts
-    from laser.training.loop import Evaluation, open_run
-    from laser.training.open_rows import open_rows
-    from laser.training.rows import ExampleRows, Rows
-
-    with hosts.together("open the data"):
-        texts = finetuning.load_tasks(config.data.tasks, config.data.tasks_dir)
-        rows: Rows
-        if texts:
-            pairs = [finetuning.pairs(texts, split) for split in finetuning.SPLITS]
-            rows = ExampleRows(config, folder_of(config.init_from) / "tokenizer.model", *pairs)
-        else:
-            rows = open_rows(config)
-        tasks = []
-        if config.evaluation.tasks:
-            tasks = during_training.load_tasks(config, Tokenizer(rows.tokenizer_path))
-    run = open_run(config, rows, values.workdir, values.allow_config_change)
-    evaluations = []
-    if tasks:
-        tokenizer = Tokenizer(rows.tokenizer_path)
-        score = during_training.make_evaluation(config, run.program.mesh, tokenizer, tasks)
-        every = run.config.evaluation.every
-        evaluations.append(Evaluation(every, lambda state: score(state.params)))
-    if isinstance(rows, ExampleRows):
-        tokenizer = Tokenizer(rows.tokenizer_path)
-        decode = finetuning.make_evaluation(
-            run.config, run.program.mesh, tokenizer, texts, rows.validation, run.workdir
-        )
-        every = rows.steps_per_epoch(run.config)
-        evaluations.append(Evaluation(every, lambda state: decode(state.params, int(state.step))))
-    if config.model.kind == "conformer":
-        from eval import speech
-        from laser.training.speech_rows import SpeechRows
-
-        assert isinstance(rows, SpeechRows)
-        transcribe = speech.make_evaluation(run.config, run.program.mesh, rows.store.validation)
-        every = run.config.evaluation.every
-        evaluations.append(Evaluation(every, lambda state: transcribe(state.params)))
-    return run, evaluations
 
 
 if __name__ == "__main__":

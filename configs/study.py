@@ -19,11 +19,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Best:
-    """In place of a list of values: those that ended with the lowest validation loss before.
+    """In place of a list of values: those whose runs ended lowest in the study's measure before.
 
     Attributes:
       of: names of earlier stages that varied this argument or field. A value counts that all of
-        them tried; its loss is the mean over its runs, and a failed run makes it infinite.
+        them tried; it counts with the mean over its runs, which a failed one makes infinite.
       by: arguments or fields for each value of which the choice is made by itself.
       where: settings of the runs to choose among, in place of those of the run that asks.
       keep: how many values, the best first.
@@ -58,7 +58,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two groups of runs whose final losses are compared, paired by what else they vary.
+    """Two groups of runs that are compared in the study's measure, paired by what else they vary.
 
     Attributes:
       stage: that has the runs.
@@ -81,9 +81,11 @@ class Study:
       compare: pairs of groups, for the table of differences.
       sizes: stages whose runs differ in size, for the power law of loss and size.
       held_out: folder of text in .jsonl files, one for each domain; "" = none.
+      measure: what decides, the lower the better: a name in the runs' metrics.jsonl.
     """
 
     stages: Sequence[Stage]
     compare: Sequence[Comparison] = ()
     sizes: Sequence[str] = ()
     held_out: str = ""
+    measure: str = "eval/loss"

@@ -65,7 +65,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     images.mixup = 0.1  # alpha of its distribution of shares; 0 = off
     images.label_smoothing = 0.2  # share of the target that all classes have alike
     images.workers = 0  # threads of a host that decode; 0 = as many as it has cores
-    images.max_broken = 100  # images that may be broken, and classes empty: named and left out
+    images.max_broken = 100  # broken images and empty classes that a host names and leaves out
 
     config.data.seq_len = (image // patch) ** 2  # patches of an image
     config.data.block_rows = 1  # files of a folder lie by class

@@ -136,8 +136,8 @@ def train_tokenizer(
       path: the model file to write.
       vocab_size: of which 4 are PAD, EOS, UNK and newline, and 256 are bytes.
       sample_bytes: UTF-8 bytes of the sample.
-      byte_fallback: without it there are no pieces of bytes, and what has no piece becomes UNK:
-        for transcripts, whose letters are known.
+      byte_fallback: without it there are no pieces of bytes, every character of the sample has a
+        piece, however rare it is, and others become UNK: for transcripts.
 
     Raises:
       ValueError: the text is too little, or has too many characters, for this vocabulary.
@@ -156,6 +156,7 @@ def train_tokenizer(
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             byte_fallback=byte_fallback,
+            character_coverage=0.9995 if byte_fallback else 1.0,
             user_defined_symbols=["\n"],
             pad_id=PAD_ID,
             eos_id=EOS_ID,

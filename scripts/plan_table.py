@@ -27,7 +27,9 @@ OTHERS = [
     "model=bert,size=2p2b,attention=laser,slice=v5e-256",
     "model=bert,size=2p2b,attention=laser,slice=v5p-512",
     "model=vit,size=s16,attention=laser,slice=v5e-16",
+    "model=vit,size=s16,attention=laser,slice=v5p-32",
     "model=conformer,size=105m,attention=laser,slice=v5e-16",
+    "model=conformer,size=105m,attention=laser,slice=v5p-32",
 ]
 
 

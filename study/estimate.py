@@ -23,7 +23,7 @@ def estimate(folder: Folder) -> str:
     choice would."""
     rows = []
     for stage in folder.plan.study.stages:
-        cells = folder.plan.cells(stage, folder.loss_of)
+        cells = folder.plan.cells(stage, folder.final_of)
         all_cells = cells or folder.plan.cells(stage, lambda _: 0.0) or []
         left = [cell for cell in all_cells if cells is None or folder.result(cell) is None]
         rows.append((stage, number_of_runs(stage), left))

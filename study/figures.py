@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from study.results import LOSS, final
 from study.statistics import mean_interval
-from study.tables import RATE, fits, grouped, label, pairs, sized
+from study.tables import RATE, finals, fits, grouped, label, pairs, said, sized
 
 Record = Mapping[str, Any]
 
@@ -40,17 +41,17 @@ def _rates(record: Record, stage: str, path: Path) -> Path | None:
         chosen = [r for r in runs if str(r["settings"].get("attention", "runs")) == arm]
         points: dict[float, list[float]] = {}
         for run in chosen:
-            points.setdefault(run["settings"][RATE], []).append(run["eval_loss"])
+            points.setdefault(run["settings"][RATE], []).append(final(run, record["measure"]))
         rates = sorted(points)
         means = [statistics.fmean(points[rate]) for rate in rates]
         axis.plot(rates, means, marker="o", label=f"{arm}, {len(chosen)} runs")
-    axis.set(xscale="log", xlabel="learning rate (peak)", ylabel="final validation loss (nats)")
+    axis.set(xscale="log", xlabel="learning rate (peak)", ylabel=f"final {_axis(record)}")
     axis.set_title(f"stage {stage}")
     return _save(figure, axis, path)
 
 
 def _curves(record: Record, stage: str, path: Path) -> Path:
-    """Validation loss and gradient norm through training: means over seeds, and their range."""
+    """What decides, and the gradient norm, through training: means over seeds, and their range."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
@@ -58,7 +59,7 @@ def _curves(record: Record, stage: str, path: Path) -> Path:
         told = f"{name}, {len(runs)} runs"
         _band(axes[0], [run["curve"] for run in runs], f"C{i}", told)
         _band(axes[1], [run["gradient_norm"] for run in runs], f"C{i}", told)
-    axes[0].set(xlabel="step", ylabel="validation loss (nats)")
+    axes[0].set(xlabel="step", ylabel=_axis(record))
     axes[0].set_title(f"stage {stage}: mean, and range over seeds")
     axes[1].set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
     axes[1].legend(fontsize="small")
@@ -88,12 +89,13 @@ def _differences(record: Record, path: Path) -> Path | None:
     figure, axis = pyplot.subplots(figsize=(8, 1.5 + 0.5 * len(found)), layout="constrained")
     for i, (comparison, matched) in enumerate(found):
         one, other = label(comparison["one"]), label(comparison["other"])
-        delta = mean_interval([a["eval_loss"] - b["eval_loss"] for a, b in matched])
+        ones, others = (finals(record, side) for side in zip(*matched))
+        delta = mean_interval([a - b for a, b in zip(ones, others)])
         error = [[delta.value - delta.low], [delta.high - delta.value]]
         told = f"{comparison['stage']}: {one} − {other}, {delta.count} pairs"
         axis.errorbar([delta.value], [i], xerr=error, fmt="o", capsize=4, label=told)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="difference of the final validation loss (nats), mean and 95 % interval")
+    axis.set(xlabel=f"difference of the final {_axis(record)}, mean and 95 % interval")
     axis.set(yticks=[], ylim=(len(found) - 0.5, -0.5), ylabel="comparison")
     return _save(figure, axis, path)
 
@@ -116,6 +118,10 @@ def _sizes(record: Record, path: Path) -> Path | None:
     axis.set(xscale="log", xlabel="parameters beside the embedding", yscale="log")
     axis.set(ylabel="final validation loss (nats)")
     return _save(figure, axis, path)
+
+
+def _axis(record: Record) -> str:
+    return f"{said(record)} (nats)" if record["measure"] == LOSS else said(record)
 
 
 def _save(figure, axis, path: Path) -> Path:

@@ -19,7 +19,7 @@ from laser.training.flags import call_in_file, parse
 MEASURES = ("domains", "continuations")
 NAME = re.compile(r"[a-z0-9_]+")
 Names = str | tuple[str, ...]  # of one argument or field, or of several that change together
-LossOf = Callable[["Cell"], float | None]  # of a run that is done; infinite if it failed
+FinalOf = Callable[["Cell"], float | None]  # of a run that is done: infinite if it failed
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,16 @@ class Plan:
             self._stages[stage.name] = stage
             for cell in self.cells(stage, lambda _: 0.0) or ():
                 cell.config()
+        if not self.study.measure.startswith("eval/"):
+            raise ValueError(
+                f"{file}: measure={self.study.measure}: give a name of metrics.jsonl, as eval/loss"
+            )
         for comparison in self.study.compare:
             for name in filter(None, (comparison.stage, comparison.other_stage)):
                 if name not in self._stages:
                     raise ValueError(f"compare: no stage {name!r}{nearest(name, self._stages)}")
 
-    def cells(self, stage: Stage, loss_of: LossOf) -> list[Cell] | None:
+    def cells(self, stage: Stage, final_of: FinalOf) -> list[Cell] | None:
         """The runs of a stage, in order; None while a choice waits for others.
 
         Raises ValueError if two have one name, or if there is nothing to choose among.
@@ -101,7 +105,7 @@ class Plan:
         for values in itertools.product(*plain.values()):
             fixed = dict(zip(plain, values))
             options = [
-                self.choose(stage, key, best, {**stage.hold, **flat(fixed)}, loss_of)
+                self.choose(stage, key, best, {**stage.hold, **flat(fixed)}, final_of)
                 for key, best in choices.items()
             ]
             if None in options:
@@ -117,28 +121,28 @@ class Plan:
         return list(found.values())
 
     def choose(
-        self, stage: Stage, key: Names, best: Best, settings: Mapping[str, Any], loss_of: LossOf
+        self, stage: Stage, key: Names, best: Best, settings: Mapping[str, Any], final_of: FinalOf
     ) -> list[Any] | None:
         """The values that a `Best` stands for; None while runs that it depends on are missing."""
         by = {name: settings[name] for name in best.by if name in settings}
         wanted = {**by, **best.where}
-        losses: dict[Any, list[float]] = {}
+        finals: dict[Any, list[float]] = {}
         tried: set[Any] | None = None
         for name in best.of:
-            cells = self.cells(self._stages[name], loss_of)
+            cells = self.cells(self._stages[name], final_of)
             if cells is None:
                 return None
             chosen = [cell for cell in cells if has(cell.settings, wanted)]
             for cell in chosen:
-                loss = loss_of(cell)
-                if loss is None:
+                value = final_of(cell)
+                if value is None:
                     return None
-                losses.setdefault(value_of(cell.settings, key), []).append(loss)
+                finals.setdefault(value_of(cell.settings, key), []).append(value)
             values = {value_of(cell.settings, key) for cell in chosen}
             tried = values if tried is None else tried & values
         ranked = sorted(
-            (value for value in losses if value in (tried or ())),
-            key=lambda value: sum(losses[value]) / len(losses[value]),
+            (value for value in finals if value in (tried or ())),
+            key=lambda value: sum(finals[value]) / len(finals[value]),
         )
         if len(ranked) < best.keep:
             of = ", ".join(best.of)

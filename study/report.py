@@ -68,6 +68,7 @@ def collect(folder: Folder) -> dict[str, Any]:
         "stages": stages,
         "compare": compare,
         "sizes": list(study.sizes),
+        "measure": study.measure,
         **_shared_config(runs),
     }
     return seal(record)

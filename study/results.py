@@ -20,14 +20,22 @@ from models.config import ModelConfig
 from study.plan import Cell
 
 RESULT, MEASURED = "result.json", "measured.json"
+LOSS = "eval/loss"
 
 
-def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Of a run that has ended as it should."""
+def write_done(
+    cell: Cell, folder: Path, versions: Mapping[str, str], measure: str = LOSS
+) -> dict[str, Any]:
+    """Of a run that has ended as it should. Raises ValueError if it has not what decides."""
     lines = read_metrics(folder / METRICS_FILE)
-    evals = [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
+    evals = [(line["step"], line[measure]) for line in lines if measure in line]
+    if not evals:
+        raise ValueError(
+            f"{cell.key}: the study's measure={measure} is not in its {METRICS_FILE}; there are "
+            f"{', '.join(sorted({name for line in lines for name in line if '/' in name}))}"
+        )
     measured = json.loads((folder / MEASURED).read_text()) if (folder / MEASURED).exists() else {}
-    final = [line for line in lines if "eval/loss" in line][-1]
+    final = [line for line in lines if LOSS in line][-1]
     record = load_record(str(folder))
     batch = record["config"]["training"]["batch_size"] * record["config"]["data"]["seq_len"]
     model = load_config(record["config"]).model
@@ -40,7 +48,8 @@ def write_done(cell: Cell, folder: Path, versions: Mapping[str, str]) -> dict[st
     skipped = [line["skipped_steps"] for line in lines if "skipped_steps" in line]
     result = _identity(cell) | {
         "status": "done",
-        "eval_loss": final["eval/loss"],
+        "eval_loss": final[LOSS],
+        "evaluated": {k: x for line in lines for k, x in line.items() if k.startswith("eval/")},
         "bits_per_byte": final.get("eval/bits_per_byte"),
         "curve": evals,
         "spikes": count_spikes(folder),
@@ -110,10 +119,10 @@ def read(folder: Path) -> dict[str, Any] | None:
         )
 
 
-def final_loss(result: Mapping[str, Any]) -> float:
-    """On the validation split; infinite for a run that failed or ended with no number."""
-    loss = result.get("eval_loss")
-    return math.inf if loss is None else loss
+def final(result: Mapping[str, Any], measure: str) -> float:
+    """What a run ended with; infinite if it failed or ended with no number."""
+    value = result.get("eval_loss") if measure == LOSS else result.get("evaluated", {}).get(measure)
+    return math.inf if value is None else value
 
 
 def beside_embedding(model: ModelConfig) -> int:

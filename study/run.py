@@ -110,14 +110,14 @@ class Folder:
                     adopted += 1
         return adopted
 
-    def loss_of(self, cell: Cell) -> float | None:
+    def final_of(self, cell: Cell) -> float | None:
         result = self.result(cell)
-        return None if result is None else results.final_loss(result)
+        return None if result is None else results.final(result, self.plan.study.measure)
 
     def stages(self) -> Iterator[tuple[Stage, list[Cell] | None]]:
         """With their runs; None where a choice waits for others."""
         for stage in self.plan.study.stages:
-            yield stage, self.plan.cells(stage, self.loss_of)
+            yield stage, self.plan.cells(stage, self.final_of)
 
     def _record(self) -> dict[str, Any]:
         return {"study": Path(self.plan.file).as_posix(), "flags": list(self.plan.extra)}
@@ -249,9 +249,11 @@ class Runner:
                 process = _launch([*measures, f"--run={folder}"], folder / LOG)
                 self._running[cell.key] = Progress(cell, process, measuring=True)
         elif code == DONE:
-            result = results.write_done(cell, folder, self._versions)
+            measure = self._folder.plan.study.measure
+            result = results.write_done(cell, folder, self._versions, measure)
             took = format_duration(time.monotonic() - progress.started)
-            log.info("%s: loss %.4f (%s)", cell.key, results.final_loss(result), took)
+            value = results.final(result, measure)
+            log.info("%s: %s %.4f (%s)", cell.key, measure, value, took)
         elif code == PREEMPTED or self._stop:
             pass
         elif code == MISTAKE and OTHER_TRAINS in reason:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from study.plan import has
+from study.results import LOSS, final
 from study.statistics import (
     Estimate,
     PowerLaw,
@@ -16,6 +17,7 @@ from study.statistics import (
 )
 
 RATE = "optimizer.learning_rate"
+SEEDS = ("seed=", "shuffle_seed=")  # in the names of runs
 Record = Mapping[str, Any]
 # What a difference of losses says, one side minus the other.
 LOWER, HIGHER = "{one} ends lower", "{one} ends higher"
@@ -25,7 +27,7 @@ UNTOLD, SINGLE = "no difference that these runs can tell", "a single pair tells 
 def all_tables(record: Record) -> str:
     """Every table that the runs give, with a heading each."""
     sections = {
-        "Differences of the final validation loss": differences(record),
+        f"Differences of the final {said(record)}": differences(record),
         "Best learning rates": best_rates(record),
         "Runs by stage": overview(record),
         "All groups": groups(record),
@@ -50,19 +52,21 @@ def overview(record: Record) -> str:
 def groups(record: Record) -> str:
     """Mean and deviation over the seeds of each group of runs that differ in nothing else."""
     rows = []
+    measure = record["measure"]
     for stage in record["stages"]:
         for name, runs in grouped(record, stage["name"]).items():
-            losses = [run["eval_loss"] for run in runs]
             rows.append([
                 stage["name"], name, str(len(runs)),
-                spread(losses, 4),
+                spread([run["eval_loss"] for run in runs], 4),
+                *([spread(finals(record, runs), 4)] if measure != LOSS else []),
                 spread([run["bits_per_byte"] for run in runs], 4),
                 spread([run["continuations"] for run in runs if "continuations" in run], 3),
                 str(sum(run["spikes"] for run in runs)),
                 f"{statistics.median(run['seconds_per_step'] for run in runs):.3f}",
             ])  # fmt: skip
-    heads = ["stage", "runs of", "n", "loss, nats", "bits per byte", "continuations", "spikes",
-             "s a step"]  # fmt: skip
+    own = [measure] if measure != LOSS else []
+    heads = ["stage", "runs of", "n", "loss, nats", *own, "bits per byte", "continuations",
+             "spikes", "s a step"]  # fmt: skip
     return table(heads, rows) if rows else ""
 
 
@@ -73,17 +77,18 @@ def differences(record: Record) -> str:
         if not found:
             continue
         one, other = label(comparison["one"]), label(comparison["other"])
-        delta = mean_interval([a["eval_loss"] - b["eval_loss"] for a, b in found])
-        base = statistics.fmean(b["eval_loss"] for _, b in found)
-        reached = [step_at(a["curve"], b["eval_loss"]) for a, b in found]
+        ones, others = (finals(record, side) for side in zip(*found))
+        delta = mean_interval([a - b for a, b in zip(ones, others)])
+        base = statistics.fmean(others)
+        reached = [step_at(a["curve"], b) for (a, _), b in zip(found, others)]
         rows.append([
             comparison["stage"], f"{one} − {other}", str(len(found)),
             f"{delta.value:+.4f}", interval(delta, 4), f"{100 * delta.value / base:+.2f} %",
             _share_of_steps(found, reached), _share_of_seconds(found, reached),
             verdict(delta, one),
         ])  # fmt: skip
-    heads = ["stage", "difference", "pairs", "nats", "95 %", "of the loss",
-             "steps to the other's loss", "seconds to it", "verdict"]  # fmt: skip
+    heads = ["stage", "difference", "pairs", unit(record), "95 %", "relative",
+             "steps to the other's end", "seconds to it", "verdict"]  # fmt: skip
     return table(heads, rows) if rows else ""
 
 
@@ -95,16 +100,16 @@ def best_rates(record: Record) -> str:
         if RATE not in stage["listed"]:
             continue
         for arm in dict.fromkeys(str(run["settings"].get("attention", "")) for run in runs):
-            losses = {
-                run["settings"][RATE]: run["eval_loss"]
+            ends = {
+                run["settings"][RATE]: final(run, record["measure"])
                 for run in runs
                 if str(run["settings"].get("attention", "")) == arm
             }
-            best = min(losses, key=lambda rate: losses[rate])
-            told = "; ".join(f"{rate:g}: {losses[rate]:.4f}" for rate in sorted(losses))
-            is_edge = best in (min(losses), max(losses))
+            best = min(ends, key=lambda rate: ends[rate])
+            told = "; ".join(f"{rate:g}: {ends[rate]:.4f}" for rate in sorted(ends))
+            is_edge = best in (min(ends), max(ends))
             rows.append([stage["name"], arm, f"{best:g}", told, "yes" if is_edge else "no"])
-    heads = ["stage", "attention", "best", "losses, nats", "at the edge of those tried"]
+    heads = ["stage", "attention", "best", unit(record), "at the edge of those tried"]
     return table(heads, rows) if rows else ""
 
 
@@ -180,9 +185,23 @@ def grouped(record: Record, stage: str) -> dict[str, list[Record]]:
     for run in _done(record["runs"]):
         if run["stage"] == stage:
             parts = run["name"].split(",")
-            name = ", ".join(part for part in parts if not part.startswith("seed="))
+            name = ", ".join(part for part in parts if not part.startswith(SEEDS))
             found.setdefault(name or "all", []).append(run)
     return dict(sorted(found.items(), key=lambda item: _first_place(record, item[1])))
+
+
+def finals(record: Record, runs: Iterable[Record]) -> list[float]:
+    """What finished runs ended with, in the study's measure."""
+    return [final(run, record["measure"]) for run in runs]
+
+
+def said(record: Record) -> str:
+    """The study's measure in words, where it has some."""
+    return "validation loss" if record["measure"] == LOSS else record["measure"]
+
+
+def unit(record: Record) -> str:
+    return "nats" if record["measure"] == LOSS else record["measure"]
 
 
 def label(settings: Record) -> str:

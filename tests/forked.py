@@ -21,8 +21,8 @@ from tests.quick import collect_seldom
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = [
-    "data.reading.loader", "eval.generation.finetuning", "eval.likelihood.during_training",
-    "laser.training.loop", "laser.training.tensorboard", "train",
+    "data.reading.loader", "eval.opening", "laser.training.loop", "laser.training.tensorboard",
+    "train",
 ]  # fmt: skip
 _starting = threading.Lock()
 

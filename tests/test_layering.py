@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laser.training.sharding",
         "laser.training.speech_rows",
     ),
+    "eval.opening": ("eval", "data.tokenizer", "laser.training"),  # what train.py starts
     "eval.tasks": ("data.sources.corpus", "laser.training.fields"),
     "export": (
         "models",

@@ -43,7 +43,10 @@ def decode(data: bytes) -> Image:
     if data.startswith(START) and not whole:
         raise BrokenImage("a JPEG that is cut off")
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:  # as of a size that no image has
+        raise BrokenImage(f"no image that can be decoded: {error.err}") from error
     if image is None:
         raise BrokenImage("no image that can be decoded")
     return image  # type: ignore[return-value]

@@ -27,7 +27,7 @@ from data.reading.order import step_places
 
 ROWS_PER_TASK = 8  # of a thread
 STEPS_AHEAD = 1  # whose images are in work besides those of the batch that is waited for
-NOISE, MIXUP = 1, 2  # streams of draws besides that of the augmentation
+NOISE, MIXUP = 1, 2  # streams besides that of a place's augmentation, which has a key of three
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,9 @@ def train_batches(
 
     def make_batch(step: int) -> tuple[int, Batch]:
         arrays = work.finish(step)
-        share = Draws(seed, step, MIXUP).beta(augmentation.mixup) if augmentation.mixup else None
+        share = None
+        if augmentation.mixup:
+            share = Draws(seed, step, 0, MIXUP).beta(augmentation.mixup)
 
         def read(start: int, stop: int) -> Arrays:
             part = _with_partners(arrays, places[start], places[start] + stop - start, share)

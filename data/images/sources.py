@@ -81,8 +81,8 @@ class Broken:
         if count > self._limit:
             some = "; ".join(f"{name}: {why}" for name, why in list(self.names.items())[:SHOWN])
             raise TooManyBroken(
-                f"{count} broken images or empty classes, more than data.max_broken={self._limit}: "
-                f"{some}; mend or remove them, or raise the limit"
+                f"{count} broken images or empty classes, more than "
+                f"images.max_broken={self._limit}: {some}; mend or remove them, or raise the limit"
             )
         log.warning("left out, %d of at most %d: %s: %s", count, self._limit, name, why)
 
@@ -107,7 +107,7 @@ def open_images(name: str, broken: Broken) -> tuple[Images, Images]:
     train = ImageFolder(root / "train", broken)
     held_out = [root / folder for folder in VALIDATION if (root / folder).is_dir()]
     if not held_out:
-        raise ValueError(f"data.images={name}: no folder {' or '.join(VALIDATION)} in it")
+        raise ValueError(f"images.source={name}: no folder {' or '.join(VALIDATION)} in it")
     return train, ImageFolder(held_out[0], broken, train.classes)
 
 
@@ -130,7 +130,7 @@ def _folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if not name or not folder.is_dir():
         raise ValueError(
-            f"data.images={name!r}: no such folder; give one, {DIGITS}, or {TFDS}NAME:VERSION"
+            f"images.source={name!r}: no such folder; give one, {DIGITS}, or {TFDS}NAME:VERSION"
         )
     return folder
 
@@ -315,7 +315,7 @@ class Digits:
         """Raises ValueError where the package is not installed."""
         spec = importlib.util.find_spec("sklearn")
         if spec is None or spec.origin is None:
-            raise ValueError(f"data.images={DIGITS}: pip install scikit-learn, which has them")
+            raise ValueError(f"images.source={DIGITS}: pip install scikit-learn, which has them")
         path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
         with gzip.open(path, "rt") as file:
             table = np.array([[float(x) for x in row] for row in csv.reader(file)])

@@ -165,3 +165,11 @@ def test_what_is_no_model_is_an_error(tmp_path):
         with pytest.raises(ValueError) as error:
             Tokenizer(path)
         assert str(path) in str(error.value)
+
+
+def test_without_bytes_the_rarest_character_has_a_piece(tmp_path):
+    """Of LibriSpeech's letters Z is one of 1,500, and a vocabulary would leave it out."""
+    texts = ["A MAN AND A HEN RAN ON A HILL AND ATE THE RED NUT OF A TREE " * 100, "ZEN"]
+    train_tokenizer(texts, tmp_path / "letters.model", 22, byte_fallback=False)
+    tokenizer = Tokenizer(tmp_path / "letters.model")
+    assert tokenizer.decode(tokenizer.encode("A ZEN MAN")) == "A ZEN MAN"

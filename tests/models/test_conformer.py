@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import conformer as shipped
+from laser.training.config import load_config
 from laser.training.roofline import parameter_count
 from models import conformer
 from models.config import AttentionConfig, ConformerConfig
@@ -52,11 +54,9 @@ def forward(config, params, *inputs):
     return jax.jit(nnx.merge(conformer.structure(config), params))(*inputs)
 
 
-@pytest.mark.parametrize("num_layers, millions", [(4, 32.3), (16, 104.9)])
-def test_as_many_parameters_as_algoperf(num_layers, millions):
-    config = ConformerConfig(
-        vocab_size=1024, num_layers=num_layers, model_dim=512, mlp_dim=2048, num_heads=8
-    )
+@pytest.mark.parametrize("size, millions", [("32m", 32.3), ("105m", 104.9)])
+def test_as_many_parameters_as_algoperf(size, millions):
+    config = load_config(shipped.get_config(f"size={size}")).model
     params = jax.eval_shape(lambda: conformer.init_parameters(config, 0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert round(count / 1e6, 1) == millions

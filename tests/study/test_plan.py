@@ -1,6 +1,8 @@
 """A study's file becomes its runs, and every mistake in one is found before anything runs."""
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,25 @@ SHIPPED = sorted((Path(__file__).parents[2] / "configs/studies").glob("[a-z]*.py
 def test_shipped_studies(name):
     made = Plan(f"configs/studies/{name}.py")
     assert all(made.cells(stage, lambda cell: 0.0) for stage in made.study.stages)
+
+
+def test_the_vit_s_points_fill_the_paper_s_space():
+    """Table 8; logarithms fall into each quarter of their range about as often."""
+    made = Plan("configs/studies/vit.py")
+    search, seeds = made.study.stages
+    points = [cell.config() for cell in made.cells(search, lambda cell: 0.0)]
+    assert len(points) == 50
+    assert {point.optimizer.b2 for point in points} == {0.9, 0.99, 0.999}
+    assert {point.images.label_smoothing for point in points} == {0.1, 0.2}
+    assert {point.model.dropout for point in points} == {0.1}
+    for value, low, high in (
+        (lambda optimizer: optimizer.learning_rate, 1e-4, 1e-2),
+        (lambda optimizer: 1 - optimizer.b1, 1e-2, 0.15),
+        (lambda optimizer: optimizer.weight_decay, 5e-3, 1.0),
+    ):
+        logs = [math.log(value(point.optimizer) / low) for point in points]
+        quarters = Counter(int(4 * x / math.log(high / low)) for x in logs)
+        assert set(quarters) == {0, 1, 2, 3}
+        assert min(quarters.values()) >= 10
+    runs = [cell.config() for cell in made.cells(seeds, lambda cell: 0.0)]
+    assert len({(run.training.seed, run.data.shuffle_seed) for run in runs}) == 5

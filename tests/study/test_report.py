@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,12 +51,14 @@ def fake(tmp_path, monkeypatch):
         code, words = codes.get(key, (0, "done"))
         log_file.write_text(f"{words}\n")
         if code == 0:
+            if not plans:
+                plans.append(run.Plan(str(file)))
             _write_run(folder, plans[0], key)
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
 
     file = tmp_path / "mine.py"
     file.write_text(STUDY)
-    plans = [run.Plan(str(file))]
+    plans = []
     monkeypatch.setattr(run, "_launch", launch)
     monkeypatch.setattr(run, "POLL", 0.01)
     return [f"--study={file}", f"--output={tmp_path / 'out'}"], started, codes, tmp_path / "out"
@@ -63,8 +66,8 @@ def fake(tmp_path, monkeypatch):
 
 def _write_run(folder, plan, key):
     for stage in plan.study.stages:
-        for loss in (lambda cell: 0.0, lambda cell: _loss(cell.settings)):
-            for cell in plan.cells(stage, loss):
+        for sign in (1, -1):  # by the loss, or by the error
+            for cell in plan.cells(stage, lambda cell, sign=sign: sign * _loss(cell.settings)):
                 if cell.key == key:
                     settings, config = cell.settings, to_dict(cell.config())
     (folder / "tokenizer.model").write_bytes(b"t")
@@ -76,6 +79,7 @@ def _write_run(folder, plan, key):
     lines = [{"step": step, "loss": final + 1, **common} for step in range(10, 501, 10)]
     for step, loss in ((250, final + 1.0), (500, final)):
         line = {"step": step, "eval/loss": loss, "eval/bits_per_byte": loss / 2}
+        line["eval/error"] = 1 - loss / 10  # the lower loss is the higher error
         lines.insert(step // 10, line)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     if settings["attention"] == "standard":
@@ -117,6 +121,32 @@ def test_a_study_to_its_report(fake, capsys):
     from study import report, tables
 
     assert tables.all_tables(report.read_numbers(out / "numbers.json")) in text
+
+
+def test_another_measure_than_the_loss_decides(fake, tmp_path, capsys):
+    arguments, _, _, out = fake
+    both = '("training.seed", "data.shuffle_seed"): [(i, i) for i in range(3)]'
+    study = STUDY.replace('"training.seed": (0, 1, 2)', both)
+    study = study.replace('sizes=("main",)', 'measure="eval/error"')
+    (tmp_path / "mine.py").write_text(study)
+    assert main(arguments) == 0
+    text = (out / "report.md").read_text()
+    (row,) = _table(text, "Differences of the final eval/error")
+    # each at its rate of the higher loss, so of the lower error: 0.65, and LASER 0.01 more a seed
+    assert row[:6] == ["main", "laser − standard", "3", "+0.0200", "-0.0048 to +0.0448", "+3.08 %"]
+    groups = {row[1]: row for row in _table(text, "All groups")}
+    chosen = groups["attention=laser, learning_rate=0.001"]
+    assert chosen[2:5] == ["3", "3.3000 ± 0.1000", "0.6700 ± 0.0100"]
+    best = {(row[1], row[2]) for row in _table(text, "Best learning rates")}
+    assert best == {("laser", "0.001"), ("standard", "0.003")}
+
+    (tmp_path / "mine.py").write_text(study.replace("eval/error", "eval/errors"))
+    shutil.rmtree(out)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "measure=eval/errors is not in its metrics.jsonl; there are" in told
+    assert "eval/error," in told
 
 
 def test_shares_have_each_run_once(fake, monkeypatch):

@@ -59,6 +59,15 @@ def train(config):
     return losses, state, program
 
 
+def first_gradient(config):
+    """Of the first batch, by leaf; and the sums."""
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    program = Program(config, sharding.make_mesh(config, jax.devices()[: np.prod(sizes)]))
+    gradient = jax.jit(sharding.on_mesh(program.mesh, make_gradient(config)))
+    with SpeechRows(config).train_batches(config, 0, program.batch_sharding) as batches:
+        return jax.device_get(gradient(program.init_state().params, next(batches)[1]))
+
+
 @pytest.fixture(scope="module")
 def on_one_device(store):
     config = make_config(store)
@@ -78,6 +87,19 @@ def test_devices_equal_one(store, on_one_device, mesh):
         jax.device_get(state.params),
         jax.device_get(expected.params),
     )
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.slow
+def test_gradients_of_devices_equal_those_of_one(store, mesh):
+    expected, sums = first_gradient(make_config(store))
+    actual, same = first_gradient(make_config(store, mesh))
+    np.testing.assert_allclose(same.loss, sums.loss, rtol=1e-5)
+
+    def close(one, other):  # some are 0 but for rounding, as of biases before batch norm
+        assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other) + 2e-6
+
+    jax.tree.map(close, actual, expected)
 
 
 SPLIT_BY_TENSOR = {

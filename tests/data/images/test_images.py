@@ -1,6 +1,7 @@
 """Sources of images and the batches that are made of them."""
 
 import io
+import zlib
 from pathlib import Path
 
 import jax
@@ -83,6 +84,22 @@ def test_partners_are_the_images_before(folder):
         assert len(set(batch["noise"].tolist())) == 8
 
 
+def test_no_two_streams_of_a_batch_are_the_same(folder, monkeypatch):
+    keys = []
+
+    class Recorded(loader.Draws):
+        def __init__(self, *key):
+            keys.append(key)
+            super().__init__(*key)
+
+    monkeypatch.setattr(loader, "Draws", Recorded)
+    images, _, broken = open_folder(folder)
+    train(images, broken, stop=2)
+    this = {key for key in keys if key[1] == 1}
+    assert len(this) == 8 + 8 + 1  # augmentation and noise of each, and mixup
+    assert len({loader.Draws(*key).bits() for key in this}) == len(this)
+
+
 def test_evaluation_reads_each_image_once_and_fills_up(folder):
     _, validation, broken = open_folder(folder)
     batches = list(
@@ -101,20 +118,36 @@ def test_broken_images_are_named_counted_and_left_out(folder, caplog):
     whole = (folder / "train/n02/n02_3.JPEG").read_bytes()
     (folder / "train/n02/n02_3.JPEG").write_bytes(whole[:300])
     (folder / "train/n01/n01_1.JPEG").write_text("no image")
+    (folder / "train/n01/n01_2.JPEG").write_bytes(png_of_size(100_000))
     (folder / "train/n00").mkdir()
     (folder / "train/n00/notes.txt").write_text("no image, by its name")
-    images, _, broken = open_folder(folder, max_broken=3)
+    images, _, broken = open_folder(folder, max_broken=4)
     assert images.classes == ["n00", "n01", "n02", "n03"]
     assert len(images) == 27
     batches = train(images, broken, stop=4) + train(images, broken, stop=4)
     assert {name.removeprefix(str(folder)) for name in broken.names} == {
         "/train/n00", "/train/n02/n02_3.JPEG", "/train/n01/n01_1.JPEG",
+        "/train/n01/n01_2.JPEG",
     }  # fmt: skip
-    assert sum(8 - batch["weights"].sum() for batch in batches) >= 2
+    assert sum(8 - batch["weights"].sum() for batch in batches) >= 3
     for batch in batches:
         lonely = np.roll(batch["weights"], 1) == 0
         assert (batch["shares"][lonely] == 1).all()
     assert "n02_3.JPEG: a JPEG that is cut off" in caplog.text
+
+
+def png_of_size(side):
+    """A PNG whose header says so, with one row of nothing."""
+
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return len(data).to_bytes(4, "big") + kind + data + check.to_bytes(4, "big")
+
+    header = side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    rows = zlib.compress(bytes(3 * side + 1))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*part) for part in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    )
 
 
 @pytest.mark.parametrize("limit", [0, 1])
@@ -124,7 +157,7 @@ def test_too_many_broken_ones_end_it(folder, limit):
     images, _, broken = open_folder(folder, max_broken=limit)
     with pytest.raises(sources.TooManyBroken) as error:
         train(images, broken)
-    assert f"data.max_broken={limit}: {folder}" in str(error.value)
+    assert f"images.max_broken={limit}: {folder}" in str(error.value)
     assert "the file is empty" in str(error.value)
 
 
