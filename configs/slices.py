@@ -10,23 +10,25 @@ chips of v5e and cores, two a chip, of v5p. The paper trained the
 
 from ml_collections import ConfigDict
 
-# Size and slice → micro-batches of a step and what the backward pass keeps. All chips share
-# parameters and optimizer state (mesh.fsdp), which costs the same traffic as anything less.
+# Size and slice → copies of parameters and optimizer state (mesh.data), micro-batches of a step and
+# what the backward pass keeps. All chips share a copy (mesh.fsdp), which costs the same traffic as
+# anything less. The 7.7B has four on v5p: 64 chips can split all its weights between whole rows,
+# 256 cannot, and to put parts of rows together takes longer.
 LAYOUTS = {
-    ("234m", "v5e-64"): (1, "dots"),
-    ("301m", "v5e-64"): (1, "dots"),
-    ("435m", "v5e-64"): (1, "dots"),
-    ("1p1b", "v5e-128"): (1, "dots"),
-    ("2p2b", "v5e-256"): (1, "dots"),
-    ("7p7b", "v5e-256"): (2, "dots"),
-    ("234m", "v5p-128"): (1, "dots"),
-    ("301m", "v5p-128"): (1, "dots"),
-    ("435m", "v5p-128"): (1, "dots"),
-    ("1p1b", "v5p-256"): (1, "dots"),
-    ("2p2b", "v5p-512"): (1, "dots"),
-    ("7p7b", "v5p-512"): (1, "dots"),
-    ("llama", "v5e-64"): (1, "dots"),
-    ("llama", "v5p-128"): (1, "dots"),
+    ("234m", "v5e-64"): (1, 1, "dots"),
+    ("301m", "v5e-64"): (1, 1, "dots"),
+    ("435m", "v5e-64"): (1, 1, "dots"),
+    ("1p1b", "v5e-128"): (1, 1, "dots"),
+    ("2p2b", "v5e-256"): (1, 1, "dots"),
+    ("7p7b", "v5e-256"): (1, 2, "dots"),
+    ("234m", "v5p-128"): (1, 1, "dots"),
+    ("301m", "v5p-128"): (1, 1, "dots"),
+    ("435m", "v5p-128"): (1, 1, "dots"),
+    ("1p1b", "v5p-256"): (1, 1, "dots"),
+    ("2p2b", "v5p-512"): (1, 1, "dots"),
+    ("7p7b", "v5p-512"): (4, 1, "dots"),
+    ("llama", "v5e-64"): (1, 1, "dots"),
+    ("llama", "v5p-128"): (1, 1, "dots"),
 }
 
 
@@ -35,5 +37,5 @@ def set_layout(config: ConfigDict, size: str, name: str) -> None:
     if (size, name) not in LAYOUTS:
         known = ", ".join(known for of, known in LAYOUTS if of == size)
         raise ValueError(f"no layout of size {size} on slice {name!r}: there is one for {known}")
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 1
-    config.training.accumulation, config.model.remat = LAYOUTS[size, name]
+    config.mesh.data, config.training.accumulation, config.model.remat = LAYOUTS[size, name]
+    config.mesh.fsdp, config.mesh.tensor = -1, 1

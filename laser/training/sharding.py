@@ -45,7 +45,8 @@ class Rule:
     Attributes:
       pattern: regular expression of the path.
       tensor: the dim that the tensor axis splits, None for none.
-      fsdp: dims that fsdp axes may split; the first one that an axis divides takes it.
+      fsdp: dims that fsdp axes may split. The first one that all of them divide takes them all;
+        where there is none, each axis is taken by the last one that it divides.
     """
 
     pattern: str
@@ -225,10 +226,14 @@ def parameter_spec(mesh: AnyMesh, path: str, shape: tuple[int, ...]) -> Partitio
     if rule.tensor is not None and mesh.shape[TENSOR] > 1:
         _check_divides(path, shape, rule.tensor, mesh.shape[TENSOR])
         left[rule.tensor] //= mesh.shape[TENSOR]
-    for name in batch_axes(mesh)[1:]:
+    names = [name for name in batch_axes(mesh)[1:] if mesh.shape[name] > 1]
+    whole = math.prod(mesh.shape[name] for name in names)
+    for_all = next((dim for dim in rule.fsdp if left[dim] % whole == 0), None)
+    for name in names:
         size = mesh.shape[name]
-        dim = next((dim for dim in rule.fsdp if left[dim] % size == 0), None)
-        if dim is not None and size > 1:
+        one = next((dim for dim in reversed(rule.fsdp) if left[dim] % size == 0), None)
+        dim = one if for_all is None else for_all
+        if dim is not None:
             axes[dim] += (name,)
             left[dim] //= size
     if rule.tensor is not None and mesh.shape[TENSOR] > 1:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from laser.training import compiler, sharding
@@ -94,6 +95,7 @@ class Share:
 
         def gather(x, spec):
             axes = sharding.per_dim(spec)[first:]
+            axes += ((),) * (x.ndim - len(axes))  # a layout leaves out what its last dims have not
             return _gather(x.astype(dtype), axes) if any(axes) else x
 
         return jax.tree.map(gather, part, self.specs[name])
@@ -128,7 +130,22 @@ def _gather(part: Array, axes: Axes) -> Array:
     first dim of an array of two, over all axes at once or, for a small part, over one after the
     other; and for the gradient a reduce-scatter over one axis after the other. Else it all-reduces:
     twice the bytes. The last dim stays what it is: another one would be another layout, and a copy.
+    One that is split would be joined of narrow pieces, which is slower still, so the dim with the
+    longest part takes its place (`_order`).
     """
+    order = _order(part.shape, axes)
+    whole = _gather_in_order(part.transpose(order), tuple(axes[i] for i in order))
+    return whole.transpose(np.argsort(order))
+
+
+def _order(shape: Sequence[int], axes: Axes) -> list[int]:
+    """The dims of a part, in the order in which it is gathered."""
+    dims = range(len(shape))
+    last = max(dims, key=lambda i: (shape[i], i)) if axes[-1] else len(shape) - 1
+    return [i for i in dims if i != last] + [last]
+
+
+def _gather_in_order(part: Array, axes: Axes) -> Array:
     sizes, names = _layout(axes)
     parts = part.reshape(-1, part.shape[-1])
     if part.size * part.dtype.itemsize < compiler.small_part_bytes():
@@ -138,7 +155,7 @@ def _gather(part: Array, axes: Axes) -> Array:
         parts = jax.lax.all_gather(parts, names)
     parts = parts.reshape(*(n for dim in sizes for n in dim), *part.shape)
     parts = parts.transpose(_places(axes, part.ndim))
-    return parts.reshape([n * math.prod(s) for n, s in _by_dim(part.shape, sizes)])
+    return parts.reshape([n * math.prod(s) for n, s in zip(part.shape, sizes)])
 
 
 def _layout(axes: Axes) -> tuple[list[list[int]], tuple[str, ...]]:
@@ -147,20 +164,14 @@ def _layout(axes: Axes) -> tuple[list[list[int]], tuple[str, ...]]:
     return sizes, tuple(name for dim in axes for name in dim)
 
 
-def _by_dim(shape: Sequence[int], sizes: list[list[int]]) -> list[tuple[int, list[int]]]:
-    """Every dim with the sizes of the mesh axes that split it; later ones may have none."""
-    return [(n, sizes[i] if i < len(sizes) else []) for i, n in enumerate(shape)]
-
-
 def _places(axes: Axes, ndim: int) -> list[int]:
     """Where (parts of dim 0, of dim 1, ..., dim 0, dim 1, ...) go to join the parts of each dim."""
     count = sum(map(len, axes))
     order: list[int] = []
     start = 0
     for dim in range(ndim):
-        split = len(axes[dim]) if dim < len(axes) else 0
-        order += [*range(start, start + split), count + dim]
-        start += split
+        order += [*range(start, start + len(axes[dim])), count + dim]
+        start += len(axes[dim])
     return order
 
 
@@ -169,17 +180,23 @@ def _gather_fwd(part: Array, axes: Axes) -> tuple[Array, None]:
 
 
 def _gather_bwd(axes: Axes, _, gradient: Array) -> tuple[Array]:
+    sizes = _layout(axes)[0]
+    order = _order([n // math.prod(s) for n, s in zip(gradient.shape, sizes)], axes)
+    part = _scatter_in_order(gradient.transpose(order), tuple(axes[i] for i in order))
+    return (part.transpose(np.argsort(order)),)
+
+
+def _scatter_in_order(gradient: Array, axes: Axes) -> Array:
     sizes, names = _layout(axes)
     split: list[int] = []
-    for n, parts_of_dim in _by_dim(gradient.shape, sizes):
+    for n, parts_of_dim in zip(gradient.shape, sizes):
         split += [*parts_of_dim, n // math.prod(parts_of_dim)]
     places = _places(axes, gradient.ndim)
     parts = gradient.reshape(split).transpose([places.index(i) for i in range(len(places))])
     for name in names:
         rows = parts.reshape(jax.lax.axis_size(name), -1, split[-1])
         parts = jax.lax.psum_scatter(rows, name)
-    local = [n // math.prod(s) for n, s in _by_dim(gradient.shape, sizes)]
-    return (parts.reshape(local),)
+    return parts.reshape([n // math.prod(s) for n, s in zip(gradient.shape, sizes)])
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

@@ -65,9 +65,26 @@ def test_every_parameter_needs_a_rule():
         sharding.parameter_rule("blocks/attention/gate")
 
 
-def test_an_axis_moves_on_to_a_dim_that_it_divides():
+@pytest.mark.parametrize(
+    "name, shape, expected",
+    [
+        ("mlp/up", (2, 64, 48), "fsdp fsdp_1 | tensor"),  # the first dim that all divide
+        ("mlp/up", (2, 36, 64), " | fsdp fsdp_1 tensor"),
+        ("mlp/up", (2, 40, 24), "fsdp_1 | fsdp tensor"),  # none: each axis from the last dim on
+        ("mlp/down", (2, 48, 40), "fsdp_1 tensor | fsdp"),
+        ("mlp/up", (2, 36, 24), " | fsdp tensor"),  # fsdp_1 divides neither
+        ("attention/query", (2, 36, 16, 12), " | fsdp_1 tensor | fsdp"),
+    ],
+)
+def test_which_dims_the_axes_split(name, shape, expected):
     mesh = AbstractMesh((1, 4, 8, 2), ("data", "fsdp", "fsdp_1", "tensor"))
-    spec = sharding.parameter_spec(mesh, "blocks/mlp/up", (2, 36, 64))
-    assert sharding.per_dim(spec) == ((), ("fsdp",), ("fsdp_1", "tensor"))
+    spec = sharding.parameter_spec(mesh, f"blocks/{name}", shape)
+    found = [" ".join(names) for names in sharding.per_dim(spec)]
+    assert found[1:] == [part.strip() for part in expected.split("|")][: len(found) - 1]
+    assert len(found) - 1 >= len(expected.rstrip("| ").split("|"))
+
+
+def test_a_dim_that_the_tensor_axis_does_not_divide():
+    mesh = AbstractMesh((1, 4, 8, 2), ("data", "fsdp", "fsdp_1", "tensor"))
     with pytest.raises(ValueError, match=r"mesh\.tensor=2 does not divide dim 33 of parameter"):
         sharding.parameter_spec(mesh, "blocks/mlp/up", (2, 36, 33))
