@@ -156,7 +156,7 @@ def train_tokenizer(
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             byte_fallback=byte_fallback,
-            character_coverage=0.9995 if byte_fallback else 1.0,
+            **({} if byte_fallback else {"character_coverage": 1.0}),
             user_defined_symbols=["\n"],
             pad_id=PAD_ID,
             eos_id=EOS_ID,

@@ -4,9 +4,10 @@
     python scripts/inspect_data.py stores/c4 --verify
     python scripts/inspect_data.py stores/web:0.7,stores/code:0.3 --step=1000
 
-Prints counts of each split, a histogram of document lengths as a PNG, and rows of the step's global
-batch as text. A mark in the text says where a document begins and which one it is, so that packing
-and shuffling can be seen. The order is that of training with the same seed, batch size and length.
+Prints counts of each split, the loss that frequencies of tokens alone reach, a histogram of
+document lengths as a PNG, and rows of the step's global batch as text. A mark in the text says
+where a document begins and which one it is, so that packing and shuffling can be seen. The order is
+that of training with the same seed, batch size and length.
 With --verify it reads all files and compares them with their checksums; stores of up to 16 GiB are
 compared at every start of training, too.
 Exit codes: 0 done, 2 mistake in the command line or the store, 130 stopped by Ctrl-C, 1 anything
@@ -35,6 +36,7 @@ from data.tokenizer import Tokenizer
 
 BINS_PER_OCTAVE = 4
 OCTAVES = 32  # documents of up to 4 billion tokens
+COUNTED = 2**26  # tokens of a split whose frequencies are counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +103,12 @@ def describe(folder: str, store: TokenStore, seq_len: int, png: str | None) -> N
     picture = Path(png or f"{whole}-lengths.png")
     counts = {name: length_counts(store.split(name)) for name in store.split_names}
     print("\n".join(summary(store, name, counts[name]) for name in counts))
+    if len(store.split_names) > 1:
+        train, validation = (
+            token_counts(store.split(name), store.vocab_size) for name in ("train", "validation")
+        )
+        nats = frequency_loss(train, validation)
+        print(f"loss of validation by the frequencies of train's tokens alone: {nats:.3f} nats")
     draw(counts, seq_len, f"Lengths of documents in {whole.name}", picture)
     print(f"lengths of documents: {picture}")
 
@@ -169,6 +177,21 @@ def summary(store: TokenStore, name: str, counts: np.ndarray) -> str:
         f"  a document has {mean:,.0f} tokens on average, half of them have fewer than "
         f"{2 ** ((middle + 1) / BINS_PER_OCTAVE):,.0f}"
     )
+
+
+def token_counts(split: Split, vocab_size: int) -> np.ndarray:
+    """How often each token is a target in the first rows of a split."""
+    length = min(4096, split.num_tokens - 1)
+    counts = np.zeros(vocab_size, np.int64)
+    for row in range(min(split.num_rows(length), COUNTED // length)):
+        counts += np.bincount(split.rows([row], length)[0, 1:], minlength=vocab_size)
+    return counts
+
+
+def frequency_loss(train: np.ndarray, validation: np.ndarray) -> float:
+    """Nats a token of validation, each token being counted once more in train than it is there."""
+    shares = (train + 1) / (train + 1).sum()
+    return float(-(validation * np.log(shares)).sum() / validation.sum())
 
 
 def draw(counts: dict[str, np.ndarray], seq_len: int, title: str, png: Path) -> None:

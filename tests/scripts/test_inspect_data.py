@@ -16,7 +16,14 @@ from data.reading.store import TokenStore
 from data.sources import corpus
 from data.tokenizer import Tokenizer
 from scripts import inspect_data
-from scripts.inspect_data import draw, length_counts, row_pieces, step_rows
+from scripts.inspect_data import (
+    draw,
+    frequency_loss,
+    length_counts,
+    row_pieces,
+    step_rows,
+    token_counts,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"\[\[(leading EOS|document \d+), (\d+) tokens(, to its end)?\]\]")
@@ -43,6 +50,23 @@ def test_the_rows_shown_are_those_that_training_reads(store, shares, tmp_path):
         assert MARK.sub("", shown) == tokenizer.decode(row)
     if len(splits) > 1:
         assert sum(f" of {folders[1]}\n" in text for text in texts) == 2
+
+
+def test_the_loss_that_frequencies_reach(store):
+    opened = TokenStore(store)
+    counted = []
+    for name in ("train", "validation"):
+        split = opened.split(name)
+        documents = [split.document(i) for i in range(split.num_documents)]
+        tokens = [token for document in documents for token in [*document, opened.eos_id]]
+        whole = (split.num_tokens - 1) // 4096 * 4096 or split.num_tokens - 1
+        counted.append(np.bincount(tokens[:whole], minlength=400))
+        np.testing.assert_array_equal(token_counts(split, 400), counted[-1])
+    train, validation = counted
+    shares = [(train[token] + 1) / (train.sum() + 400) for token in range(400)]
+    nats = -sum(n * np.log(share) for n, share in zip(validation, shares)) / validation.sum()
+    assert frequency_loss(train, validation) == pytest.approx(nats)
+    assert nats < np.log(400)
 
 
 def test_every_document_is_marked_where_it_begins(store):
