@@ -44,8 +44,8 @@ tones: .venv/.runtime  ## a Conformer that learns to spell made-up words of tone
 
 tpu: .venv/.tpu  ## install what training on this TPU VM needs
 
-# Two workers more than cores, as tests also wait. A worker has up to 4 GB in memory.
-WORKERS := $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 2)))
+# One worker more than cores, as tests also wait. A worker has up to 4 GB in memory.
+WORKERS := $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 PYTEST := .venv/bin/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 
 test: lint types  ## ruff, mypy and every test, the slow ones too
