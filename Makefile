@@ -55,7 +55,7 @@ check: lint types  ## ruff, mypy and the quick tests
 	$(PYTEST) -m "not slow"
 
 PEERS := dropins export models/test_bert.py models/test_vit.py scripts/test_benchmark_torch.py
-peers: .venv/.peers  ## compare models and layers with those of PyTorch, transformers and timm
+peers: .venv/.peers  ## compare models and layers with those of PyTorch and transformers
 	$(PYTEST) $(PEERS:%=tests/%)
 
 docs: .venv/.docs  ## build the documentation into site/html; a dead link is an error
