@@ -11,7 +11,7 @@ from tests.models.test_vit import images, run
 
 @pytest.mark.parametrize("name", ["timm", "timm_qk_norm"])
 def test_timm_computes_the_same(name, store, tmp_path, monkeypatch):
-    torch = pytest.importorskip("torch", reason="make peers")
+    torch = pytest.importorskip("torch")
     pytest.importorskip("timm")
     config, pixels = MODELS[name], images(3)
     params = exported(tmp_path / "out", store, config)
