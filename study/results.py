@@ -24,7 +24,7 @@ LOSS = "eval/loss"
 
 
 def write_done(
-    cell: Cell, folder: Path, versions: Mapping[str, str], measure: str = LOSS
+    cell: Cell, folder: Path, versions: Mapping[str, str], measure: str
 ) -> dict[str, Any]:
     """Of a run that has ended as it should. Raises ValueError if it has not what decides."""
     lines = read_metrics(folder / METRICS_FILE)
@@ -101,8 +101,7 @@ def is_trained(folder: Path, steps: int) -> bool:
     if steps not in saved_step_folders(folder) or not (folder / METRICS_FILE).exists():
         return False
     return any(
-        line["step"] == steps and "eval/loss" in line
-        for line in read_metrics(folder / METRICS_FILE)
+        line["step"] == steps and LOSS in line for line in read_metrics(folder / METRICS_FILE)
     )
 
 

@@ -44,10 +44,14 @@ def make_config(store, mesh=(1, 1, 1), attention="standard", **fields):
     return resolved(config, SpeechRows(config))
 
 
+def make_program(config):
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return Program(config, sharding.make_mesh(config, jax.devices()[: np.prod(sizes)]))
+
+
 def train(config):
     """Losses of its steps, and the state after them."""
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    program = Program(config, sharding.make_mesh(config, jax.devices()[: np.prod(sizes)]))
+    program = make_program(config)
     state, losses = program.init_state(), []
     with SpeechRows(config).train_batches(config, 0, program.batch_sharding) as batches:
         for _, batch in batches:
@@ -61,8 +65,7 @@ def train(config):
 
 def first_gradient(config):
     """Of the first batch, by leaf; and the sums."""
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    program = Program(config, sharding.make_mesh(config, jax.devices()[: np.prod(sizes)]))
+    program = make_program(config)
     gradient = jax.jit(sharding.on_mesh(program.mesh, make_gradient(config)))
     with SpeechRows(config).train_batches(config, 0, program.batch_sharding) as batches:
         return jax.device_get(gradient(program.init_state().params, next(batches)[1]))
