@@ -47,6 +47,30 @@ def layer_param(
     return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit))
 
 
+@jax.custom_vjp
+def dense(x: Array, weight: Array) -> Array:
+    """x @ weight: (..., I) and (I, O) to (..., O), in their common dtype.
+
+    The weight's gradient is made from x and the output's, in this order. Left to jax it is made in
+    the other and transposed, which XLA on CPUs does in up to three times the time.
+    """
+    return x @ weight
+
+
+def _dense_fwd(x, weight):
+    return x @ weight, (x, weight)
+
+
+def _dense_bwd(kept, d_out):
+    x, weight = kept
+    leading = tuple(range(x.ndim - 1))
+    d_weight = jax.lax.dot_general(x, d_out, ((leading, leading), ((), ())))
+    return d_out @ weight.T, d_weight
+
+
+dense.defvjp(_dense_fwd, _dense_bwd)
+
+
 def with_bias(x: Array, bias: nnx.Param | None) -> Array:
     """x + bias over the last dims, in the dtype of `x`; x if there is none."""
     return x if bias is None else x + bias[...].astype(x.dtype)
@@ -95,13 +119,13 @@ class Mlp(nnx.Module):
 
     def hidden(self, x_BTM: Array) -> Array:
         """(B, T, M) -> (B, T, F)."""
-        hidden_BTF = with_bias(x_BTM @ self.up[...].astype(x_BTM.dtype), self.up_bias)
+        hidden_BTF = with_bias(dense(x_BTM, self.up[...].astype(x_BTM.dtype)), self.up_bias)
         if self.kind == "gelu":
             hidden_BTF = jax.nn.gelu(hidden_BTF, approximate=True)
         elif self.kind == "relu":
             hidden_BTF = jax.nn.relu(hidden_BTF)
         else:
-            gate_BTF = x_BTM @ self.gate[...].astype(x_BTM.dtype)
+            gate_BTF = dense(x_BTM, self.gate[...].astype(x_BTM.dtype))
             swish = self.kind == "swiglu"
             hidden_BTF *= (
                 jax.nn.silu(gate_BTF) if swish else jax.nn.gelu(gate_BTF, approximate=True)
@@ -110,7 +134,7 @@ class Mlp(nnx.Module):
 
     def output(self, hidden_BTF: Array) -> Array:
         """(B, T, F) -> (B, T, M)."""
-        return with_bias(hidden_BTF @ self.down[...].astype(hidden_BTF.dtype), self.down_bias)
+        return with_bias(dense(hidden_BTF, self.down[...].astype(hidden_BTF.dtype)), self.down_bias)
 
 
 class LayerCache(NamedTuple):

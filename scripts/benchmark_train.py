@@ -194,6 +194,7 @@ def products_case(shape: Shape) -> Case:
     import jax.numpy as jnp
 
     from laser.training.loss import chunk_length
+    from models.layers import dense
 
     half, size = shape.length // 2, shape.dim // shape.heads
     chunk = shape.batch * chunk_length(shape.batch, shape.length)
@@ -205,25 +206,25 @@ def products_case(shape: Shape) -> Case:
         v_BHTD = jnp.einsum("btm,mhd->bhtd", x_BTM, value)
         logits_BHTS = jnp.einsum("bhtd,bhsd->bhts", q_BHTD, k_BHTD[:, :, :half])
         out_BHTD = jnp.einsum("bhts,bhsd->bhtd", logits_BHTS, v_BHTD[:, :, :half])
-        return jnp.einsum("bhtd,hdm->btm", out_BHTD, output) @ up @ down
+        return dense(dense(jnp.einsum("bhtd,hdm->btm", out_BHTD, output), up), down)
 
     def blocks(layers, x_BTM):
         return functools.reduce(block, layers, x_BTM)
 
     def readout(hidden_NM, embedding_VM):
-        def add(d_embedding_VM, hidden_CM):
+        def add(d_embedding_MV, hidden_CM):
             logits_CV = jnp.einsum("cm,vm->cv", hidden_CM, embedding_VM)
-            d_embedding_VM += jnp.einsum("cv,cm->vm", logits_CV, hidden_CM)
-            return d_embedding_VM, logits_CV @ embedding_VM
+            d_embedding_MV += jnp.einsum("cm,cv->mv", hidden_CM, logits_CV)
+            return d_embedding_MV, logits_CV @ embedding_VM
 
         chunks = hidden_NM.reshape(-1, chunk, shape.dim)
-        return jax.lax.scan(add, jnp.zeros_like(embedding_VM), chunks)
+        return jax.lax.scan(add, jnp.zeros_like(embedding_VM.T), chunks)
 
     @jax.jit
     def products(layers, x_BTM, embedding_VM):
         hidden_BTM, backward = jax.vjp(blocks, layers, x_BTM)
-        d_embedding_VM, d_hidden = readout(hidden_BTM, embedding_VM)
-        return backward(d_hidden.reshape(x_BTM.shape)), d_embedding_VM
+        d_embedding_MV, d_hidden = readout(hidden_BTM, embedding_VM)
+        return backward(d_hidden.reshape(x_BTM.shape)), d_embedding_MV
 
     keys: Iterator[jax.Array] = iter(jax.random.split(jax.random.key(0), 6 * shape.layers + 2))
 

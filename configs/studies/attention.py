@@ -8,9 +8,11 @@
 `size` is 1m, 4m or 12m, parameters beside the embedding; `attention` as in configs/c4.py.
 
 The protocol was fixed before the first run. Both arms of a comparison start from the same
-parameters and read the same rows; each has its own learning rate, the best of six on its own. The
-largest was added after the first six runs of the 1m, as the best of both was the largest of five.
-The 1m comes first because it costs least; the comparison that decides is the one of the 4m.
+parameters and read the same rows; each has its own learning rate, the best of four on its own. Of
+the five that were planned the 1m was best at the largest, so a larger one was added after its first
+six runs. The 4m then left the smallest and that largest out before its first run; should the best
+be an edge of what is left, the next is added. The 1m comes first because it costs least; the
+comparison that decides is the one of the 4m.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +31,8 @@ TOKENS_PER_STEP = 16 * 256
 MILLION = 1_000_000 // TOKENS_PER_STEP  # steps
 
 ARMS = ("standard", "laser")
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (8e-3, 4e-3, 1.6e-2, 2e-3)  # the likely ones first
+SMALL_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 LONGER = tuple(round(8 * times * MILLION) for times in (1.15, 1.3))
 MODIFIERS = ("per_dim_temp", "temp=0.5", "diff")
 RATE, SEED, STEPS, EVERY = (
@@ -80,7 +83,7 @@ def get_study() -> Study:
     stages = [
         Stage(
             "small_rates",
-            {RATE: RATES[2:], "attention": ARMS},
+            {RATE: SMALL_RATES, "attention": ARMS},
             {"size": "1m", **_length(0.5, 1)},
             "the learning rate of each arm, 1m, 0.5 M tokens",
         ),

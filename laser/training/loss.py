@@ -92,7 +92,7 @@ def _cross_entropy_fwd(
     hidden_BTM, embedding_VM, targets_BT, weights_BT, soft_cap, z_loss, chunk, count_errors
 ):
     def gradients(carry, xs):
-        *sums, d_embedding_VM = carry
+        *sums, d_embedding_MV = carry
         hidden_BCM, targets_BC, weights_BC = xs
         logits_BCV = output_logits(hidden_BCM, embedding_VM, soft_cap)
         added, normaliser_BC = _chunk_loss(logits_BCV, targets_BC, weights_BC, z_loss, count_errors)
@@ -104,18 +104,18 @@ def _cross_entropy_fwd(
             d_logits_BCV *= 1 - jnp.square(logits_BCV / soft_cap)
         d_logits_BCV = d_logits_BCV.astype(hidden_BTM.dtype)
         d_hidden_BCM = d_logits_BCV @ embedding_VM.astype(hidden_BTM.dtype)
-        d_embedding_VM += jnp.einsum(
-            "bcv,bcm->vm", d_logits_BCV, hidden_BCM, preferred_element_type=jnp.float32
+        d_embedding_MV += jnp.einsum(
+            "bcm,bcv->mv", hidden_BCM, d_logits_BCV, preferred_element_type=jnp.float32
         )
-        return (*map(jnp.add, sums, added), d_embedding_VM), d_hidden_BCM
+        return (*map(jnp.add, sums, added), d_embedding_MV), d_hidden_BCM
 
     zero = (jnp.float32(0),) * (2 + count_errors)
-    zero += (jnp.zeros(embedding_VM.shape, jnp.float32),)
-    (*sums, d_embedding_VM), d_hidden = jax.lax.scan(
+    zero += (jnp.zeros(embedding_VM.shape[::-1], jnp.float32),)
+    (*sums, d_embedding_MV), d_hidden = jax.lax.scan(
         gradients, zero, _chunks(chunk, hidden_BTM, targets_BT, weights_BT)
     )
     d_hidden_BTM = d_hidden.swapaxes(0, 1).reshape(hidden_BTM.shape)
-    return tuple(sums), (d_hidden_BTM, d_embedding_VM.astype(embedding_VM.dtype))
+    return tuple(sums), (d_hidden_BTM, d_embedding_MV.T.astype(embedding_VM.dtype))
 
 
 def _cross_entropy_bwd(soft_cap, z_loss, chunk, count_errors, gradients, cotangents):
