@@ -10,32 +10,36 @@ chips of v5e and cores, two a chip, of v5p. The paper trained the
 
 from ml_collections import ConfigDict
 
-# Size and slice → copies of parameters and optimizer state (mesh.data), micro-batches of a step and
-# what the backward pass keeps. All chips share a copy (mesh.fsdp), which costs the same traffic as
-# anything less. The 7.7B has four on v5p: 64 chips can split all its weights between whole rows,
-# 256 cannot, and to put parts of rows together takes longer.
+# Size and slice → copies of parameters and optimizer state (mesh.data), micro-batches of a step,
+# what the backward pass keeps, and whether layers are unrolled. All chips share a copy (mesh.fsdp),
+# which costs the same traffic as anything less. The 7.7B has four on v5p: 64 chips can split all
+# its weights between whole rows, 256 cannot, and to put parts of rows together takes longer. A loop
+# over layers copies what the backward pass keeps into one array of all layers and out of it again:
+# unrolled, a step is 8 to 19 % shorter and compiles five to ten times as long. For the 7.7B it is
+# no shorter, as the gathers are hidden less.
 LAYOUTS = {
-    ("234m", "v5e-64"): (1, 1, "dots"),
-    ("301m", "v5e-64"): (1, 1, "dots"),
-    ("435m", "v5e-64"): (1, 1, "dots"),
-    ("1p1b", "v5e-128"): (1, 1, "dots"),
-    ("2p2b", "v5e-256"): (1, 1, "dots"),
-    ("7p7b", "v5e-256"): (1, 2, "dots"),
-    ("234m", "v5p-128"): (1, 1, "dots"),
-    ("301m", "v5p-128"): (1, 1, "dots"),
-    ("435m", "v5p-128"): (1, 1, "dots"),
-    ("1p1b", "v5p-256"): (1, 1, "dots"),
-    ("2p2b", "v5p-512"): (1, 1, "dots"),
-    ("7p7b", "v5p-512"): (4, 1, "dots"),
-    ("llama", "v5e-64"): (1, 1, "dots"),
-    ("llama", "v5p-128"): (1, 1, "dots"),
+    ("234m", "v5e-64"): (1, 1, "dots", True),
+    ("301m", "v5e-64"): (1, 1, "dots", True),
+    ("435m", "v5e-64"): (1, 1, "dots", True),
+    ("1p1b", "v5e-128"): (1, 1, "dots", True),
+    ("2p2b", "v5e-256"): (1, 1, "dots", True),
+    ("7p7b", "v5e-256"): (1, 2, "dots", False),
+    ("234m", "v5p-128"): (1, 1, "dots", True),
+    ("301m", "v5p-128"): (1, 1, "dots", True),
+    ("435m", "v5p-128"): (1, 1, "dots", True),
+    ("1p1b", "v5p-256"): (1, 1, "dots", True),
+    ("2p2b", "v5p-512"): (1, 1, "dots", True),
+    ("7p7b", "v5p-512"): (4, 1, "dots", False),
+    ("llama", "v5e-64"): (1, 1, "dots", True),
+    ("llama", "v5p-128"): (1, 1, "dots", True),
 }
 
 
 def set_layout(config: ConfigDict, size: str, name: str) -> None:
-    """Sets mesh, micro-batches and remat policy of a size on a slice. Raises ValueError."""
+    """Sets all that a size needs on a slice. Raises ValueError for one that is not known."""
     if (size, name) not in LAYOUTS:
         known = ", ".join(known for of, known in LAYOUTS if of == size)
         raise ValueError(f"no layout of size {size} on slice {name!r}: there is one for {known}")
-    config.mesh.data, config.training.accumulation, config.model.remat = LAYOUTS[size, name]
+    layout = LAYOUTS[size, name]
+    config.mesh.data, config.training.accumulation, config.model.remat, config.model.unroll = layout
     config.mesh.fsdp, config.mesh.tensor = -1, 1

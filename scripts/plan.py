@@ -26,6 +26,7 @@ from laser.training.console import end_on_ctrl_c, interruptible
 from laser.training.flags import exit_with, parse_or_exit
 
 SEARCH_WANTED = 3  # programs that fit, to rank
+LAYERS_IN_A_MINUTE = 4  # of compiling for TPUs, on one core
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -61,6 +62,12 @@ def _plan(config: RunConfig, topology: topologies.Topology, values: flags.FlagVa
     from laser.planning.plan import TooLarge, make_plan
 
     devices = topologies.devices(topology)
+    if config.model.unroll and config.model.num_layers > LAYERS_IN_A_MINUTE:
+        minutes = config.model.num_layers // LAYERS_IN_A_MINUTE
+        _log(
+            f"compiling each of {config.model.num_layers} layers, {minutes} minutes and more; "
+            "--config.model.unroll=False compiles one: other schedule, nearly the same memory"
+        )
     result = make_plan(config, topology, devices)
     if isinstance(result, TooLarge):
         return _refuse(config, topology, devices, result, values.json)

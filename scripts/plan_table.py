@@ -3,8 +3,8 @@
     python scripts/plan_table.py [--only=SUBSTRING]
 
 Needs libtpu (pip install libtpu). Rows that are in docs/plans.json are kept: to renew all, delete
-it first. A row takes the compiler a minute or two, and where products are of float32 with the
-highest precision ten or twenty; a run that was stopped goes on where it was.
+it first. A row takes the compiler 5 to 12 minutes where layers are unrolled, and up to 20 where
+products are of float32 with the highest precision; a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -54,11 +54,12 @@ def config(name: str) -> str:
     return f"configs/{model or 'c4'}.py:" + ",".join(f"{k}={v}" for k, v in which.items())
 
 
-def make(name: str) -> dict:
-    """The plan of a row, in a process of its own: libtpu gives no memory back."""
+def make(name: str, *more: str) -> dict:
+    """The plan of a row, with more flags, in a process of its own: libtpu gives no memory back."""
     command = [
         sys.executable, str(ROOT / "scripts/plan.py"), "--json",
         f"--config={config(name)}", f"--topology={table.arguments(name)['slice']}",
+        *more,
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:

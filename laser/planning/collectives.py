@@ -130,29 +130,3 @@ class Reader:
         return tuple(
             name for name, along in zip(self.axis_sizes, places, strict=True) if len(set(along)) > 1
         )
-
-
-def kept_for_backward(module: Module, layers: int) -> float:
-    """Bytes that the loop over layers hands from the forward to the backward pass.
-
-    They are arrays with a first dim of layers among what the forward loop writes: of the loops with
-    as many trips as layers, the first one. 0 where layers are unrolled.
-    """
-    for instructions in module.computations.values():
-        for op in instructions:
-            if op.opcode == "while" and module.trips(op) == layers and "/jvp()" in op.rest:
-                return _written(module.computations[op.called("body")], layers)
-    return 0.0
-
-
-def _written(body: list[Instruction], layers: int) -> float:
-    ops = {op.name: op for op in body}
-    carried = {op.name for op in body if op.opcode == "parameter"}
-    total = 0.0
-    for op in map(ops.__getitem__, body[-1].operands):
-        if op.opcode == "get-tuple-element" and op.operands[0] in carried:
-            continue  # passed through unchanged
-        for dtype, dims in ARRAY.findall(op.type):
-            if dims.split(",")[0] == str(layers):
-                total += array_bytes(dtype, dims)
-    return total

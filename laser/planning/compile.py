@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import Mesh
 
 from laser.planning import bundles
-from laser.planning.collectives import Collective, collectives, kept_for_backward
+from laser.planning.collectives import Collective, collectives
 from laser.planning.hlo import Module
 from laser.training import sharding
 from laser.training.config import RunConfig
@@ -58,7 +59,7 @@ class Compiled:
     arguments: int
     temporaries: int
     peak: int
-    kept: float
+    kept: int
     collectives: list[Collective]
     attention: str
     seconds: float
@@ -67,10 +68,10 @@ class Compiled:
     bundles: dict[str, int]
 
 
-def lower_step(config: RunConfig, devices: Sequence) -> tuple[Program, jax.stages.Lowered]:
-    """The train step before XLA compiles it. Raises ValueError as `compile_step`."""
+def trace_step(config: RunConfig, devices: Sequence) -> tuple[Program, jax.stages.Traced]:
+    """The train step before XLA has it. Raises ValueError as `compile_step`."""
     program = Program(_with_steps(config), sharding.make_mesh(config, devices))
-    return program, program.train_step.lower(program.abstract_state, program.abstract_batch())
+    return program, program.train_step.trace(program.abstract_state, program.abstract_batch())
 
 
 def _with_steps(config: RunConfig) -> RunConfig:
@@ -90,12 +91,13 @@ def compile_step(config: RunConfig, devices: Sequence) -> tuple[Mesh, Compiled]:
       OutOfMemory: the program does not fit a chip.
     """
     start = time.perf_counter()
-    program, lowered = lower_step(config, devices)
+    program, traced = trace_step(config, devices)
     try:
-        compiled = lowered.compile()
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error) from None
-    return program.mesh, _read(program, compiled, time.perf_counter() - start)
+    kept = kept_for_backward(traced.jaxpr.jaxpr, config.model.num_layers)
+    return program.mesh, _read(program, compiled, kept, time.perf_counter() - start)
 
 
 def _explained(error: jax.errors.JaxRuntimeError) -> Exception:
@@ -113,7 +115,23 @@ def _explained(error: jax.errors.JaxRuntimeError) -> Exception:
     return OutOfMemory(float(sizes[1]) / (1 if sizes[2] == "G" else 1024), float(sizes[3]))
 
 
-def _read(program: Program, compiled: Any, seconds: float) -> Compiled:
+def kept_for_backward(jaxpr: Jaxpr, layers: int) -> int:
+    """Bytes that the forward pass over the layers hands to the backward pass.
+
+    They are what the first scan with as many rounds as layers stacks up, whether XLA is to unroll
+    it or not; inside of a shard_map those of one device. 0 without such a scan.
+    """
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == layers:
+            stacked: Any = equation.outvars[equation.params["num_carry"] :]
+            return sum(var.aval.size * var.aval.dtype.itemsize for var in stacked)
+        for inner in jaxprs_in_params(equation.params):
+            if kept := kept_for_backward(inner, layers):
+                return kept
+    return 0
+
+
+def _read(program: Program, compiled: Any, kept: int, seconds: float) -> Compiled:
     text: str = compiled.as_text() or ""
     module = Module(text)
     memory = compiled.memory_analysis()
@@ -124,7 +142,7 @@ def _read(program: Program, compiled: Any, seconds: float) -> Compiled:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        kept=kept_for_backward(module, program.config.model.num_layers),
+        kept=kept,
         collectives=collectives(module, dict(program.mesh.shape)),
         attention="pallas" if KERNEL.search(text) else "chunked",
         seconds=seconds,

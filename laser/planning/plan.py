@@ -39,7 +39,7 @@ class Plan:
     Attributes:
       topology, rented_as, chips: the slices.
       mesh: sizes of all mesh axes.
-      accumulation, remat, attention: of the config; the implementation that was compiled.
+      accumulation, remat, unroll, attention: of the config; the implementation that was compiled.
       fits: None if it cannot be known, without libtpu.
       capacity_gib, peak_gib: what a program may use and what this one does.
       parameters_gib, optimizer_gib, kept_gib, temporaries_gib: parts of it; `kept` lies within
@@ -63,6 +63,7 @@ class Plan:
     mesh: dict[str, int]
     accumulation: int
     remat: str
+    unroll: bool
     attention: str
     fits: bool | None
     capacity_gib: float
@@ -138,6 +139,7 @@ def _plan(
         mesh=dict(mesh.shape),
         accumulation=config.training.accumulation,
         remat=config.model.remat,
+        unroll=config.model.unroll,
         attention=compiled.attention,
         fits=peak <= chip.hbm_gib if known else None,
         capacity_gib=chip.hbm_gib,

@@ -43,7 +43,8 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"{times}{plan.topology} (rented as {plan.rented_as}), {plan.chips} chips: {verdict}",
         f"mesh {mesh}; {plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''}, "
-        f"remat {plan.remat}, attention {plan.attention}",
+        f"remat {plan.remat}, layers {'unrolled' if plan.unroll else 'in a loop'}, "
+        f"attention {plan.attention}",
     ]
 
 

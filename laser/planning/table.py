@@ -7,10 +7,10 @@ from typing import Any
 
 # Of a plan, what a row keeps.
 FIELDS = (
-    "topology", "mesh", "accumulation", "remat", "attention", "fits", "capacity_gib", "peak_gib",
-    "parameters_gib", "optimizer_gib", "kept_gib", "temporaries_gib", "recomputed_flops",
-    "model_flops", "traffic_gib", "all_reduce_gib", "bound", "binding", "mfu", "hours",
-    "chip_hours", "compile_seconds", "compile_gb", "schedule_seconds", "schedule_mfu",
+    "topology", "mesh", "accumulation", "remat", "unroll", "attention", "fits", "capacity_gib",
+    "peak_gib", "parameters_gib", "optimizer_gib", "kept_gib", "temporaries_gib",
+    "recomputed_flops", "model_flops", "traffic_gib", "all_reduce_gib", "bound", "binding", "mfu",
+    "hours", "chip_hours", "compile_seconds", "compile_gb", "schedule_seconds", "schedule_mfu",
 )  # fmt: skip
 
 HEAD = (
@@ -76,7 +76,7 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
         bound = plan["bound"]
         cells = [
             size, which["attention"], which["slice"], mesh, str(plan["accumulation"]),
-            plan["remat"],
+            plan["remat"] + ", unrolled" * plan["unroll"],
             f"{state:.2f}, {plan['kept_gib']:.2f}, {plan['peak_gib']:.2f} "
             f"of {plan['capacity_gib']:.2f}",
             f"{100 * plan['recomputed_flops'] / plan['model_flops']:.1f} %",

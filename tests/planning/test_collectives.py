@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from laser.planning.collectives import collectives, kept_for_backward
+from laser.planning.collectives import collectives
 from laser.planning.hlo import Module
 
 # The forms in which XLA for TPUs writes what moves, with all else left out.
@@ -98,23 +98,3 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert found["reduce-scatter"].bytes == 7 * part * 4 * 3 / 4
     assert found["all-reduce"].axes == ("data",)
     assert found["all-reduce"].bytes == pytest.approx(part)
-
-
-def test_what_the_backward_pass_finds():
-    """A loop of 6 layers keeps its input, and with a product more, that product's result too."""
-
-    def kept(policy):
-        def layer(x, w):
-            return jnp.tanh(x @ w), None
-
-        def loss(x, w):
-            body = jax.checkpoint(layer, policy=policy)
-            return jax.lax.scan(body, x, w)[0].sum()
-
-        x, w = jnp.ones((32, 128)), jnp.ones((6, 128, 128))
-        text = jax.jit(jax.value_and_grad(loss, argnums=1)).lower(x, w).compile().as_text()
-        return kept_for_backward(Module(text), 6)
-
-    one = 6 * 32 * 128 * 4
-    assert kept(jax.checkpoint_policies.nothing_saveable) == one
-    assert kept(jax.checkpoint_policies.everything_saveable) >= 2 * one

@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags as absl_flags
 
 from configs import c4
 from laser.planning import report, search, table
-from laser.planning.compile import compile_step, lower_step
+from laser.planning.compile import compile_step, kept_for_backward, trace_step
 from laser.planning.plan import make_plan
 from laser.planning.topologies import parse_topology
 from laser.training import flags, loop, roofline, sharding
@@ -31,7 +32,8 @@ def test_the_plan_s_program_is_the_one_that_train_py_runs(run):
     with run.train_batches(0) as batches:
         _, batch = next(iter(batches))
         trained = run.program.train_step.lower(run.program.init_state(), batch)
-    _, planned = lower_step(run.config, jax.devices())
+    _, traced = trace_step(run.config, jax.devices())
+    planned = traced.lower()
     assert planned.as_text() == trained.as_text()
     assert "all_gather" in planned.as_text()
 
@@ -53,6 +55,30 @@ def test_numbers_of_a_small_run(run):
             found[one.axes[0]] += one.bytes
     assert found["fsdp"] == pytest.approx(counted["fsdp"], rel=0.01)
     assert found["data"] == pytest.approx(counted["data"], rel=0.01)
+
+
+def test_what_the_backward_pass_finds():
+    """A loop of 6 layers keeps its input, and with a product more, that product's result too."""
+
+    def kept(policy, **loop):
+        def layer(x, w):
+            return jnp.tanh(x @ w), None
+
+        def loss(x, w):
+            body = jax.checkpoint(layer, policy=policy)
+            return jax.lax.scan(body, x, w, **loop)[0].sum()
+
+        x, w = jnp.ones((32, 128)), jnp.ones((6, 128, 128))
+        step = jax.jit(jax.value_and_grad(loss, argnums=1))
+        return kept_for_backward(step.trace(x, w).jaxpr.jaxpr, 6)
+
+    one = 6 * 32 * 128 * 4
+    nothing, everything = (
+        jax.checkpoint_policies.nothing_saveable,
+        jax.checkpoint_policies.everything_saveable,
+    )
+    assert kept(nothing) == kept(nothing, unroll=6) == one
+    assert kept(everything) == kept(everything, unroll=6) >= 2 * one
 
 
 @pytest.mark.parametrize("size", c4.SIZES)
@@ -169,7 +195,7 @@ def test_a_table_is_put_between_its_marks(tmp_path):
     plan = {
         **dict.fromkeys(table.FIELDS, 1.23456789), "traffic": [{"kind": "all-gather", "gib": 2.0}],
         "schedule": {"seconds": 2.0}, "schedule_mfu": 0.5,
-        "mesh": {"fsdp": 64, "tensor": 1}, "remat": "dots", "attention": "pallas",
+        "mesh": {"fsdp": 64, "tensor": 1}, "remat": "dots", "unroll": True, "attention": "pallas",
         "bound": {"compute": 1.0, "memory": 0.5, "interconnect": 0.25},
     }  # fmt: skip
     made: list[str] = []
@@ -186,12 +212,15 @@ def test_a_table_is_put_between_its_marks(tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| 301m", "| 435m"]
     assert rows[0].endswith("| 2000 | 50.0 % |")
+    assert all(" | dots, unrolled | " in row for row in rows)
     assert "old" not in text
 
 
 def test_shipped_layouts_are_of_the_config():
     config = load_config(c4.get_config("size=7p7b,slice=v5e-256"))
     assert (config.training.accumulation, config.model.remat) == (2, "dots")
+    assert not config.model.unroll
+    assert load_config(c4.get_config("size=2p2b,slice=v5e-256")).model.unroll
     assert config.mesh == MeshConfig(data=1, fsdp=-1, tensor=1)
     with pytest.raises(ValueError, match=r"no layout of size 301m on slice 'v5e-256'.*v5e-64"):
         c4.get_config("size=301m,slice=v5e-256")

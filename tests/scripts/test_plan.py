@@ -102,16 +102,19 @@ def test_a_refusal_comes_before_the_search_for_what_fits(as_json, monkeypatch, c
 
 
 def assert_row_is_right(name):
-    """A row of docs/plans.json, compiled again. Other versions of libtpu may differ a little; and
-    the row was compiled with all optimizations, which pack temporaries tighter."""
+    """A row of docs/plans.json, compiled again, with its layers in a loop: unrolled, they take the
+    compiler minutes. Other versions of libtpu may differ a little; and the row was compiled with
+    all optimizations, which pack temporaries tighter."""
     rows = json.loads((ROOT / "docs/plans.json").read_text())
     row = rows[name]
-    renewed = plan_table.table.row(plan_table.make(name))
+    renewed = plan_table.table.row(plan_table.make(name, "--config.model.unroll=False"))
     for key in ("mesh", "accumulation", "remat", "attention", "fits", "binding"):
         assert renewed[key] == row[key], key
-    for key in ("peak_gib", "kept_gib", "traffic_gib", "mfu", "hours"):
+    for key in ("kept_gib", "traffic_gib", "mfu", "hours"):
         assert renewed[key] == pytest.approx(row[key], rel=0.05), key
-    assert renewed["temporaries_gib"] == pytest.approx(row["temporaries_gib"], rel=0.12)
+    # Of the 301M as a loop and unrolled: 8.41 and 9.09 at the peak, temporaries 8.47 and 10.44.
+    assert renewed["peak_gib"] == pytest.approx(row["peak_gib"], rel=0.1)
+    assert 0.7 < renewed["temporaries_gib"] / row["temporaries_gib"] < 1.12
     assert renewed["fits"]
     assert renewed["all_reduce_gib"] < 0.02 * renewed["traffic_gib"]
 
