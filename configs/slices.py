@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 # which costs the same traffic as anything less. The 7.7B has four on v5p: 64 chips can split all
 # its weights between whole rows, 256 cannot, and to put parts of rows together takes longer. A loop
 # over layers copies what the backward pass keeps into one array of all layers and out of it again:
-# unrolled, a step is 8 to 19 % shorter and compiles five to ten times as long. For the 7.7B it is
+# unrolled, a step is 8 to 21 % shorter and compiles five to ten times as long. For the 7.7B it is
 # no shorter, as the gathers are hidden less.
 LAYOUTS = {
     ("234m", "v5e-64"): (1, 1, "dots", True),

@@ -10,9 +10,9 @@
 The protocol was fixed before the first run. Both arms of a comparison start from the same
 parameters and read the same rows; each has its own learning rate, the best of four on its own. Of
 the five that were planned the 1m was best at the largest, so a larger one was added after its first
-six runs. The 4m then left the smallest and that largest out before its first run; should the best
-be an edge of what is left, the next is added. The 1m comes first because it costs least; the
-comparison that decides is the one of the 4m.
+six runs. The 4m began in the middle, and as standard attention was better by 0.13 nats at 4e-3 than
+at 8e-3, it went on downwards; should the best be the smallest, a smaller one is added. The 1m comes
+first because it costs least; the comparison that decides is the one of the 4m.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ TOKENS_PER_STEP = 16 * 256
 MILLION = 1_000_000 // TOKENS_PER_STEP  # steps
 
 ARMS = ("standard", "laser")
-RATES = (8e-3, 4e-3, 1.6e-2, 2e-3)  # the likely ones first
+RATES = (8e-3, 4e-3, 2e-3, 1e-3)  # in the order of their runs
 SMALL_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 LONGER = tuple(round(8 * times * MILLION) for times in (1.15, 1.3))
 MODIFIERS = ("per_dim_temp", "temp=0.5", "diff")
