@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     model.dtype = "float32"  # float32 | bfloat16, of activations and what fsdp moves; else float32
     model.matmul_precision = "highest"  # default | high | highest, of products of float32
     model.remat = "full"  # none | dots | full: what the backward pass keeps (see models/stack.py)
-    model.unroll = False  # unroll the scan over layers: faster for small models, slower to compile
+    model.unroll = False  # unroll the scan over layers: faster, but slower to compile
 
     config.attention = ConfigDict()
     attention = config.attention

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 # which costs the same traffic as anything less. The 7.7B has four on v5p: 64 chips can split all
 # its weights between whole rows, 256 cannot, and to put parts of rows together takes longer. A loop
 # over layers copies what the backward pass keeps into one array of all layers and out of it again:
-# unrolled, a step is 8 to 21 % shorter and compiles five to ten times as long. For the 7.7B it is
-# no shorter, as the gathers are hidden less.
+# unrolled, a step is 8 to 21 % shorter and compiles up to ten times as long. The 7.7B's step on v5p
+# is no shorter, as the gathers are hidden less.
 LAYOUTS = {
     ("234m", "v5e-64"): (1, 1, "dots", True),
     ("301m", "v5e-64"): (1, 1, "dots", True),
@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 def set_layout(config: ConfigDict, size: str, name: str) -> None:
-    """Sets all that a size needs on a slice. Raises ValueError for one that is not known."""
+    """Sets mesh, micro-batches, remat policy and unrolling. Raises ValueError without a layout."""
     if (size, name) not in LAYOUTS:
         known = ", ".join(known for of, known in LAYOUTS if of == size)
         raise ValueError(f"no layout of size {size} on slice {name!r}: there is one for {known}")

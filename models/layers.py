@@ -49,10 +49,11 @@ def layer_param(
 
 @jax.custom_vjp
 def dense(x: Array, weight: Array) -> Array:
-    """x @ weight: (..., I) and (I, O) to (..., O), in their common dtype.
+    """x @ weight: (..., I) and (I, O) to (..., O), all of one dtype; not for forward mode.
 
     The weight's gradient is made from x and the output's, in this order. Left to jax it is made in
-    the other and transposed, which XLA on CPUs does in up to three times the time.
+    the other and transposed, which XLA on CPUs does in up to three times the time. Precision of
+    the backward pass is that in force where it is traced, see `models.stack.product_precision`.
     """
     return x @ weight
 

@@ -1,7 +1,7 @@
 """Blocks stacked over their layers: made together, and run by one scan.
 
-The layers' parameters are stacked, so that a scan compiles one layer whatever the depth is, and the
-backward pass keeps what the named policy says.
+The layers' parameters are stacked, so that a scan compiles one layer whatever the depth is, or each
+where `unroll` says so. The backward pass keeps what the named policy says.
 """
 
 import contextlib

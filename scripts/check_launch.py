@@ -60,9 +60,10 @@ def plan_of(plans: Mapping[str, Any], arguments: Sequence[str]) -> str:
     if plan is None:
         return "no plan of it in docs/plans.md: scripts/plan.py makes one"
     fits = "fits" if plan["fits"] else "does not fit"
+    layers = "" if plan["unroll"] else ", with layers in a loop"
     return (
         f"by docs/plans.md the recipe {fits}: {plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} "
-        "GiB of a chip"
+        f"GiB of a chip{layers}"
     )
 
 

@@ -26,7 +26,6 @@ from laser.training.console import end_on_ctrl_c, interruptible
 from laser.training.flags import exit_with, parse_or_exit
 
 SEARCH_WANTED = 3  # programs that fit, to rank
-LAYERS_IN_A_MINUTE = 4  # of compiling for TPUs, on one core
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -50,6 +49,11 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         exit_with(argv[0], str(error))
     topologies.prepare_environment(topology)
+    if config.model.unroll and config.model.num_layers > 8 and topologies.has_libtpu():
+        _log(
+            f"compiling each of {config.model.num_layers} layers: minutes, and up to 12 GB of "
+            "memory; --config.model.unroll=False compiles one, with another schedule"
+        )
     try:
         run = _search if values.search else _plan
         return run(config, topology, values)
@@ -62,12 +66,6 @@ def _plan(config: RunConfig, topology: topologies.Topology, values: flags.FlagVa
     from laser.planning.plan import TooLarge, make_plan
 
     devices = topologies.devices(topology)
-    if config.model.unroll and config.model.num_layers > LAYERS_IN_A_MINUTE:
-        minutes = config.model.num_layers // LAYERS_IN_A_MINUTE
-        _log(
-            f"compiling each of {config.model.num_layers} layers, {minutes} minutes and more; "
-            "--config.model.unroll=False compiles one: other schedule, nearly the same memory"
-        )
     result = make_plan(config, topology, devices)
     if isinstance(result, TooLarge):
         return _refuse(config, topology, devices, result, values.json)

@@ -3,8 +3,9 @@
     python scripts/plan_table.py [--only=SUBSTRING]
 
 Needs libtpu (pip install libtpu). Rows that are in docs/plans.json are kept: to renew all, delete
-it first. A row takes the compiler 5 to 12 minutes where layers are unrolled, and up to 20 where
-products are of float32 with the highest precision; a run that was stopped goes on where it was.
+it first. On one core a row takes the compiler a minute or two, 5 to 12 where layers are unrolled,
+and up to half an hour where products are of float32 with the highest precision: hours in all. A run
+that was stopped goes on where it was.
 """
 
 import argparse

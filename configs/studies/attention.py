@@ -7,12 +7,13 @@
 
 `size` is 1m, 4m or 12m, parameters beside the embedding; `attention` as in configs/c4.py.
 
-The protocol was fixed before the first run. Both arms of a comparison start from the same
-parameters and read the same rows; each has its own learning rate, the best of four on its own. Of
-the five that were planned the 1m was best at the largest, so a larger one was added after its first
-six runs. The 4m began in the middle, and as standard attention was better by 0.13 nats at 4e-3 than
-at 8e-3, it went on downwards; should the best be the smallest, a smaller one is added. The 1m comes
-first because it costs least; the comparison that decides is the one of the 4m.
+The protocol was fixed before the first run, but for the learning rates. Both arms of a comparison
+start from the same parameters and read the same rows; each has its own rate, the best of four on
+its own. The 1m tried the larger three of five that were planned; the best of both arms was the
+largest, so a larger one was added. The 4m began with 8e-3 for both and 4e-3 for standard attention,
+which was better by 0.13 nats, and goes on downwards. Should the best of either arm lie at an end,
+the one beyond it is added for both. The 1m comes first because it costs least; the comparison that
+decides is the one of the 4m.
 """
 
 from ml_collections import ConfigDict

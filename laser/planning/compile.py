@@ -46,7 +46,7 @@ class Compiled:
     Attributes:
       parameters, optimizer: bytes of the state as it is laid out.
       arguments, temporaries, peak: bytes as the compiler counts them.
-      kept: bytes of activations between forward and backward pass of a micro-batch.
+      kept: of `kept_for_backward`, for a micro-batch.
       collectives: all of them.
       attention: the implementation that is in it, pallas or chunked.
       seconds, gb: that compiling took, and the memory of this process.
@@ -119,12 +119,14 @@ def kept_for_backward(jaxpr: Jaxpr, layers: int) -> int:
     """Bytes that the forward pass over the layers hands to the backward pass.
 
     They are what the first scan with as many rounds as layers stacks up, whether XLA is to unroll
-    it or not; inside of a shard_map those of one device. 0 without such a scan.
+    it or not. As jax has them: those of one device where axes split the batch, but as if the tensor
+    axis split nothing, and XLA may keep less. 0 without such a scan.
     """
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and equation.params["length"] == layers:
             stacked: Any = equation.outvars[equation.params["num_carry"] :]
-            return sum(var.aval.size * var.aval.dtype.itemsize for var in stacked)
+            if kept := sum(var.aval.size * var.aval.dtype.itemsize for var in stacked):
+                return kept  # as many micro-batches as layers stack nothing
         for inner in jaxprs_in_params(equation.params):
             if kept := kept_for_backward(inner, layers):
                 return kept

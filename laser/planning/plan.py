@@ -43,7 +43,7 @@ class Plan:
       fits: None if it cannot be known, without libtpu.
       capacity_gib, peak_gib: what a program may use and what this one does.
       parameters_gib, optimizer_gib, kept_gib, temporaries_gib: parts of it; `kept` lies within
-        `temporaries`.
+        `temporaries`, but for what the tensor axis splits of it.
       model_flops, recomputed_flops: all chips.
       traffic: collectives that move more than a thousandth of all bytes.
       bound, binding: seconds by resource, and which of them is the largest.

@@ -1,7 +1,8 @@
 """Looks for the mesh, the number of micro-batches and the remat policy that make a step fastest.
 
 Candidates are ranked by what is counted by hand, and compiled in that order until a few fit: a
-program that does not fit is refused within seconds, one that does takes the compiler a minute.
+program that does not fit is refused within seconds, one that does takes the compiler a minute, and
+with its layers unrolled some.
 """
 
 import dataclasses

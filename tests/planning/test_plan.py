@@ -43,6 +43,9 @@ def test_numbers_of_a_small_run(run):
     model = dataclasses.replace(run.config.model, unroll=False, remat="full")
     config = dataclasses.replace(run.config, model=model)
     mesh, compiled = compile_step(config, jax.devices())
+    rows = config.training.batch_size // config.training.accumulation // 8
+    inputs = rows * config.data.seq_len * model.model_dim * 4  # a chip keeps those of each layer
+    assert compiled.kept == pytest.approx(model.num_layers * inputs, rel=0.01)
     params = jax.eval_shape(lambda: init_parameters(config.model, 0))
     total = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
     whole = sum(sharding.unsharded(mesh, params).values())
@@ -60,7 +63,7 @@ def test_numbers_of_a_small_run(run):
 def test_what_the_backward_pass_finds():
     """A loop of 6 layers keeps its input, and with a product more, that product's result too."""
 
-    def kept(policy, **loop):
+    def kept(policy, micro_batches=1, **loop):
         def layer(x, w):
             return jnp.tanh(x @ w), None
 
@@ -68,16 +71,21 @@ def test_what_the_backward_pass_finds():
             body = jax.checkpoint(layer, policy=policy)
             return jax.lax.scan(body, x, w, **loop)[0].sum()
 
-        x, w = jnp.ones((32, 128)), jnp.ones((6, 128, 128))
-        step = jax.jit(jax.value_and_grad(loss, argnums=1))
-        return kept_for_backward(step.trace(x, w).jaxpr.jaxpr, 6)
+        def step(xs, w):
+            def add(total, x):
+                return total + jax.grad(loss, argnums=1)(x, w), None
+
+            return jax.lax.scan(add, jnp.zeros_like(w), xs)[0]
+
+        xs, w = jnp.ones((micro_batches, 32, 128)), jnp.ones((6, 128, 128))
+        return kept_for_backward(jax.jit(step).trace(xs, w).jaxpr.jaxpr, 6)
 
     one = 6 * 32 * 128 * 4
     nothing, everything = (
         jax.checkpoint_policies.nothing_saveable,
         jax.checkpoint_policies.everything_saveable,
     )
-    assert kept(nothing) == kept(nothing, unroll=6) == one
+    assert kept(nothing) == kept(nothing, unroll=6) == kept(nothing, micro_batches=6) == one
     assert kept(everything) == kept(everything, unroll=6) >= 2 * one
 
 
