@@ -8,8 +8,8 @@
 `size` is 1m, 4m or 12m, parameters beside the embedding; `attention` as in configs/c4.py.
 
 The protocol was fixed before the first run, but for the learning rates. Both arms of a comparison
-start from the same parameters and read the same rows; each has its own rate, the best that it has
-on its own, with a worse one on either side. The 1m tried the larger three of five that were
+start from the same parameters and read the same rows; each has its own rate, the best of its own
+runs, with a worse one on either side. The 1m tried the larger three of five that were
 planned; the best of both arms was the largest, so a larger one was added. The 4m began with 8e-3
 for both and 4e-3 for standard attention, which was better by 0.13 nats, and went on downwards. The
 1m comes first because it costs least; the comparison that decides is the one of the 4m.
