@@ -7,7 +7,8 @@
 It ends with the report, in OUTPUT/report.md; --report alone writes it from what is there. What
 stands after `--` goes on to train.py, for every run. The same command goes on where it was, however
 it ended; delete a run's folder to train it again. Several machines may work on one output
-folder, as --share=1/3, --share=2/3 and --share=3/3.
+folder, as --share=1/3, --share=2/3 and --share=3/3. Runs that were started by hand, by the lines of
+--commands, count as soon as they have ended.
 Exit codes: 0 done, 2 mistake in the study or the command line, 75 stopped by a signal (start it
 again), 1 anything else.
 """
@@ -30,28 +31,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     cut = given.index("--") if "--" in given else len(given)
     arguments = _parser().parse_args(given[:cut])
-    start_logging()
+    start_logging(to_stderr=arguments.commands)
     try:
         extra = given[cut + 1 :] or recorded_flags(arguments.output, arguments.study)
         folder = Folder(arguments.output, Plan(arguments.study, extra))
-        if arguments.report:
-            print(write_report(folder))
-            return 0
-        if arguments.commands:
-            print("\n".join(commands(folder)))
-            return 0
+        if arguments.adopt:
+            numbers = read_numbers(arguments.adopt)
+            adopted, known = folder.adopt(numbers), len(numbers["runs"])
+            print(f"{adopted} of {known} runs adopted from {arguments.adopt}", file=sys.stderr)
         if arguments.estimate:
             print(estimate(folder))
             return 0
-        numbers = read_numbers(arguments.adopt) if arguments.adopt else None
-        folder.begin()
-        if numbers:
-            adopted, known = folder.adopt(numbers), len(numbers["runs"])
-            print(f"{adopted} of {known} runs adopted from {arguments.adopt}")
-        print(estimate(folder), flush=True)
-        code = Runner(folder, share=arguments.share, at_once=arguments.at_once).run()
+        if not arguments.report or arguments.adopt:
+            folder.begin()
+        train = not (arguments.report or arguments.commands)
+        if train:
+            print(estimate(folder), flush=True)
+        share, at_once = arguments.share, arguments.at_once
+        code = Runner(folder, share=share, at_once=at_once, train=train).run()
         if code == 0:
-            print(write_report(folder))
+            print("\n".join(commands(folder)) if arguments.commands else write_report(folder))
     except ValueError as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
@@ -70,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only print train.py's flags for what can be trained",
     )
-    parser.add_argument("--report", action="store_true", help="only report on what is there")
+    parser.add_argument("--report", action="store_true", help="only report on what was trained")
     parser.add_argument(
         "--adopt", type=Path, metavar="NUMBERS", help="runs of a numbers.json need no training"
     )

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data.sealed import seal, unseal
-from laser.training.config import load_config
+from laser.training.config import TrainingConfig, load_config
 from laser.training.fields import flatten
 from laser.training.folders import write_atomically
-from laser.training.metrics import METRICS_FILE, count_spikes, read_metrics
+from laser.training.metrics import METRICS_FILE, SKIPPED_FILE, count_spikes, read_metrics
 from laser.training.run_folder import load_record, saved_step_folders
 from models.config import ModelConfig
 from study.plan import Cell
@@ -96,13 +96,22 @@ def write_failed(cell: Cell, folder: Path, reason: str, versions: Mapping[str, s
     return _write(folder, _identity(cell) | {"status": "failed", "reason": reason, **versions})
 
 
-def is_trained(folder: Path, steps: int) -> bool:
-    """Whether a run has its last checkpoint, and its numbers, already."""
-    if steps not in saved_step_folders(folder) or not (folder / METRICS_FILE).exists():
-        return False
-    return any(
-        line["step"] == steps and LOSS in line for line in read_metrics(folder / METRICS_FILE)
-    )
+def ended(folder: Path, training: TrainingConfig) -> str | None:
+    """How train.py ended in a folder: "" after the last step, or why the run cannot go on. None if
+    it has not ended."""
+    saved = training.steps in saved_step_folders(folder)
+    if saved and any(LOSS in line for line in _lines(folder / METRICS_FILE, training.steps)):
+        return ""
+    limit = training.max_skipped_steps
+    last = [line["step"] for line in _lines(folder / SKIPPED_FILE)][-limit:]
+    if len(last) == limit and last[-1] - last[0] == limit - 1:
+        return f"diverged: no update in steps {last[0]} to {last[-1]}"
+    return None
+
+
+def _lines(path: Path, step: int | None = None) -> list[dict[str, Any]]:
+    lines = read_metrics(path) if path.exists() else []
+    return [line for line in lines if step in (None, line["step"])]
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -60,6 +60,7 @@ class Folder:
         self.path = path
         self.plan = plan
         self._results: dict[str, dict[str, Any]] = {}
+        self._adopted: dict[str, dict[str, Any]] = {}  # not written yet
         self._data = ""  # fingerprint of what all runs read
         mark = path / STUDY
         if not mark.exists() and path.exists() and any(path.iterdir()):
@@ -72,13 +73,16 @@ class Folder:
         self._check_results()
 
     def begin(self) -> None:
-        """Makes the folder, if it is not there yet."""
+        """Makes the folder, if it is not there yet, and writes into it what was adopted."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / STUDY, json.dumps(self._record(), indent=2) + "\n")
+        for key, run in self._adopted.items():
+            results.write_adopted(self.path / key, run)
+        self._adopted.clear()
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         if cell.key not in self._results:
-            result = results.read(self.path / cell.key)
+            result = results.read(self.path / cell.key) or self._adopted.get(cell.key)
             if result is None:
                 return None
             data = result.get("data", self._data)
@@ -93,22 +97,20 @@ class Folder:
 
     def adopt(self, numbers: Mapping[str, Any]) -> int:
         """Takes over runs that were trained elsewhere, by study/report.py's record of them, where
-        their configs are those of this study's runs. Returns how many."""
+        their configs are those of this study's runs. Returns how many. `begin` writes them."""
         known = {
             f"{run['stage']}/{run['name']}": {**run, "config": numbers["config"] | run["config"]}
             for run in numbers["runs"]
             if run["status"] == "done"
         }
-        adopted = 0
         for _, cells in self.stages():  # a choice among them opens the next stage
             for cell in cells or ():
                 run = known.get(cell.key)
                 if run is None or self.result(cell) is not None:
                     continue
                 if not results.changes(run, to_dict(cell.config())):
-                    results.write_adopted(self.path / cell.key, run)
-                    adopted += 1
-        return adopted
+                    self._adopted[cell.key] = run
+        return len(self._adopted)
 
     def final_of(self, cell: Cell) -> float | None:
         result = self.result(cell)
@@ -147,9 +149,16 @@ def commands(folder: Folder) -> list[str]:
 class Runner:
     """Works on a share of a study's runs, some at a time."""
 
-    def __init__(self, folder: Folder, *, share: tuple[int, int] = (0, 1), at_once: int = 1):
+    def __init__(
+        self,
+        folder: Folder,
+        *,
+        share: tuple[int, int] = (0, 1),
+        at_once: int = 1,
+        train: bool = True,
+    ):
         self._folder = folder
-        self._share, self._at_once = share, at_once
+        self._share, self._at_once, self._train = share, at_once, train
         self._running: dict[str, Progress] = {}
         self._kills: dict[str, int] = {}
         self._busy: dict[str, float] = {}  # key → when to try again what another process trains
@@ -158,7 +167,8 @@ class Runner:
         self._told = 0.0
 
     def run(self) -> int:
-        """Returns 0 when all runs of the share have a result, or 75 after a signal."""
+        """Returns 0 when all runs of the share have a result, those without training that have
+        been trained elsewhere, or 75 after a signal."""
         before = {
             number: signal.signal(number, self._receive)
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -198,10 +208,13 @@ class Runner:
         index, of = self._share
         for stage, cells in self._folder.stages():
             if cells is None:
-                waiting = waiting or f"the runs that stage {stage.name} depends on"
+                if self._train:
+                    waiting = waiting or f"the runs that stage {stage.name} depends on"
                 continue
             for i, cell in enumerate(cells):
                 if self._folder.result(cell) is not None or i % of != index:
+                    continue
+                if not self._train and self._how_it_ended(cell) is None:
                     continue
                 waiting = waiting or cell.key
                 room = len(self._running) < self._at_once and not self._stop
@@ -213,13 +226,24 @@ class Runner:
     def _start(self, cell: Cell) -> None:
         folder = self._folder.path / cell.key
         folder.mkdir(parents=True, exist_ok=True)
-        if results.is_trained(folder, cell.config().training.steps):
+        how = self._how_it_ended(cell)
+        if how:
+            self._failed(cell, how)
+        elif how is not None:
             self._ended(Progress(cell), DONE)
+        if how is not None:
             return
         done, total = self._count()
         log.info("%s: run %d of %d", cell.key, done + len(self._running) + 1, total)
         command = [str(ROOT / "train.py"), *cell.flags(), f"--workdir={folder}"]
         self._running[cell.key] = Progress(cell, _launch(command, folder / LOG))
+
+    def _how_it_ended(self, cell: Cell) -> str | None:
+        return results.ended(self._folder.path / cell.key, cell.config().training)
+
+    def _failed(self, cell: Cell, reason: str) -> None:
+        results.write_failed(cell, self._folder.path / cell.key, reason, self._versions)
+        log.warning("%s: failed, which is a result: %s", cell.key, reason)
 
     def _count(self) -> tuple[int, int]:
         """Runs with a result, and all of them."""
@@ -266,8 +290,7 @@ class Runner:
         else:
             if code < 0:
                 reason = f"killed by signal {-code}, {KILLS} times (9: out of memory?)"
-            results.write_failed(cell, folder, reason, self._versions)
-            log.warning("%s: failed, which is a result: %s", cell.key, reason)
+            self._failed(cell, reason)
 
     def _measures(self, cell: Cell) -> list[str]:
         stage = next(s for s in self._folder.plan.study.stages if s.name == cell.stage)

@@ -71,12 +71,13 @@ def _quiet(report: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return hook
 
 
-def start_logging() -> None:
-    """Plain lines to stdout, which may be closed. Replaces handlers that libraries have installed
-    before."""
+def start_logging(to_stderr: bool = False) -> None:
+    """Plain lines to stdout or stderr, which may be closed. Replaces handlers that libraries have
+    installed before."""
     _open_standard_streams()
     sys.unraisablehook = _quiet(sys.unraisablehook)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    stream = sys.stderr if to_stderr else sys.stdout
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream, force=True)
     logging.getLogger("jax").setLevel(logging.ERROR)
     # Orbax logs by absl what it also raises, each error with several pages of tracebacks; so does
     # what reads and writes behind addresses.

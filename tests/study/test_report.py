@@ -6,9 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from configs import base
 from data.sealed import file_sha256, seal
 from laser.training.config import to_dict
 from scripts.study import main
@@ -85,6 +87,10 @@ def _write_run(folder, plan, key):
     if settings["attention"] == "standard":
         spike = {"step": 300, "loss": 9.0, "deviations": 8.0, "row_ids": []}
         (folder / "spikes.jsonl").write_text(f"{json.dumps(spike)}\n")
+
+
+def _write_lines(path, records):
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def _table(text, title):
@@ -194,17 +200,36 @@ def test_runs_that_were_trained_elsewhere_are_collected(fake, capsys):
     assert main([*arguments, "--commands"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4  # those of `main` wait for the rates
-    assert not out.exists()
-    key = "rates/learning_rate=0.001,attention=standard"
-    assert shlex.split(lines[0])[-1] == f"--workdir={out / key}"
-    (out / key / "checkpoints" / "500").mkdir(parents=True)
-    _write_run(out / key, run.Plan(arguments[0].partition("=")[2]), key)
-    (out / "study.json").write_text(
-        json.dumps({"study": arguments[0].partition("=")[2], "flags": []})
-    )
+    plan = run.Plan(arguments[0].partition("=")[2])
+
+    def train(line):
+        folder = Path(shlex.split(line)[-1].partition("=")[2])
+        (folder / "checkpoints" / "500").mkdir(parents=True)
+        _write_run(folder, plan, folder.relative_to(out).as_posix())
+
+    diverging = Path(shlex.split(lines[0])[-1].partition("=")[2])
+    assert diverging == out / "rates" / "learning_rate=0.001,attention=standard"
+    diverging.mkdir(parents=True)
+    limit = base.get_config().training.max_skipped_steps
+    skipped = [{"step": step, "row_ids": []} for step in (3, *range(20, 19 + limit))]
+    _write_lines(diverging / "skipped.jsonl", skipped)
+    for line in lines[1:]:
+        train(line)
+    assert main([*arguments, "--commands"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines[:1]  # it may still get out of it
+    _write_lines(diverging / "skipped.jsonl", [*skipped, {"step": 19 + limit, "row_ids": []}])
+    assert main([*arguments, "--commands"]) == 0
+    rest = capsys.readouterr().out.splitlines()
+    assert len(rest) == 6
+    train(rest[0])
+    assert main([*arguments, "--report"]) == 0
+    assert started == []
+    assert f"diverged: no update in steps 20 to {19 + limit}" in (out / "report.md").read_text()
+    record = json.loads((out / "numbers.json").read_text())
+    statuses = [run["status"] for run in record["runs"]]
+    assert sorted(statuses) == ["done"] * 4 + ["failed"]
     assert main(arguments) == 0
-    assert len(started) == 9
-    assert key not in started
+    assert len(started) == 5
 
 
 def test_runs_are_adopted_from_their_numbers(fake, tmp_path, capsys):
@@ -215,11 +240,19 @@ def test_runs_are_adopted_from_their_numbers(fake, tmp_path, capsys):
     numbers = out / "numbers.json"
     count = len(started)
     arguments = [arguments[0], f"--output={tmp_path / 'other'}"]
+    capsys.readouterr()
+    assert main([*arguments, f"--adopt={numbers}", "--estimate"]) == 0
+    left = {line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines()[1:-1]}
+    assert left == {"rates": "0", "main": "1"}
+    assert not (tmp_path / "other").exists()
     assert main([*arguments, f"--adopt={numbers}"]) == 0
-    assert "9 of 10 runs adopted" in capsys.readouterr().out  # a failed run has no config: again
+    assert "9 of 10 runs adopted" in capsys.readouterr().err  # a failed run has no config: again
     assert started[count:] == ["main/seed=2,attention=laser,learning_rate=0.003"]
     assert (tmp_path / "other" / "report.md").read_text() == report
     assert main([*arguments, "--report"]) == 0
+    elsewhere = tmp_path / "elsewhere"
+    assert main([arguments[0], f"--output={elsewhere}", f"--adopt={numbers}", "--report"]) == 0
+    assert main([arguments[0], f"--output={elsewhere}", "--report"]) == 0  # it is a study's folder
 
     # A field that came after the runs is as good as its default; the tables are as before.
     record = json.loads(numbers.read_text())
@@ -228,7 +261,7 @@ def test_runs_are_adopted_from_their_numbers(fake, tmp_path, capsys):
     count = len(started)
     older = f"--adopt={tmp_path / 'older.json'}"
     assert main([arguments[0], f"--output={tmp_path / 'later'}", older]) == 0
-    assert "9 of 10 runs adopted" in capsys.readouterr().out
+    assert "9 of 10 runs adopted" in capsys.readouterr().err
 
     # Of another config nothing is taken over, and damaged numbers end the command at once.
     file = tmp_path / "mine.py"
@@ -238,7 +271,7 @@ def test_runs_are_adopted_from_their_numbers(fake, tmp_path, capsys):
     file.write_text(changed)
     count = len(started)
     assert main([arguments[0], f"--output={tmp_path / 'third'}", f"--adopt={numbers}"]) == 0
-    assert "0 of 10 runs adopted" in capsys.readouterr().out
+    assert "0 of 10 runs adopted" in capsys.readouterr().err
     assert len(started) == count + 10
     numbers.write_bytes(numbers.read_bytes().replace(b"3.0", b"2.0", 1))
     assert main([arguments[0], f"--output={tmp_path / 'fourth'}", f"--adopt={numbers}"]) == 2
