@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     model = config.model
-    model.kind = "decoder"  # decoder | bert (configs/bert.py) | vit, with other fields
+    model.kind = "decoder"  # decoder | bert | vit | conformer: configs/NAME.py
     model.vocab_size = 32000  # entries of the embedding; at least the tokenizer's size
     model.num_layers = 16
     model.model_dim = 1024  # width of the residual stream

@@ -8,7 +8,7 @@ starts anew. Give the folder with the data by --config.data.tasks_dir, or prepar
 TensorFlow Datasets. Lines marked `paper` repeat what the paper states (Table 3).
 
 Command   python train.py --config=configs/finetune.py:task=rte --config.init_from=RUN --workdir=DIR
-Hardware  what the run in init_from took
+Hardware  a model is split over all chips that there are, 32 at most with a batch of 32
 Hours     not planned: steps follow from the examples
 Result    the paper's Table 3; not run here
 """
@@ -42,4 +42,6 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.checkpoint.every = 0  # every epoch
     config.checkpoint.keep = 1
     config.checkpoint.best = "decoding_accuracy"
+
+    config.mesh.data, config.mesh.fsdp = 1, -1  # a model that was pretrained may not fit on a chip
     return config

@@ -23,7 +23,8 @@ class Best:
 
     Attributes:
       of: names of earlier stages that varied this argument or field. A value counts that all of
-        them tried; it counts with the mean over its runs, which a failed one makes infinite.
+        them tried; it counts with the mean over its runs, which a failed one makes infinite. What
+        has failed everywhere is not chosen, and has no runs.
       by: arguments or fields for each value of which the choice is made by itself.
       where: settings of the runs to choose among, in place of those of the run that asks.
       keep: how many values, the best first.

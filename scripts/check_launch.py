@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         exit_with("train.py", str(error))
     plans = json.loads((ROOT / "docs" / "plans.json").read_text())
-    print(f"the config is right for {chips * slices} chips; {plan_of(plans, arguments)}")
+    print(f"the config is right for {chips * slices} chips; {plan_of(plans, arguments, type_name)}")
     return 0
 
 
@@ -51,10 +51,13 @@ def chips_of(type_name: str) -> int:
     return int(found[2]) // CORES_PER_CHIP.get(found[1], 1)
 
 
-def plan_of(plans: Mapping[str, Any], arguments: Sequence[str]) -> str:
+def plan_of(plans: Mapping[str, Any], arguments: Sequence[str], type_name: str) -> str:
     """What a plan says of the recipe among the arguments; fields set besides are not in it."""
     recipe = next((x.partition("=")[2] for x in arguments if re.match("--?config=", x)), "")
     chosen = _in_any_order(recipe)
+    planned = next((x for x in chosen[1] if re.match(r"slice=v\d", x)), "")
+    if planned and planned != f"slice={type_name.replace('litepod', 'e')}":
+        return f"{planned} is the layout of other slices: scripts/plan.py tells whether it fits"
     of_recipe = (plans[key] for key in plans if _in_any_order(plan_table.config(key)) == chosen)
     plan = next(of_recipe, None)
     if plan is None:

@@ -1,7 +1,7 @@
 """Evaluates a run's checkpoint on the paper's one-shot tasks, from the run's folder alone.
 
     python scripts/evaluate.py --workdir=runs/quickstart-laser --data_dir=DATA
-    python scripts/evaluate.py --workdir=runs/quickstart-laser --last=5     mean and deviation
+    python scripts/evaluate.py --workdir=runs/quickstart-laser --last=3     mean and deviation
 
 Prints a table and writes JSON into RUN/eval (see eval/likelihood/results.py). Data are read from
 --data_dir, unpacked as they were downloaded, or from TensorFlow Datasets that are prepared already;

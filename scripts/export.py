@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 import jax
 
+from data.reading.files import folder_to_write
 from eval.run import open_parameters
 from export.card import model_card
 from export.folder import Origin, import_run, write_export
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             origin = import_run(arguments.from_export, arguments.workdir)
             print(f"written: {arguments.workdir}, step {origin.step}, as a run's folder")
         else:
-            _export(arguments.workdir, arguments.step, arguments.output)
+            _export(arguments.workdir, arguments.step, folder_to_write(arguments.output))
     except (ValueError, CheckpointError) as error:
         print(f"export.py: error: {error}", file=sys.stderr)
         return 2
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=folder_of, required=True, help="folder of the run")
     parser.add_argument("--step", type=int, help="checkpoint; the newest if not given")
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--output", type=Path, help="folder to write; must not be there yet")
+    direction.add_argument("--output", help="folder to write; must not be there yet")
     direction.add_argument(
         "--from_export", type=Path, metavar="DIR", help="exported folder to make a run of"
     )

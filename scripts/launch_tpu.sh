@@ -44,7 +44,7 @@ them by gs:// addresses (docs/buckets.md). Or have it mounted by --bucket; then 
 namespace, where renaming a folder is one operation.
 
 `run` and `start` check the config first, as train.py does, and `run` that it fits the slices; where
-docs/plans.md has a plan of it, they say whether it fits in memory. That needs `make install` here.
+docs/plans.md has a plan of it, they say whether it fits in memory. That needs `.venv` here, as any command of make makes it.
 
 Exit codes: 0 done; 2 mistake in the arguments or in the config; 1 anything else. `follow` alone leaves
 with the code of train.py.

@@ -20,9 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.reading.files import folder_to_write
 from laser.training.console import start_logging
 from study.estimate import estimate
-from study.plan import Plan
+from study.plan import Plan, held_out_files
 from study.report import read_numbers, write_report
 from study.run import Folder, Runner, commands, recorded_flags
 
@@ -33,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(given[:cut])
     start_logging(to_stderr=arguments.commands)
     try:
-        extra = given[cut + 1 :] or recorded_flags(arguments.output, arguments.study)
-        folder = Folder(arguments.output, Plan(arguments.study, extra))
+        output = folder_to_write(arguments.output)
+        extra = given[cut + 1 :] or recorded_flags(output, arguments.study)
+        folder = Folder(output, Plan(arguments.study, extra))
         if arguments.adopt:
             numbers = read_numbers(arguments.adopt)
             adopted, known = folder.adopt(numbers), len(numbers["runs"])
@@ -42,15 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.estimate:
             print(estimate(folder))
             return 0
+        train = not (arguments.report or arguments.commands)
+        if train and any("domains" in stage.measures for stage in folder.plan.study.stages):
+            held_out_files(folder.plan.study.held_out)
         if not arguments.report or arguments.adopt:
             folder.begin()
-        train = not (arguments.report or arguments.commands)
         if train:
             print(estimate(folder), flush=True)
         share, at_once = arguments.share, arguments.at_once
         code = Runner(folder, share=share, at_once=at_once, train=train).run()
         if code == 0:
-            print("\n".join(commands(folder)) if arguments.commands else write_report(folder))
+            made = "\n".join(commands(folder, share)) if arguments.commands else None
+            print(write_report(folder) if made is None else made)
     except ValueError as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
@@ -62,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--study", required=True, help="a file with get_study()")
-    parser.add_argument("--output", required=True, type=Path, help="folder of all its runs")
+    parser.add_argument("--output", required=True, help="folder of all its runs")
     parser.add_argument("--estimate", action="store_true", help="only say what is left, and go")
     parser.add_argument(
         "--commands",

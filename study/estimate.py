@@ -1,8 +1,8 @@
 """What a study costs, before it starts: tokens, FLOPs, and hours at the speed of this machine.
 
-The speed is that of the runs which the output has already, or else half of this processor's best
-matrix product, as training reaches on CPUs. It does not touch an accelerator, whose speed the first
-run tells.
+The speed is that of the runs which such a machine has trained already, or else half of this
+processor's best matrix product, as training reaches on CPUs. It does not touch an accelerator,
+whose speed the first run tells.
 """
 
 import statistics
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from laser.training.hardware import has_accelerator
 from laser.training.metrics import format_duration
 from study.plan import Cell, number_of_runs
-from study.run import Folder
+from study.run import Folder, machine
 
 START_SECONDS = 30.0  # imports and compilation of one run
 OF_PEAK = 0.5
@@ -55,11 +55,13 @@ def _cost(cell: Cell) -> tuple[float, float]:
 
 def _speed(folder: Folder) -> tuple[float, str]:
     """FLOP/s of training, 0 if unknown, and where it is from."""
+    this = machine()
     done = [
         (cell, result)
         for cells in _known(folder)
         for cell in cells
         if (result := folder.result(cell)) and result["status"] == "done"
+        if result["machine"] == this
     ]
     if done:
         speeds = []

@@ -6,12 +6,14 @@ not exist.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from configs.study import Best, Stage, Study
+from configs.study import Best, Comparison, Stage, Study
 from laser.training.config import RunConfig
 from laser.training.fields import nearest
 from laser.training.flags import call_in_file, parse
@@ -89,10 +91,10 @@ class Plan:
             raise ValueError(
                 f"{file}: measure={self.study.measure}: give a name of metrics.jsonl, as eval/loss"
             )
+        for name in self.study.sizes:
+            self._check_stage("sizes", name)
         for comparison in self.study.compare:
-            for name in filter(None, (comparison.stage, comparison.other_stage)):
-                if name not in self._stages:
-                    raise ValueError(f"compare: no stage {name!r}{nearest(name, self._stages)}")
+            self._check_comparison(comparison)
 
     def cells(self, stage: Stage, final_of: FinalOf) -> list[Cell] | None:
         """The runs of a stage, in order; None while a choice waits for others.
@@ -110,7 +112,7 @@ class Plan:
             ]
             if None in options:
                 return None
-            for choice in itertools.product(*filter(None, options)):
+            for choice in itertools.product(*(option or () for option in options)):
                 drawn = {**fixed, **dict(zip(choices, choice))}
                 varied = flat({key: drawn[key] for key in stage.vary})
                 name = _name(varied)
@@ -123,7 +125,8 @@ class Plan:
     def choose(
         self, stage: Stage, key: Names, best: Best, settings: Mapping[str, Any], final_of: FinalOf
     ) -> list[Any] | None:
-        """The values that a `Best` stands for; None while runs that it depends on are missing."""
+        """The values that a `Best` stands for, none of which failed everywhere; None while runs
+        that it depends on are missing."""
         by = {name: settings[name] for name in best.by if name in settings}
         wanted = {**by, **best.where}
         finals: dict[Any, list[float]] = {}
@@ -140,17 +143,49 @@ class Plan:
                 finals.setdefault(value_of(cell.settings, key), []).append(value)
             values = {value_of(cell.settings, key) for cell in chosen}
             tried = values if tried is None else tried & values
-        ranked = sorted(
-            (value for value in finals if value in (tried or ())),
-            key=lambda value: sum(finals[value]) / len(finals[value]),
-        )
-        if len(ranked) < best.keep:
+        means = {
+            value: sum(finals[value]) / len(finals[value])
+            for value in finals
+            if value in (tried or ())
+        }
+        if len(means) < best.keep:
             of = ", ".join(best.of)
             raise ValueError(
                 f"stage {stage.name}: the best {best.keep} of {key}: {of} tried only "
-                f"{len(ranked)} with {wanted}"
+                f"{len(means)} with {wanted}"
             )
-        return ranked[: best.keep]
+        ranked = sorted(means, key=lambda value: means[value])[: best.keep]
+        return [value for value in ranked if math.isfinite(means[value])]
+
+    def _check_stage(self, where: str, name: str) -> None:
+        if name not in self._stages:
+            raise ValueError(f"{where}: no stage {name!r}{nearest(name, self._stages)}")
+
+    def _check_comparison(self, comparison: Comparison) -> None:
+        """Both sides have runs, and one for each value of what they are paired by."""
+        names = comparison.stage, comparison.other_stage or comparison.stage
+        for name in names:
+            self._check_stage("compare", name)
+        keys = pair_keys(comparison, [listed(self._stages[name]) for name in names])
+        for name, wanted in zip(names, (comparison.one, comparison.other)):
+            stage = self._stages[name]
+            cells = self.cells(stage, lambda _: 0.0) or []
+            known = {key for cell in cells for key in cell.settings}
+            for key in wanted:
+                if key not in known:
+                    near = nearest(key, known)
+                    raise ValueError(f"compare: {key} is not set in stage {name}{near}")
+            if not {*wanted} <= {*listed(stage), *stage.hold}:
+                continue  # what is chosen is not known yet
+            chosen = [cell for cell in cells if has(cell.settings, wanted)]
+            if not chosen:
+                raise ValueError(f"compare: no run of stage {name} has {dict(wanted)}")
+            if len({tuple(cell.settings[key] for key in keys) for cell in chosen}) < len(chosen):
+                by = ", ".join(keys) or "nothing"
+                raise ValueError(
+                    f"compare: stage {name} has several runs with {dict(wanted)} that are paired "
+                    f"by {by}; say which"
+                )
 
     def _check_names(self, stage: Stage) -> None:
         if not NAME.fullmatch(stage.name):
@@ -181,6 +216,30 @@ class Plan:
                 varied = [n for k in self._stages[name].vary for n in names_of(k)]
                 for missing in set(names_of(key)) - {*varied}:
                     raise ValueError(f"{where}: the best {missing}: stage {name} does not vary it")
+
+
+def held_out_files(folder: str | Path | None) -> list[Path]:
+    """The held-out text of a study, a file for each domain. Raises ValueError if there is none."""
+    files = sorted(Path(folder).glob("*.jsonl")) if folder else []
+    if not files:
+        raise ValueError(f"held_out={folder}: no .jsonl files there, of which domains are measured")
+    return files
+
+
+def listed(stage: Stage) -> list[str]:
+    """The arguments and fields that a stage gives values of, choices left out."""
+    return [
+        name
+        for key, values in stage.vary.items()
+        if not isinstance(values, Best)
+        for name in names_of(key)
+    ]
+
+
+def pair_keys(comparison: Comparison, listed_in: Sequence[Sequence[str]]) -> list[str]:
+    """What both sides of a comparison are paired by: what the stages of both list besides."""
+    one, other = (set(names) - {*comparison.one, *comparison.other} for names in listed_in)
+    return sorted(one & other)
 
 
 def number_of_runs(stage: Stage) -> int:

@@ -9,11 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from configs.study import Best
 from data.sealed import SEAL, seal, unseal
 from laser.training.folders import write_atomically
 from study import figures, tables
-from study.plan import names_of, number_of_runs
+from study.plan import listed, number_of_runs
 from study.run import Folder
 
 NUMBERS, REPORT = "numbers.json", "report.md"
@@ -48,12 +47,7 @@ def collect(folder: Folder) -> dict[str, Any]:
             "name": stage.name,
             "why": stage.why,
             "runs": number_of_runs(stage),
-            "listed": [
-                name
-                for key, values in stage.vary.items()
-                if not isinstance(values, Best)
-                for name in names_of(key)
-            ],
+            "listed": listed(stage),
         })  # fmt: skip
         for cell in cells or ():
             if result := folder.result(cell):
@@ -100,5 +94,7 @@ def read_numbers(path: Path) -> dict[str, Any]:
     """Raises ValueError if the file is damaged or no study's."""
     try:
         return unseal(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}; make it again by scripts/study.py --report") from error

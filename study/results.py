@@ -26,9 +26,12 @@ LOSS = "eval/loss"
 def write_done(
     cell: Cell, folder: Path, versions: Mapping[str, str], measure: str
 ) -> dict[str, Any]:
-    """Of a run that has ended as it should. Raises ValueError if it has not what decides."""
+    """Of a run that has ended as it should; without a number at the end it has failed. Raises
+    ValueError if it has not what decides."""
     lines = read_metrics(folder / METRICS_FILE)
     evals = [(line["step"], line[measure]) for line in lines if measure in line]
+    if evals and None in (evals[-1][1], [line for line in lines if LOSS in line][-1][LOSS]):
+        return write_failed(cell, folder, "ended with a loss that is not finite", versions)
     if not evals:
         raise ValueError(
             f"{cell.key}: the study's measure={measure} is not in its {METRICS_FILE}; there are "
@@ -51,7 +54,7 @@ def write_done(
         "eval_loss": final[LOSS],
         "evaluated": {k: x for line in lines for k, x in line.items() if k.startswith("eval/")},
         "bits_per_byte": final.get("eval/bits_per_byte"),
-        "curve": evals,
+        "curve": [(step, value) for step, value in evals if value is not None],
         "spikes": count_spikes(folder),
         "skipped_steps": int(skipped[-1]) if skipped else 0,
         "steps": final["step"],
@@ -128,7 +131,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def final(result: Mapping[str, Any], measure: str) -> float:
-    """What a run ended with; infinite if it failed or ended with no number."""
+    """What a run ended with; infinite if it failed."""
     value = result.get("eval_loss") if measure == LOSS else result.get("evaluated", {}).get(measure)
     return math.inf if value is None else value
 

@@ -136,13 +136,14 @@ class Folder:
                     )
 
 
-def commands(folder: Folder) -> list[str]:
-    """Flags of train.py for each run without a result whose choices are settled."""
+def commands(folder: Folder, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """Flags of train.py for each run of the share without a result whose choices are settled."""
+    index, of = share
     return [
         shlex.join([*cell.flags(), f"--workdir={folder.path / cell.key}"])
         for _, cells in folder.stages()
-        for cell in cells or ()
-        if folder.result(cell) is None
+        for i, cell in enumerate(cells or ())
+        if i % of == index and folder.result(cell) is None
     ]
 
 
@@ -356,20 +357,23 @@ def _last_line(path: Path) -> str:
 
 def _versions() -> dict[str, Any]:
     """What a result may depend on besides its config."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    return {
-        "commit": git.stdout.strip() or "unknown",
-        "packages": packages,
-        "machine": f"{platform.machine()}, {_processor()}",
-    }
+    return {"commit": _commit(), "packages": packages, "machine": machine()}
 
 
-def _processor() -> str:
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:  # as in small containers
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    """The kind of machine that this is, in words."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    processor = names[0] if names else platform.processor() or "unknown"
+    return f"{platform.machine()}, {processor}"

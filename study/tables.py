@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from study.plan import has
+from configs.study import Comparison
+from study.plan import has, pair_keys
 from study.results import LOSS, final
 from study.statistics import (
     Estimate,
@@ -17,7 +18,7 @@ from study.statistics import (
 )
 
 RATE = "optimizer.learning_rate"
-SEEDS = ("seed=", "shuffle_seed=")  # in the names of runs
+SEEDS = ("seed", "shuffle_seed")
 Record = Mapping[str, Any]
 # What a difference of losses says, one side minus the other.
 LOWER, HIGHER = "{one} ends lower", "{one} ends higher"
@@ -93,23 +94,34 @@ def differences(record: Record) -> str:
 
 
 def best_rates(record: Record) -> str:
-    """Of each attention in each stage that lists them, and whether the best lies at the edge."""
+    """Of each group of runs that differ in rate and seed alone, in each stage that lists rates, and
+    whether the best lies at the edge. A rate counts with the mean over its runs."""
     rows = []
     for stage in record["stages"]:
-        runs = [run for run in _done(record["runs"]) if run["stage"] == stage["name"]]
         if RATE not in stage["listed"]:
             continue
-        for arm in dict.fromkeys(str(run["settings"].get("attention", "")) for run in runs):
-            ends = {
-                run["settings"][RATE]: final(run, record["measure"])
-                for run in runs
-                if str(run["settings"].get("attention", "")) == arm
-            }
-            best = min(ends, key=lambda rate: ends[rate])
-            told = "; ".join(f"{rate:g}: {ends[rate]:.4f}" for rate in sorted(ends))
-            is_edge = best in (min(ends), max(ends))
-            rows.append([stage["name"], arm, f"{best:g}", told, "yes" if is_edge else "no"])
-    heads = ["stage", "attention", "best", unit(record), "at the edge of those tried"]
+        besides = [
+            name
+            for name in stage["listed"]
+            if name != RATE and name.rpartition(".")[2] not in SEEDS
+        ]
+        groups: dict[str, dict[float, list[float]]] = {}
+        for run in record["runs"]:
+            if run["stage"] == stage["name"]:
+                group = label({name: run["settings"][name] for name in besides})
+                ends = groups.setdefault(group, {}).setdefault(run["settings"][RATE], [])
+                ends.append(final(run, record["measure"]))
+        for group, ends_of in groups.items():
+            means = {rate: statistics.fmean(ends_of[rate]) for rate in sorted(ends_of)}
+            best = min(means, key=lambda rate: means[rate])
+            told = "; ".join(
+                f"{rate:g}: {mean:.4f}" if math.isfinite(mean) else f"{rate:g}: failed"
+                for rate, mean in means.items()
+            )
+            is_edge = best in (min(means), max(means))
+            named = f"{best:g}" if math.isfinite(means[best]) else "–"
+            rows.append([stage["name"], group, named, told, "yes" if is_edge else "no"])
+    heads = ["stage", "runs of", "best", unit(record), "at the edge of those tried"]
     return table(heads, rows) if rows else ""
 
 
@@ -120,7 +132,7 @@ def domains(record: Record) -> str:
         for group, runs in grouped(record, stage["name"]).items():
             measured = [run["domains"] for run in runs if "domains" in run]
             if measured:
-                values = [spread([d[name] for d in measured], 3) for name in names]
+                values = [spread([d.get(name) for d in measured], 3) for name in names]
                 rows.append([stage["name"], group, str(len(measured)), *values])
     return table(["stage", "runs of", "n", *names], rows) if rows else ""
 
@@ -161,11 +173,9 @@ def sized(record: Record) -> dict[str, list[Record]]:
 
 def pairs(record: Record, comparison: Record) -> list[tuple[Record, Record]]:
     """Finished runs of both sides that agree in what else their stages list, seeds above all."""
-    stages = {stage["name"]: stage for stage in record["stages"]}
+    listed = {stage["name"]: stage["listed"] for stage in record["stages"]}
     names = comparison["stage"], comparison["other_stage"] or comparison["stage"]
-    fixed = {*comparison["one"], *comparison["other"]}
-    shared = [set(stages[name]["listed"]) - fixed for name in names]
-    keys = sorted(shared[0] & shared[1])
+    keys = pair_keys(Comparison(**comparison), [listed[name] for name in names])
 
     def runs(name: str, wanted: Record) -> dict[tuple, Record]:
         chosen = [
@@ -185,7 +195,7 @@ def grouped(record: Record, stage: str) -> dict[str, list[Record]]:
     for run in _done(record["runs"]):
         if run["stage"] == stage:
             parts = run["name"].split(",")
-            name = ", ".join(part for part in parts if not part.startswith(SEEDS))
+            name = ", ".join(part for part in parts if part.partition("=")[0] not in SEEDS)
             found.setdefault(name or "all", []).append(run)
     return dict(sorted(found.items(), key=lambda item: _first_place(record, item[1])))
 

@@ -29,6 +29,7 @@ from data.preparation.shards import (
     write_part,
 )
 from data.preparation.workers import cores, run_parts
+from data.reading.files import folder_to_write
 from data.reading.manifest import (
     COUNTS,
     FORMAT,
@@ -67,9 +68,9 @@ def prepare(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}: must be at least 1")
+    folder = folder_to_write(output)
     source = config.open()
     request = config.request(source)
-    folder = Path(output)
     if (folder / MANIFEST).exists():
         _check_finished(folder, request, config.max_broken)
         log.info("%s is complete already", folder)

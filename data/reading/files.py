@@ -47,6 +47,13 @@ def path_of(text: str | Path) -> "Path | Address":
     return Address(text) if "://" in str(text) else Path(text)
 
 
+def folder_to_write(text: str | Path) -> Path:
+    """Of what is written on disks alone. Raises ValueError if it is an address."""
+    if "://" in str(text):
+        raise ValueError(f"output={text}: this is written to folders alone; copy the folder there")
+    return Path(text)
+
+
 def look_at(path: "Path | Address") -> File:
     """A file that is there. Raises OSError."""
     return AddressFile(path) if isinstance(path, Address) else LocalFile(path)

@@ -98,7 +98,7 @@ def train_batches(
     def make_batch(step: int) -> tuple[int, Batch]:
         _, rows = next(reader)
         valid = np.full(len(rows), seq_len)
-        arrays = _arrays(rows, valid, eos_id if segment_ids else None)
+        arrays = arrays_of(rows, valid, eos_id if segment_ids else None)
         if masking:
             arrays = masking(arrays, step, own)
         return step, global_batch(parts_of(ranges, arrays), shape, sharding)
@@ -153,7 +153,7 @@ def eval_batches(
             there = ids < num_rows
             rows[there], valid[there] = found, split.targets(ids[there], seq_len)
             rows[columns > valid[:, None]] = pad_id
-            arrays = _arrays(rows, valid, eos_id if segment_ids else None)
+            arrays = arrays_of(rows, valid, eos_id if segment_ids else None)
             if masking:
                 arrays = masking(arrays, None, ids)
             yield global_batch(parts_of(ranges, arrays), shape, sharding)
@@ -246,8 +246,9 @@ def _fill(
         put(None)
 
 
-def _arrays(rows: np.ndarray, valid: np.ndarray, eos_id: int | None) -> Arrays:
-    """Splits rows (n, seq_len + 1) into the arrays of a batch; segment ids if `eos_id` is given."""
+def arrays_of(rows: np.ndarray, valid: np.ndarray, eos_id: int | None) -> Arrays:
+    """Splits rows (n, seq_len + 1) with so many valid targets (n,) into the arrays of a batch; with
+    segment ids if `eos_id` is given."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     arrays = {
         "inputs": inputs,

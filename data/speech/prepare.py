@@ -33,6 +33,7 @@ from data.preparation.shards import (
     sync,
     write_json,
 )
+from data.reading.files import folder_to_write
 from data.reading.manifest import read_sealed
 from data.sealed import checksum
 from data.sources.parts import Broken
@@ -114,7 +115,7 @@ def prepare(config: SpeechConfig, output: str | Path) -> dict[str, Any]:
       ValueError: the folder is another one, or is being written by another process, or sources or
         tokenizer are not what they should be.
     """
-    folder = Path(output)
+    folder = folder_to_write(output)
     parts = config.parts()
     request = config.request(parts)
     if folder.exists():

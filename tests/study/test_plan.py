@@ -79,6 +79,19 @@ def test_each_attention_chooses_its_best_rate(plan):
     ]
 
 
+def test_what_has_failed_everywhere_is_not_chosen(plan):
+    made = plan(f'[{RATES}, Stage("main", {{SEED: (0,), "attention": ("standard", "laser"), '
+                'RATE: Best(("rates",), keep=2)})]')  # fmt: skip
+    losses = {
+        f"rates/learning_rate={rate},attention={arm}": loss
+        for rate, arm, loss in (
+            (0.001, "standard", float("inf")), (0.003, "standard", float("inf")),
+            (0.001, "laser", float("inf")), (0.003, "laser", 3.0),
+        )
+    }  # fmt: skip
+    assert _cells(made, losses)[1] == ["seed=0,attention=laser,learning_rate=0.003"]
+
+
 def test_a_value_counts_if_all_stages_have_it(plan):
     made = plan(f'[{RATES}, Stage("again", {{SEED: (1,), "attention": ("laser",), '
                 'RATE: Best(("rates",))}), Stage("last", {RATE: Best(("rates", "again"))}, '
@@ -119,6 +132,20 @@ def test_fields_that_are_chosen_together(plan):
             "tried only 0 with {'attention': 'laser+diff'}",
         ),
         (f'[{RATES}], [Comparison("rate", {{}}, {{}})]', "did you mean 'rates'"),
+        (f'[{RATES}], sizes=("rate",)', "sizes: no stage 'rate'; did you mean 'rates'"),
+        (
+            f'[{RATES}], [Comparison("rates", {{"atention": "laser"}}, {{}})]',
+            "atention is not set in stage rates; did you mean 'attention'",
+        ),
+        (
+            f'[{RATES}], [Comparison("rates", {{"attention": "lasre"}}, {{}})]',
+            "no run of stage rates has {'attention': 'lasre'}",
+        ),
+        (
+            f'[{RATES}, Stage("s", {{SEED: (0, 1), RATE: Best(("rates",), by=(), keep=2)}})], '
+            '[Comparison("s", {}, {})]',
+            "stage s has several runs with {} that are paired by training.seed",
+        ),
     ],
 )
 def test_mistakes(plan, study, words):

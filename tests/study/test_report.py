@@ -14,7 +14,7 @@ from configs import base
 from data.sealed import file_sha256, seal
 from laser.training.config import to_dict
 from scripts.study import main
-from study import run
+from study import run, tables
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +124,7 @@ def test_a_study_to_its_report(fake, capsys):
     count = len(started)
     assert main(arguments) == 0
     assert len(started) == count == 10
-    from study import report, tables
+    from study import report
 
     assert tables.all_tables(report.read_numbers(out / "numbers.json")) in text
 
@@ -155,8 +155,58 @@ def test_another_measure_than_the_loss_decides(fake, tmp_path, capsys):
     assert "eval/error," in told
 
 
-def test_shares_have_each_run_once(fake, monkeypatch):
+def test_best_rates_are_of_groups_that_differ_in_nothing_else():
+    def run(rate, decay, seed, loss):
+        settings = {"optimizer.learning_rate": rate, "optimizer.weight_decay": decay,
+                    "training.seed": seed, "attention": "laser"}  # fmt: skip
+        status = {"status": "failed"} if loss is None else {"status": "done", "eval_loss": loss}
+        return {"stage": "grid", "settings": settings, **status}
+
+    names = ["optimizer.learning_rate", "optimizer.weight_decay", "training.seed", "attention"]
+    runs = [
+        run(1e-3, 0.1, 0, 3.0), run(1e-3, 0.1, 1, 4.0), run(2e-3, 0.1, 0, 3.4),
+        run(4e-3, 0.1, 0, None), run(1e-3, 1.0, 0, None), run(2e-3, 1.0, 0, None),
+    ]  # fmt: skip
+    stage = {"name": "grid", "listed": names, "why": "", "runs": 6}
+    record = {"stages": [stage], "runs": runs, "measure": "eval/loss"}
+    rows = _table(f"### t\n\n{tables.best_rates(record)}\n\n", "t")
+    told = "0.001: 3.5000; 0.002: 3.4000; 0.004: failed"
+    assert rows == [
+        ["grid", "0.1 laser", "0.002", told, "no"],
+        ["grid", "1.0 laser", "–", "0.001: failed; 0.002: failed", "yes"],
+    ]
+
+
+def test_a_run_that_ends_without_a_number_has_failed(fake):
     arguments, started, _, out = fake
+    assert main(arguments) == 0
+    folder = out / "main" / "seed=1,attention=laser,learning_rate=0.003"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["eval/loss"] = None
+    _write_lines(folder / "metrics.jsonl", lines)
+    (folder / "result.json").unlink()
+    (folder / "checkpoints" / "500").mkdir(parents=True)
+    count = len(started)
+    assert main(arguments) == 0
+    assert len(started) == count
+    text = (out / "report.md").read_text()
+    assert "ended with a loss that is not finite" in text
+    assert _table(text, "Differences of the final validation loss")[0][2] == "2"  # pairs
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run._versions()["commit"] == "unknown"
+
+
+def test_shares_have_each_run_once(fake, monkeypatch, capsys):
+    arguments, started, _, out = fake
+    for share, arm in (("1/2", "standard"), ("2/2", "laser")):
+        capsys.readouterr()
+        assert main([*arguments, "--commands", f"--share={share}"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2
+        assert all(f"attention={arm}" in line for line in lines)
 
     def stop_waiting(runner, words):
         if words.startswith("waiting"):
@@ -273,6 +323,9 @@ def test_runs_are_adopted_from_their_numbers(fake, tmp_path, capsys):
     assert main([arguments[0], f"--output={tmp_path / 'third'}", f"--adopt={numbers}"]) == 0
     assert "0 of 10 runs adopted" in capsys.readouterr().err
     assert len(started) == count + 10
+    absent = f"--adopt={tmp_path / 'nowhere.json'}"
+    assert main([arguments[0], f"--output={tmp_path / 'fourth'}", absent]) == 2
+    assert "nowhere.json: No such file" in capsys.readouterr().err
     numbers.write_bytes(numbers.read_bytes().replace(b"3.0", b"2.0", 1))
     assert main([arguments[0], f"--output={tmp_path / 'fourth'}", f"--adopt={numbers}"]) == 2
     assert "its checksum differs" in capsys.readouterr().err
