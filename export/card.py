@@ -8,6 +8,7 @@ from pathlib import Path
 from data.reading import mixture
 from export.folder import Origin
 from export.layouts import Layout
+from laser.training.metrics import read_metrics
 from models.families import AnyModelConfig
 
 LOADING = {
@@ -53,6 +54,7 @@ NAMES = {
 }
 ARCHITECTURE = {
     "gpt2": "transformers' `GPT2LMHeadModel` computes the same function and loads the weights.",
+    "llama": "transformers' `LlamaForCausalLM` computes the same function and loads the weights.",
     "starcoder2": "transformers' `Starcoder2ForCausalLM` computes the same function and loads the "
     "weights.",
     "megatron_bert": "transformers' `MegatronBertForMaskedLM` computes the same function, up to "
@@ -134,9 +136,7 @@ def _stores(text: str) -> str:
 
 def _validation(path: Path, step: int, target: str) -> str | None:
     """The loss at exactly this step."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for line in reversed(lines):
-        record = json.loads(line)
+    for record in reversed(read_metrics(path) if path.is_file() else []):
         if record["step"] == step and "eval/loss" in record:
             bits = record.get("eval/bits_per_byte")
             rest = "" if bits is None else f", {bits:.4f} bits per byte"

@@ -278,6 +278,8 @@ def offline_datasets(name: str, data_dir: Path) -> Iterator[None]:
             splits[split] = datasets.Dataset.from_list(hub.read(name, files))
     # Where the split that is asked for is not there, the nearest one stands in, as for ours.
     fallback = sources.available_split(source, asking.split, data_dir)
+    if fallback not in splits:
+        raise sources.MissingData(f"its files are not in {data_dir}")
     splits.setdefault(asking.split, splits[fallback])
     with mock.patch("datasets.load_dataset", return_value=datasets.DatasetDict(splits)):
         yield

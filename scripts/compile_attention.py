@@ -317,6 +317,9 @@ def main() -> None:
     for name, type_ in (("chip", str), ("size", int), ("length", int)):
         several.add_argument(name, type=type_)
     given = vars(parser.parse_args())
+    plain = not (given.get("kv_heads") or given.get("soft_cap") or given.get("full"))
+    if given.get("kind", "").startswith("splash") and not plain:
+        parser.error("splash attention is compiled causal, without --kv_heads and --soft_cap")
     command, path = given.pop("command"), given.pop("json", None)
     run: dict[str, Callable[..., Any]] = {
         "static": static, "search": search, "compile": compile_program,

@@ -112,7 +112,10 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, see the module's docstring. Raises ValueError."""
     if not path.is_file():
         raise ValueError(f"prompts={path}: no such file")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts={path}: not UTF-8 ({error.reason} at {error.start})") from error
     lines = lines[:-1] if lines[-1] == "" else lines
     if not lines:
         raise ValueError(f"prompts={path}: the file has no prompts")

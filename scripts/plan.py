@@ -70,7 +70,7 @@ def _plan(config: RunConfig, topology: topologies.Topology, values: flags.FlagVa
     if isinstance(result, TooLarge):
         return _refuse(config, topology, devices, result, values.json)
     print(json.dumps(result.to_dict()) if values.json else report.describe(result))
-    return 0
+    return 1 if result.fits is False else 0
 
 
 def _refuse(config, topology, devices, result, as_json: bool) -> int:

@@ -93,6 +93,8 @@ def _run() -> None:
     if VALUES.estimate:
         print(estimate(config, VALUES.output, workers=VALUES.workers))
     elif VALUES.beam is not None:
+        if VALUES.workers is not None:
+            raise ValueError(f"workers={VALUES.workers}: Beam has its own number, in --beam")
         _run_beam(config)
     else:
         manifest = prepare(config, VALUES.output, workers=VALUES.workers)

@@ -57,7 +57,8 @@ def main(argv: list[str]) -> int:
         values: dict[str, Any] = {f.name: VALUES[f.name].value for f in fields(SpeechConfig)}
         manifest = prepare(SpeechConfig(**values), VALUES.output)
     except ModuleNotFoundError as error:
-        print(f"{Path(argv[0]).name}: error: needs {error.name}, of requirements-speech.txt")
+        words = f"needs {error.name}, of requirements-speech.txt"
+        print(f"{Path(argv[0]).name}: error: {words}", file=sys.stderr)
         return 2
     except (ValueError, flags.Error) as error:
         print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)

@@ -9,7 +9,6 @@ run.
 """
 
 import contextlib
-import json
 import lzma
 import shlex
 import subprocess
@@ -25,6 +24,7 @@ from configs import quickstart
 from data.sources import corpus
 from laser.training.console import end_on_ctrl_c, start_logging
 from laser.training.hardware import tune_cpu
+from laser.training.metrics import METRICS_FILE, read_metrics
 
 _ATTENTION = flags.DEFINE_string(
     "attention", "laser", "as in configs/c4.py: standard or laser, and modifiers such as +qk_norm"
@@ -73,14 +73,16 @@ def _shown(*command: str) -> str:
 
 def _summarise(workdir: Path) -> None:
     end_on_ctrl_c("stopped; the run is done, and the same command shows what came of it")
-    records = [json.loads(line) for line in (ROOT / workdir / "metrics.jsonl").open()]
+    records = read_metrics(ROOT / workdir / METRICS_FILE)
     last_eval = [record for record in records if "eval/loss" in record][-1]
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
     text = corpus.held_out_text().encode()
     xz_bits = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     print(f"\nQuickstart, step {last_eval['step']}: {workdir}")
     print(f"  validation loss    {last_eval['eval/loss']:.4f} nats per token")
-    print(f"  bits per byte      {last_eval['eval/bits_per_byte']:.3f}   (xz -9e: {xz_bits:.3f})")
+    if "eval/bits_per_byte" in last_eval:  # the whole split was read
+        bits = last_eval["eval/bits_per_byte"]
+        print(f"  bits per byte      {bits:.3f}   (xz -9e: {xz_bits:.3f})")
     print(f"  speed              {speeds[len(speeds) // 2]:,.0f} tokens/s, median")
     print("  files")
     for path in sorted((ROOT / workdir).glob("[!.]*")):

@@ -25,7 +25,14 @@ install() {
     sudo apt-get -qy install gcsfuse
   fi
   mkdir -p bucket
-  mountpoint -q bucket || gcsfuse --implicit-dirs "$1" bucket
+  if mountpoint -q bucket; then
+    local mounted
+    mounted=$(findmnt -no SOURCE bucket)
+    [[ $mounted == "$1" ]] && return
+    echo "the folder bucket is $mounted here, not $1: delete this slice, or unmount it" >&2
+    return 1
+  fi
+  gcsfuse --implicit-dirs "$1" bucket
 }
 
 start() {

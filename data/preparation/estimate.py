@@ -35,7 +35,7 @@ class Estimate:
       store_bytes: of all files.
       bytes_per_second: of text, by one core.
       seconds: without the training of a tokenizer.
-      free_bytes: on the disk that the store goes to.
+      free_bytes: on the disk that the store goes to; None behind an address.
     """
 
     parts: int
@@ -46,14 +46,15 @@ class Estimate:
     store_bytes: int
     bytes_per_second: float
     seconds: float
-    free_bytes: int
+    free_bytes: int | None
 
     def __str__(self) -> str:
         hours, minutes = divmod(max(1, round(self.seconds / 60)), 60)
+        free = "" if self.free_bytes is None else f"; {self.free_bytes / 1e9:,.1f} GB are free"
         lines = [
             f"text      {self.text_bytes / 1e9:,.3f} GB in {self.documents:,} documents",
             f"tokens    {self.tokens:,}",
-            f"store     {self.store_bytes / 1e9:,.3f} GB; {self.free_bytes / 1e9:,.1f} GB are free",
+            f"store     {self.store_bytes / 1e9:,.3f} GB{free}",
             f"time      {hours} h {minutes:02d} min with {self.workers} workers, at "
             f"{self.bytes_per_second / 1e6:.1f} MB/s each",
         ]
@@ -96,6 +97,7 @@ def estimate(config: StoreConfig, output: str | Path, *, workers: int | None = N
     size = sum(part.size for part in opened.parts)
     text_bytes = size * sum(s.read_text for s in samples) // sum(s.read for s in samples)
     per_byte = text_bytes / sample_bytes
+    is_address = "://" in str(output)  # by Beam
     token_size = np.dtype(token_dtype(model.vocab_size)).itemsize
     store_bytes = tokens * token_size + len(texts) * OFFSET_DTYPE.itemsize
     return Estimate(
@@ -107,7 +109,7 @@ def estimate(config: StoreConfig, output: str | Path, *, workers: int | None = N
         store_bytes=round(store_bytes * per_byte),
         bytes_per_second=sample_bytes / seconds,
         seconds=text_bytes * seconds / sample_bytes / (workers or cores()),
-        free_bytes=shutil.disk_usage(_existing(Path(output))).free,
+        free_bytes=None if is_address else shutil.disk_usage(_existing(Path(output))).free,
     )
 
 

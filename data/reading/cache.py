@@ -38,7 +38,10 @@ class Cache:
         self._lock = threading.Lock()
         self._used, self._is_full = 0, False
         for path in self._folder.iterdir():
-            status = path.stat()
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process has given it its name, or dropped it
+                continue
             if path.suffix == ".tmp" and time.time() - status.st_mtime > LEFT_BEHIND_SECONDS:
                 path.unlink(missing_ok=True)
             else:

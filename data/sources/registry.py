@@ -113,7 +113,9 @@ class HuggingFaceSource:
             for start in range(0, len(sets[split]), HF_PART)
         )
         prints = {split: [len(sets[split]), sets[split]._fingerprint] for split in SPLITS}
-        self._description = {"kind": "Hugging Face", "name": name, "splits": prints}
+        self._description = {
+            "kind": "Hugging Face", "name": name, "text_field": text_field, "splits": prints,
+        }  # fmt: skip
 
     def description(self) -> dict[str, Any]:
         """Name, and what `datasets` says that the content is."""

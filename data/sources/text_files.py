@@ -205,7 +205,14 @@ def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:  # or the texts in it would be left out without a word
         raise ValueError(f"source={folder}: {error.filename} can't be listed ({error.strerror})")
 
-    for parent, _, names in os.walk(folder, onerror=refuse):
+    seen = set()
+    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            raise ValueError(
+                f"source={folder}: {parent} is a folder that is read already, by a link"
+            )
+        seen.add(real)
         yield from (Path(parent, name) for name in names)
 
 

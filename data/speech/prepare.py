@@ -119,7 +119,7 @@ def prepare(config: SpeechConfig, output: str | Path) -> dict[str, Any]:
     parts = config.parts()
     request = config.request(parts)
     if folder.exists():
-        return _finished(folder, request)
+        return _finished(folder, request, config.max_broken)
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with _alone(partial):
@@ -129,7 +129,7 @@ def prepare(config: SpeechConfig, output: str | Path) -> dict[str, Any]:
             manifest = _write(config, parts, partial)
             check_files(partial, seen, _seen(config.parts()), "while they were read")
             write_json(partial / MANIFEST, {**manifest, "request": request})
-        finished = _finished(partial, request)
+        finished = _finished(partial, request, config.max_broken)
         shutil.rmtree(partial / PROGRESS, ignore_errors=True)
         partial.rename(folder)
         sync(folder.absolute().parent)
@@ -140,7 +140,7 @@ def _seen(parts: dict[str, list[recordings.Part]]) -> dict[str, str]:
     return {f"{name}: {part.name}": part.seen for name in SPLITS for part in parts[name]}
 
 
-def _finished(folder: Path, request: Record) -> Record:
+def _finished(folder: Path, request: Record, max_broken: int) -> Record:
     """The manifest. Raises ValueError if the folder is not the store that was asked for."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"output={folder}: is there already and no store; choose another name")
@@ -148,6 +148,12 @@ def _finished(folder: Path, request: Record) -> Record:
     if "request" not in manifest:
         raise ValueError(f"output={folder}: is there already; choose another name, or delete it")
     check_same(folder, manifest["request"], request)
+    for name, split in manifest["splits"].items():
+        if (broken := sum(split["broken"].values())) > max_broken:
+            raise ValueError(
+                f"max_broken={max_broken}: {folder} is complete and lacks {broken} broken "
+                f"recordings of {name}; allow as many, or mend them and choose another folder"
+            )
     return manifest
 
 

@@ -58,7 +58,8 @@ class ResultsFolder:
         path = self.path / "results.json"
         finished = sorted(file for file in self.path.glob("*.json") if file != path)
         tasks = {file.stem: _read(file) for file in finished if file.stem not in failed}
-        write_atomically(path, _text({"tasks": tasks, "missing": {**missing, **failed}}))
+        lacking = {task: why for task, why in missing.items() if task not in tasks}
+        write_atomically(path, _text({"tasks": tasks, "missing": {**lacking, **failed}}))
         return path
 
     @contextlib.contextmanager

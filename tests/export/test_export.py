@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import base, bert, vit
 from eval.run import open_model, open_parameters
+from export.card import model_card
 from export.folder import Origin, load_exported, write_export
 from export.layouts import choose_layout
 from laser.training.config import load_config
@@ -99,6 +100,16 @@ def exported(folder, store, model, seed=0, **options):
 def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
     assert {x.dtype for x in jax.tree.leaves(actual)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layout_has_a_card(name, tmp_path):
+    losses = [{"step": 7, "eval/loss": 2.5}, {"step": 9, "eval/loss": 2.0}]
+    lines = "".join(f"{json.dumps(line)}\n" for line in losses)
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 10, "ev')  # torn by a kill
+    text = model_card(tmp_path, origin_of(MODELS[name]), layout_of(name), 1234)
+    assert "1,234 parameters in float32. t" in text
+    assert "2.5000 nats per" in text
 
 
 @pytest.mark.parametrize("name", MODELS)

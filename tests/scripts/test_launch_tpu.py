@@ -7,6 +7,7 @@ train.py of the copy are played.
 import json
 import os
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -166,6 +167,7 @@ def test_dry_run_prints_the_commands():
         ("--config.training.steps=x", "v5e-256", 2, "error: training.steps='x': expected int"),
         ("--config.mesh.fsdp=64", "v5p-256", 2, "mesh of 64 devices, but there are 128"),
         ("--config.init_from=bucket/runs/a", "v5e-256", 0, "not checked: bucket/runs/a is not"),
+        ("--config.init_from=nofs://runs/a", "v5e-256", 0, "not checked: nofs://runs/a is not"),
     ],
 )  # fmt: skip
 def test_the_config_is_checked_before_a_slice_is_asked_for(
@@ -213,6 +215,29 @@ def test_dry_run_of_several_slices_reaches_each():
         ]  # fmt: skip
     assert "laser-0 " in lines[-1]
     assert lines[-1].count("follow") == 1
+
+
+@pytest.mark.parametrize("mounted", ["", "mine", "another"])
+def test_a_worker_trains_in_the_bucket_that_was_named(tmp_path, mounted):
+    repository, commands = tmp_path / "laser", tmp_path / "bin"
+    (repository / "scripts").mkdir(parents=True)
+    commands.mkdir()
+    shutil.copy(ROOT / "scripts" / "tpu_worker.sh", repository / "scripts")
+    stand_ins = {
+        "mountpoint": "[[ $MOUNTED ]]", "findmnt": "echo $MOUNTED", "make": "true",
+        "python3.11": "true", "gcsfuse": "echo mounts $2",
+    }  # fmt: skip
+    for name, words in stand_ins.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{words}\n")
+        (commands / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(repository / "scripts" / "tpu_worker.sh"), "install", "mine"],
+        env={"PATH": f"{commands}:{os.environ['PATH']}", "MOUNTED": mounted},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == (mounted == "another"), done.stderr
+    assert done.stdout == ("" if mounted else "mounts mine\n")
+    assert ("bucket is another here, not mine" in done.stderr) == (mounted == "another")
 
 
 def test_every_shell_word_of_train_arrives_whole(cloud):

@@ -33,6 +33,16 @@ def test_hugging_face_gives_all_documents_in_order(saved, monkeypatch):
     assert other.description() == open_source(f"hf:{saved}").description()
 
 
+def test_hugging_face_of_another_field_is_another_source(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    columns = {"text": ["a", "b"], "content": ["c", "d"]}
+    sets = {split: datasets.Dataset.from_dict(columns) for split in TEXTS}
+    datasets.DatasetDict(sets).save_to_disk(tmp_path / "saved")
+    text, content = (open_source(f"hf:{tmp_path / 'saved'}", text_field=field) for field in columns)
+    assert list(texts(content, "train")) == columns["content"]
+    assert text.description() != content.description()
+
+
 def test_hugging_face_makes_a_store_by_two_workers(saved, tmp_path, tokenizer_path, monkeypatch):
     monkeypatch.setattr(registry, "HF_PART", 30)
     config = StoreConfig(f"hf:{saved}", tokenizer=tokenizer_path)

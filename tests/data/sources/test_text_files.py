@@ -267,6 +267,20 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
     TextFolder(tmp_path)
 
 
+def test_folders_behind_links_are_read_once(tmp_path):
+    folder, other = tmp_path / "texts", tmp_path / "elsewhere"
+    folder.mkdir()
+    other.mkdir()
+    (folder / "a.txt").write_text("a")
+    (other / "b.txt").write_text("b")
+    (folder / "validation").symlink_to(other)
+    source = TextFolder(folder)
+    assert [list(texts(source, split)) for split in ("train", "validation")] == [["a"], ["b"]]
+    (other / "again").symlink_to(folder)
+    with pytest.raises(ValueError, match="is a folder that is read already, by a link"):
+        TextFolder(folder)
+
+
 def test_folders_and_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     path = tmp_path / "a.txt"

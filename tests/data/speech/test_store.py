@@ -261,6 +261,10 @@ def test_what_is_broken_is_named_counted_and_skipped(made_up, tmp_path, source, 
     manifest = made_up(f"good,{source}", tmp_path / "out", max_broken=1)
     split = manifest["splits"]["train"]
     assert (split["recordings"], split["broken"]) == (2, {kind: 1})
+    assert made_up(f"good,{source}", tmp_path / "out", max_broken=1) == manifest
+    with pytest.raises(ValueError) as error:
+        made_up(f"good,{source}", tmp_path / "out", max_broken=0)
+    assert "is complete and lacks 1 broken recordings of train" in str(error.value)
     with pytest.raises(ValueError) as error:
         made_up(f"{source},{source}", tmp_path / "twice", max_broken=1)
     assert message in str(error.value)

@@ -184,6 +184,12 @@ def test_a_quick_look_leaves_a_fuller_result_alone(workdir, data_dir, capsys):
     assert run(capsys, workdir, data_dir, "--tasks=cb", "--seeds=2")[0] == 0  # another task joins
     assert json.loads(path.read_text())["tasks"].keys() == {"cb", "copa"}
 
+    # Its data are gone, and its result is there: it is not missing.
+    shutil.rmtree(data_dir / "COPA")
+    assert run(capsys, workdir, data_dir, "--tasks=copa,cb", "--seeds=2")[0] == 0
+    written = json.loads(path.read_text())
+    assert (written["tasks"].keys(), written["missing"]) == ({"cb", "copa"}, {})
+
 
 def test_without_any_data_nothing_is_written(workdir, data_dir, capsys):
     code, out, _ = run(capsys, workdir, data_dir, "--tasks=piqa")
