@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     training.z_loss = 0.0  # weight of (log of the softmax's normaliser)^2; PaLM: 1e-4
     # skip steps whose gradient norm is above so many times the median of the last 128; 0 = off
     training.skip_gradient_norm = 0.0
-    training.max_skipped_steps = 10  # in a row, for loss or gradient not finite: then give up
+    training.max_skipped_steps = 10  # in a row, the last for numbers not finite: then give up
     training.log_every = 10  # steps
     training.eval_every = 1000  # steps, 0 = an epoch; the last step is always evaluated
     training.eval_batches = 0  # batches of the validation split; 0 = all of it

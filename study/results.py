@@ -106,10 +106,16 @@ def ended(folder: Path, training: TrainingConfig) -> str | None:
     if saved and any(LOSS in line for line in _lines(folder / METRICS_FILE, training.steps)):
         return ""
     limit = training.max_skipped_steps
-    last = [line["step"] for line in _lines(folder / SKIPPED_FILE)][-limit:]
-    if len(last) == limit and last[-1] - last[0] == limit - 1:
-        return f"diverged: no update in steps {last[0]} to {last[-1]}"
+    skipped = _lines(folder / SKIPPED_FILE)[-limit:]
+    steps = [line["step"] for line in skipped]
+    if len(steps) == limit and steps[-1] - steps[0] == limit - 1 and _is_broken(skipped[-1]):
+        return f"diverged: no update in steps {steps[0]} to {steps[-1]}"
     return None
+
+
+def _is_broken(skipped: Mapping[str, Any]) -> bool:
+    """Whether a step was skipped for numbers that are not finite, and not for a large gradient."""
+    return not all(math.isfinite(float(skipped[name])) for name in ("loss", "gradient_norm"))
 
 
 def _lines(path: Path, step: int | None = None) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from data.errors import first_line
 from data.images.augment import Image
 from data.images.draws import mixed
 
@@ -219,7 +220,7 @@ class TfdsImages:
         try:
             info = tfds.builder(source, data_dir=data_dir).info
         except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-            first = str(error).strip().splitlines()[0]
+            first = first_line(error)
             raise ValueError(f"{TFDS}{source}: TFDS has no such set ({first})") from error
         if split not in info.splits:
             has = f"only {', '.join(info.splits)}" if info.splits else "nothing at all"

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from data.errors import first_line
+
 CHECKED_AGAIN_SECONDS = 60.0  # a file behind an address: to look is a request
 VERSIONS = ("generation", "ETag", "etag", "mtime", "created")  # what tells one content from another
 
@@ -145,7 +147,7 @@ class Address:
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, "no such file", self._address) from error
         except Exception as error:  # of as many types as there are libraries behind fsspec
-            line = (str(error).splitlines() or [""])[0][:200]
+            line = first_line(error)
             said = f"{type(error).__name__}: {line}"
             raise OSError(errno.EIO, f"cannot be read ({said})", self._address) from error
 

@@ -17,6 +17,7 @@ import google_crc32c
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from data.errors import first_line
 from data.sources.parts import SPLITS, Broken, Document, Part, look_at_files, number_parts
 
 C4 = "tfds:c4/en:3.1.0"
@@ -135,7 +136,7 @@ def _info(dataset: str, splits: tuple[str, ...], data_dir: str | None) -> tfds.c
     try:
         info = tfds.builder(dataset, data_dir=data_dir).info
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise ValueError(
             f"source={TFDS}{dataset}: TensorFlow Datasets has no such set ({first}); {written}"
         ) from error

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.errors import first_line
 from data.sources.parts import Broken
 from data.speech import tones
 from data.speech.features import SAMPLE_RATE
@@ -156,7 +157,7 @@ def _tfds(source: str) -> list[Part]:
                 examples = functools.partial(_examples, builder, name)
                 found.append(Part(f"{dataset} {name}", content, content, examples))
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise ValueError(
             f"source={source}: {first}; build it with `tfds build {dataset}`, and point "
             "TFDS_DATA_DIR to where it is"

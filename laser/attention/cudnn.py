@@ -55,13 +55,18 @@ def largest_size() -> int:
 
 
 def check(
-    query: Array, value: Array, kind: str, segment_ids: Array | None, logits_soft_cap: float | None
+    query: Array,
+    key: Array,
+    value: Array,
+    kind: str,
+    segment_ids: Array | None,
+    logits_soft_cap: float | None,
 ) -> None:
     """Raises ValueError, naming the limit, where cuDNN cannot serve."""
     sizes, largest = (query.shape[-1], value.shape[-1]), largest_size()
     # exp(V) in float16 overflows at V = 11.
     dtypes = {"standard": ("bfloat16", "float16"), "laser": ("bfloat16",)}[kind]
-    found = sorted({str(query.dtype), str(value.dtype)})
+    found = sorted({str(x.dtype) for x in (query, key, value)})
     limits = {
         f"{kind} attention in {' or '.join(dtypes)}; got {' and '.join(found)}": (
             len(found) > 1 or found[0] not in dtypes
@@ -115,7 +120,7 @@ def attention(
       ValueError: see `check`.
     """
     if library == "cudnn":
-        check(query, value, kind, segment_ids, logits_soft_cap)
+        check(query, key, value, kind, segment_ids, logits_soft_cap)
     options = Options(float(logits_scale), causal, library, window)
     if kind == "standard":
         return _standard(query, key, value, options), jnp.float32(0)

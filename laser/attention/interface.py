@@ -157,11 +157,12 @@ def _choose(query, key, value, kind: str, options: dict) -> tuple[Implementation
     try:
         if platform == "tpu":
             _check_options("pallas", query, key, options)
-            fused.check(query, value)
+            fused.check(query, key, value)
             return "pallas", ""
         if platform == "gpu":
             _check_options("cudnn", query, key, options)
-            cudnn.check(query, value, kind, options["segment_ids"], options["logits_soft_cap"])
+            segment_ids, soft_cap = options["segment_ids"], options["logits_soft_cap"]
+            cudnn.check(query, key, value, kind, segment_ids, soft_cap)
             return "cudnn", ""
     except ValueError as limit:
         return "chunked", f" ({limit})"

@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from data.errors import first_line
 from data.sealed import seal
 from laser.training import hosts, retention, run_folder
 from laser.training.config import CheckpointConfig
@@ -134,7 +136,8 @@ class Checkpoints:
         """Step and metric of the best checkpoint; None if none was evaluated, or none is wanted."""
         step = self._manager.best_step() if self._best != "none" else None
         metrics = self._manager.metrics(step) if step is not None else None
-        return (step, metrics[f"eval/{self._best}"]) if step is not None and metrics else None
+        value = (metrics or {}).get(f"eval/{self._best}", math.nan)
+        return (step, value) if step is not None and math.isfinite(value) else None
 
     def wait(self) -> None:
         """Waits for the save that is under way. Raises CheckpointError if it failed."""
@@ -365,7 +368,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _first_line(error: BaseException) -> str:
     *_, first = _causes(error)
     error = error if isinstance(error, CheckpointError) else first
-    line = (str(error).splitlines() or [""])[0][:200]
+    line = first_line(error)
     return line if isinstance(error, CheckpointError) else f"{type(error).__name__}: {line}"
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+from data.errors import first_line
+
 ADDRESS = "gs://"
 # The libraries behind it, whose errors are of as many types as there are libraries.
 LIBRARIES = frozenset({"aiohttp", "fsspec", "gcsfs", "google", "requests"})
@@ -87,5 +89,5 @@ def told_as_os_errors(where: str | Path) -> Iterator[None]:
         theirs = type(error).__module__.partition(".")[0] in LIBRARIES
         if not theirs and not (isinstance(error, OSError) and "\n" in str(error)):
             raise
-        line = (str(error).splitlines() or [""])[0][:200]
-        raise OSError(errno.EIO, f"{type(error).__name__}: {line}", str(where)) from error
+        words = f"{type(error).__name__}: {first_line(error)}"
+        raise OSError(errno.EIO, words, str(where)) from error

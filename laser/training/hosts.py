@@ -23,6 +23,8 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from data.errors import first_line
+
 log = logging.getLogger(__name__)
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -196,6 +198,8 @@ class _Connection:
         return [found[i] for i in range(self.count)]
 
     def announce(self, reason: str) -> None:
+        if self._failed:  # the first reason stands
+            return
         self._failed = True
         self._store.key_value_set(f"laser/ended/{self.index}", reason)
         self._left.set()  # after the call, which waits for ever where host 0 is frozen
@@ -215,7 +219,7 @@ class _Connection:
     def leave_alone(self, error: BaseException) -> NoReturn:
         from jax.errors import JaxRuntimeError
 
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
             # Most often another host is gone. Then the other thread finds out, and ends this one.
             log.error("%s; waiting for news of the other hosts", reason)
@@ -241,7 +245,7 @@ class _Connection:
                 beats, ended = self._read("laser/alive/"), self._read("laser/ended/")
             except JaxRuntimeError as error:
                 if not self._left.is_set():
-                    self._follow(0, f"cannot be reached ({str(error).splitlines()[0]})")
+                    self._follow(0, f"cannot be reached ({first_line(error)})")
                 return
             self._looked = time.monotonic()
             for i, reason in ended.items():

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.errors import first_line
 from laser.training.folders import url_of
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def _told_as_os_errors(folder: Path) -> Iterator[None]:
     except ValueError as error:
         if not re.match(r"[A-Z_]+: ", str(error)):
             raise
-        raise OSError(errno.EIO, str(error).splitlines()[0][:200], str(folder)) from error
+        raise OSError(errno.EIO, first_line(error), str(folder)) from error
 
 
 def _taken(folder: Path, lock: bytes) -> ValueError:

@@ -15,12 +15,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
+from data.errors import first_line
 from data.sealed import SEAL
 from laser.training import hardware, hosts, preemption, roofline, sharding, wandb_writer
 from laser.training.checkpoint import (
@@ -32,6 +32,7 @@ from laser.training.checkpoint import (
 from laser.training.config import RunConfig, check_devices, to_dict
 from laser.training.folders import folder_of, told_as_os_errors
 from laser.training.goodput import Goodput
+from laser.training.incidents import TooManySkippedSteps, record_skipped, record_spike
 from laser.training.init_from import check_init
 from laser.training.metrics import (
     METRICS_FILE,
@@ -40,6 +41,7 @@ from laser.training.metrics import (
     MetricsWriter,
     make_writer,
     mark_of,
+    read_metrics,
 )
 from laser.training.profile import Profile
 from laser.training.program import Program
@@ -59,10 +61,6 @@ from models.families import train_flops_per_token
 log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
-
-
-class TooManySkippedSteps(RuntimeError):
-    """The loss or the gradient was not finite for too many steps in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +116,7 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
             if state is None:
                 log.info("starting a new run in %s", run.workdir)
                 state = run.init_state()
-            elif int(state.step) >= steps and not checkpoints.restored.get("owed"):
+            elif not run.owes_evaluation(checkpoints) and int(state.step) >= steps:
                 log.info("%s: nothing left to do after step %d", run.workdir, int(state.step))
                 return EXIT_DONE
             else:
@@ -131,7 +129,7 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        problem = f"out of memory: {(str(error).splitlines() or [''])[0][:300]}"
+        problem = f"out of memory: {first_line(error, 300)}"
     log.error("%s", problem)
     hosts.end_the_others(problem)
     return EXIT_FAILED
@@ -182,6 +180,24 @@ class Run:
             "config": self._config_sha256, "owed": owed, "metrics": mark, "losses": losses,
             "time": self.goodput.note(),
         }  # fmt: skip
+
+    def owes_evaluation(self, checkpoints: Checkpoints) -> bool:
+        """Whether the evaluation of the checkpoint that was restored was left, and not yet made
+        since then. All hosts call it."""
+        if not checkpoints.restored.get("owed"):
+            return False
+        step = checkpoints.restored["step"]
+        path = self.records.folder / METRICS_FILE
+        lines = read_metrics(path) if hosts.is_first() and path.exists() else []
+        made = [line for line in lines if line["step"] == step and _is_evaluation(line)]
+        written: list[dict[str, float]] = json.loads(
+            hosts.exchange("see what was evaluated", json.dumps(made[-1:]))[0]
+        )
+        for line in written:
+            scores = {name: math.nan if x is None else x for name, x in line.items()}
+            checkpoints.add_score(step, scores)
+            checkpoints.restored["owed"] = False
+        return not written
 
     @contextlib.contextmanager
     def off_the_steps(self, kind: str) -> Iterator[None]:
@@ -243,8 +259,8 @@ def _train_from(
         flops_per_token=train_flops_per_token(config.model, config.data.seq_len),
         peak_flops=hardware.peak_flops(),
         bound_seconds=_bound_seconds(run.program),
-        on_skipped=functools.partial(_record_skipped, run),
-        on_step=functools.partial(_record_spike, run),
+        on_skipped=functools.partial(record_skipped, run),
+        on_step=functools.partial(record_spike, run),
         of_the_run=lambda step: run.rows.metrics(config, step) | run.goodput.metrics(),
     )
     try:
@@ -280,7 +296,7 @@ def _run_steps(
     preempted: preemption.Preemption,
 ) -> int:
     config, start = run.config, int(state.step)
-    steps, first = config.training.steps, True
+    steps, first, due = config.training.steps, True, False
     if checkpoints.restored.get("owed"):
         scores, owed = evaluations.after(start, state)
         if owed:
@@ -304,14 +320,15 @@ def _run_steps(
             scores, owed = evaluations.after(done, state)
             leave = preempted.stops()
             in_turn = _due(done, config.checkpoint.every, steps)
-            if in_turn or leave:
+            due = due or in_turn
+            if due or leave:
                 report.flush()
-            if (in_turn or leave) and (not report.skipping or done == steps):
-                save = functools.partial(
-                    _save, run, checkpoints, done, state, scores, interim=not in_turn, owed=owed
-                )
-                with run.off_the_steps("checkpoints"):
-                    report.off_the_clock(save)
+            # After steps without an update there is nothing new to save: it is put off.
+            if (due or leave) and (not report.skipping or done == steps):
+                with run.off_the_steps("checkpoints"), report.off_the_clock():
+                    note = run.note(owed)
+                    checkpoints.save(done, state, scores, interim=not due, note=note)
+                due = False
             if leave and (owed or done < steps):
                 with run.watchdog.not_watching():
                     checkpoints.wait()
@@ -330,19 +347,6 @@ def _run_steps(
     return EXIT_DONE
 
 
-def _save(
-    run: Run,
-    checkpoints: Checkpoints,
-    done: int,
-    state: TrainState,
-    scores: dict[str, float],
-    *,
-    interim: bool,
-    owed: bool,
-) -> None:
-    checkpoints.save(done, state, scores, interim=interim, note=run.note(owed))
-
-
 class _Evaluations:
     """Those of a run, which write their metrics."""
 
@@ -359,56 +363,20 @@ class _Evaluations:
         if not due:
             return {}, False
         self._report.flush()
+        scores: dict[str, float] = {}
         try:
-            with self._run.off_the_steps("evaluation"):
-                scores = self._report.off_the_clock(functools.partial(_metrics, due, state))
+            with self._run.off_the_steps("evaluation"), self._report.off_the_clock():
+                for evaluation in due:
+                    scores |= evaluation.metrics(state)
         except preemption.Interrupted:
             return {}, True
         self._writer.write(done, scores)
         return scores, False
 
 
-def _metrics(due: Sequence[Evaluation], state: TrainState) -> dict[str, float]:
-    return {name: x for evaluation in due for name, x in evaluation.metrics(state).items()}
+def _is_evaluation(line: Mapping[str, float]) -> bool:
+    return any(name.startswith("eval/") for name in line)
 
 
 def _due(done: int, every: int, steps: int) -> bool:
     return done % every == 0 or done == steps
-
-
-def _record_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
-    """Reports a step without an update, and ends the run when there are too many in a row."""
-    config = run.config
-    ids = run.rows.row_ids(config, step - 1)
-    names = ("loss", "gradient_norm", "attention_range")
-    values = ", ".join(f"{name} {metrics[name]:.4g}" for name in names)
-    log.error("step %d skipped (%s); rows %s", step, values, np.array2string(ids, threshold=16))
-    record: dict[str, Any] = {"step": step, "row_ids": ids.tolist()}
-    _append(run, SKIPPED_FILE, record | {name: repr(metrics[name]) for name in names})
-    in_a_row, limit = int(metrics["skipped_in_a_row"]), config.training.max_skipped_steps
-    if in_a_row >= limit:
-        factor = config.training.skip_gradient_norm
-        too_large = f", or one beyond training.skip_gradient_norm={factor:g}" if factor else ""
-        raise TooManySkippedSteps(
-            f"{in_a_row} steps in a row had a non-finite loss or gradient{too_large} (step {step}, "
-            f"training.max_skipped_steps={limit}): lower optimizer.learning_rate, or look at the "
-            f"rows in {run.workdir / 'skipped.jsonl'}"
-        )
-
-
-def _record_spike(run: Run, step: int, metrics: dict[str, float]) -> None:
-    """Records a step whose loss is far above the last ones."""
-    loss = metrics["loss"]
-    height = run.spikes.height(loss)
-    if height is None:
-        return
-    log.warning("step %d: loss %.4g, %.1f standard deviations above the last", step, loss, height)
-    ids = run.rows.row_ids(run.config, step - 1)
-    record = {"step": step, "loss": loss, "deviations": height, "row_ids": ids.tolist()}
-    _append(run, SPIKES_FILE, record)
-
-
-def _append(run: Run, name: str, record: dict[str, Any]) -> None:
-    if hosts.is_first():
-        with (run.records.folder / name).open("a") as file:
-            file.write(json.dumps(record) + "\n")

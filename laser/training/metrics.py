@@ -111,13 +111,13 @@ class JsonlWriter:
     def truncate_after(self, step: int, mark: Mapping[str, Any] | None = None) -> None:
         """Drops lines of later steps and a torn last line. The file is whole at any moment.
 
-        With `mark`, see `mark_of`, the lines up to this step are compared with those that were
-        written, and a difference is told.
+        With `mark`, see `mark_of`, the lines that were there then are compared with those that are
+        there now, and a difference is told. An evaluation of this step may have come since.
         """
         if self._file is not None:
             raise RuntimeError("truncate_after comes before the first write")
         drop_lines_after(step, self._path)
-        if mark and mark_of(self._path) != mark:
+        if mark and mark_of(self._path, mark["bytes"]) != mark:
             log.warning(
                 "%s: the lines up to step %d are not those that were written: see them as damaged",
                 self._path, step,

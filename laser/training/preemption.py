@@ -35,7 +35,7 @@ class Preemption:
 
     def __init__(self, at_once: Callable[[int, FrameType | None], Any]):
         self.at_once = at_once
-        self._stops = False
+        self._stops = self._ctrl_c = False
         self._calls = itertools.count(1)
 
     def stops(self) -> bool:
@@ -49,8 +49,9 @@ class Preemption:
         return self._stops
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
+        if number == signal.SIGINT and self._ctrl_c:
             self.at_once(number, frame)
+        self._ctrl_c = self._ctrl_c or number == signal.SIGINT
         self.name = signal.Signals(number).name
         if hosts.several():
             os.kill(os.getpid(), signal.SIGTERM)  # for jax's service

@@ -4,9 +4,9 @@ Fetching a step's metrics waits for that step. Doing so for the step before the 
 keeps the device busy and keeps the host at most one step ahead.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -88,12 +88,14 @@ class Report:
             derived = self._derived(metrics, waited)
             self._writer.write(step, metrics | derived | self._of_the_run(step))
 
-    def off_the_clock(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` without counting its time as training time."""
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """For what is not training: its time does not count as that of steps."""
         start = time.perf_counter()
-        result = action()
-        self._window_start += time.perf_counter() - start
-        return result
+        try:
+            yield
+        finally:
+            self._window_start += time.perf_counter() - start
 
     def _derived(self, metrics: dict[str, float], waited: float) -> dict[str, float]:
         now = time.perf_counter()

@@ -1,6 +1,7 @@
 """Which checkpoints of a run are kept, and by which scores."""
 
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def policy(config: CheckpointConfig, interim: set[int]) -> checkpoint_managers.P
 
 
 def score(best: str, metrics: Mapping[str, float]) -> float:
-    """The larger, the better."""
-    value = metrics[f"eval/{best}"]
+    """The larger, the better; the worst for what is not finite, or was not measured."""
+    value = metrics.get(f"eval/{best}", math.nan)
+    if not math.isfinite(value):
+        return -math.inf
     return -value if best == "loss" else value
 
 

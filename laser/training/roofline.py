@@ -216,10 +216,3 @@ def _itemsize(model: AnyModelConfig) -> int:
 
 def _ratio(size: float, speed: float) -> float:
     return size / speed if speed else 0.0
-
-
-def state_gib(config: RunConfig, mesh: MeshConfig) -> tuple[float, float]:
-    """GiB of parameters and of optimizer state on a chip."""
-    parameters, optimizer = state_items(config)
-    a_chip = 4 / (mesh.fsdp * mesh.tensor) / math.pow(2, 30)
-    return parameters * a_chip, optimizer * a_chip

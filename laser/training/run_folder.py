@@ -199,7 +199,8 @@ def _open(
         for line in changes:
             log.info("  %s", line)
     if saved and saved[SEAL] != record[SEAL]:  # checkpoints name the old one
-        number = len(list(folder.glob("config.*.json")))
+        old = (path.name.split(".")[1] for path in folder.glob("config.*.json"))
+        number = max((int(name) for name in old if name.isdecimal()), default=-1) + 1
         write_atomically(folder / f"config.{number}.json", path.read_text())
     write_run(folder, record, rows.tokenizer_path)
 

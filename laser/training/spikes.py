@@ -35,6 +35,8 @@ class Spikes:
         self.recent.append(loss)
         if len(before) < LEAST:
             return None
-        deviation = max(float(before.std()), float(np.finfo(np.float32).eps) * abs(loss))
+        rounding = np.finfo(np.float32)
+        least = max(float(rounding.eps) * abs(loss), float(rounding.tiny))
+        deviation = max(float(before.std()), least)
         height = (loss - float(before.mean())) / deviation
         return height if height >= DEVIATIONS else None

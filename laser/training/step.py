@@ -35,8 +35,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     skipped: Array  # int32, steps without an update since the start
     skipped_in_a_row: Array  # int32
-    # With training.skip_gradient_norm one (NORMS,) float32, the newest last; inf before the start.
-    recent_norms: tuple[Array, ...] = ()
+    recent_norms: Array  # (NORMS,) float32, of gradients, the newest last; inf before the start
 
 
 def init_state(config: RunConfig) -> TrainState:
@@ -44,7 +43,7 @@ def init_state(config: RunConfig) -> TrainState:
     params = init_parameters(config.model, config.training.seed)
     zero = jnp.zeros((), jnp.int32)
     opt_state = optimizer.make_optimizer(config.optimizer).init(params)
-    norms = (jnp.full(NORMS, jnp.inf),) if config.training.skip_gradient_norm else ()
+    norms = jnp.full(NORMS, jnp.inf, jnp.float32)
     return TrainState(zero, params, opt_state, zero, zero, norms)
 
 
@@ -118,20 +117,18 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
     return train_step
 
 
-def _judged(
-    good: Array, norm: Array, recent: tuple[Array, ...], limit: float
-) -> tuple[Array, tuple[Array, ...]]:
+def _judged(good: Array, norm: Array, recent: Array, limit: float) -> tuple[Array, Array]:
     """Whether a step counts, also by the size of its gradient, and the last norms with it.
 
     Up to `limit` times the median of the last ones it does, and as long as half of them are yet to
-    come. Those of skipped steps are among them: gradients that stay large become the usual ones.
+    come; a limit of 0 is none. Norms of skipped steps are among them: gradients that stay large
+    become the usual ones.
     """
+    newer = jnp.where(jnp.isfinite(norm), jnp.append(recent[1:], norm), recent)
     if not limit:
-        return good, recent
-    (norms,) = recent
-    usual = jnp.sort(norms)[NORMS // 2]
-    newer = jnp.append(norms[1:], norm)
-    return good & (norm <= limit * usual), (jnp.where(jnp.isfinite(norm), newer, norms),)
+        return good, newer
+    usual = jnp.sort(recent)[NORMS // 2]
+    return good & (norm <= limit * usual), newer
 
 
 def _accumulate(gradient, params, batch: Batch, share: Share, start, micro_batches: int):
@@ -139,24 +136,33 @@ def _accumulate(gradient, params, batch: Batch, share: Share, start, micro_batch
     if micro_batches == 1:
         return gradient(params, batch, share)
 
-    def split(x):  # a micro-batch is rows i, i + n, i + 2n, ...
-        return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
-
     def add(carry, micro_batch):
         grads, sums = carry
         more_grads, more_sums = gradient(params, micro_batch, share)
         return (jax.tree.map(jnp.add, grads, more_grads), sums.add(more_sums)), None
 
     zero = (jax.tree.map(jnp.zeros_like, params), start())
-    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
+    return jax.lax.scan(add, zero, _split(batch, micro_batches))[0]
+
+
+def _split(batch: Batch, micro_batches: int) -> Batch:
+    """One micro-batch after the other: rows i, i + n, i + 2n, ..."""
+    return jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def make_eval_step(config: RunConfig) -> Callable[[Parameters, Batch], Sums]:
-    """(parameters, batch) -> sums over the batch."""
+    """(parameters, batch) -> sums over the batch, in as many micro-batches as a training step."""
     loss = objective(config).make_loss(config)
+    micro_batches = config.training.accumulation
 
     def sums(params, batch, share):
-        return loss(params, batch, share)[1].over(share)
+        def add(total, micro_batch):
+            return total.add(loss(params, micro_batch, share)[1]), None
+
+        if micro_batches == 1:
+            return loss(params, batch, share)[1].over(share)
+        start = objective(config).start(config)
+        return jax.lax.scan(add, start, _split(batch, micro_batches))[0].over(share)
 
     def of_batch(params, batch):
         with product_precision(config.model):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from data.errors import first_line
 from laser.training.folders import url_of
 from laser.training.metrics import METRICS_FILE, mark_of, read_metrics
 from laser.training.run_folder import (
@@ -83,7 +84,7 @@ def _tensor_problems(state: Path, tensors: dict[str, dict[str, Any]]) -> Iterato
             kind = f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
             same = kind == entry["type"] and _sum(array) == entry["sum"]
         except ValueError as error:  # what tensorstore calls everything that it cannot read
-            yield f"{name}: {str(error).splitlines()[0][:200]}"
+            yield f"{name}: {first_line(error)}"
         else:
             if not same:
                 yield f"{name}: the checksum differs"

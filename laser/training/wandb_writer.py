@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from data.errors import first_line
 from laser.training.folders import write_atomically
 from laser.training.records import Records
 
@@ -32,6 +33,8 @@ class WandbWriter:
       project: that the run belongs to; made if it is not there.
       records: of the run.
       config: every field.
+
+    Raises OSError if Weights & Biases takes no run.
     """
 
     def __init__(self, project: str, records: Records, config: Mapping[str, Any]):
@@ -40,15 +43,21 @@ class WandbWriter:
         path = records.workdir / ID_FILE
         if not path.exists():
             write_atomically(path, uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=project,
-            id=path.read_text(),
-            name=records.workdir.name,
-            resume="allow",
-            dir=records.folder,
-            config=dict(config),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=path.read_text(),
+                name=records.workdir.name,
+                resume="allow",
+                dir=records.folder,
+                config=dict(config),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise OSError(
+                f"training.wandb_project={project}: {first_line(error)}; log in, or set "
+                "WANDB_MODE=offline"
+            ) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

@@ -57,6 +57,7 @@ class Watchdog:
     def not_watching(self) -> Iterator[None]:
         """For what takes its time: to compile, to evaluate, to save."""
         self._not_watching += 1
+        faulthandler.cancel_dump_traceback_later()
         try:
             yield
         finally:
@@ -65,10 +66,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._seconds / POLLS):
+            if self._not_watching:
+                faulthandler.cancel_dump_traceback_later()
+                continue
             # Ends the process from outside of Python, unless this thread comes around again.
-            grace = 2 * self._seconds / POLLS + GRACE_SECONDS
+            grace = self._seconds + GRACE_SECONDS
             faulthandler.dump_traceback_later(grace, exit=True, file=STDOUT)
-            if self._not_watching or time.monotonic() - self._last < self._seconds:
+            if time.monotonic() - self._last < self._seconds:
                 continue
             log.error(
                 "%s: no step has ended for %g s, since step %d (training.step_timeout_seconds); "

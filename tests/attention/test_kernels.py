@@ -237,6 +237,8 @@ def test_auto_takes_what_serves_the_devices_of_the_mesh(platform, kind, size, dt
         options = {"segment_ids": None, "logits_soft_cap": None}
         assert interface._choose(x, x, x, kind, options)[0] == chosen
         assert interface._choose(x, x, x, kind, options | {"shared_segment": 0})[0] == "chunked"
+        wider = jax.ShapeDtypeStruct(x.shape, jnp.float64)
+        assert interface._choose(x, wider, x, kind, options)[0] == "chunked"
 
 
 @pytest.mark.parametrize("length", [1, 128, 129, 1000, 1024, 1025, 1536, 8192])

@@ -261,13 +261,20 @@ def test_runs_that_were_trained_elsewhere_are_collected(fake, capsys):
     assert diverging == out / "rates" / "learning_rate=0.001,attention=standard"
     diverging.mkdir(parents=True)
     limit = base.get_config().training.max_skipped_steps
-    skipped = [{"step": step, "row_ids": []} for step in (3, *range(20, 19 + limit))]
-    _write_lines(diverging / "skipped.jsonl", skipped)
+    skipped = [
+        {"step": step, "row_ids": [], "loss": "nan", "gradient_norm": "1.0"}
+        for step in (3, *range(20, 20 + limit))
+    ]
+    _write_lines(diverging / "skipped.jsonl", skipped[:-1])
     for line in lines[1:]:
         train(line)
     assert main([*arguments, "--commands"]) == 0
     assert capsys.readouterr().out.splitlines() == lines[:1]  # it may still get out of it
-    _write_lines(diverging / "skipped.jsonl", [*skipped, {"step": 19 + limit, "row_ids": []}])
+    large = {**skipped[-1], "loss": "3.0", "gradient_norm": "99.0"}
+    _write_lines(diverging / "skipped.jsonl", [*skipped[:-1], large])
+    assert main([*arguments, "--commands"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines[:1]
+    _write_lines(diverging / "skipped.jsonl", skipped)
     assert main([*arguments, "--commands"]) == 0
     rest = capsys.readouterr().out.splitlines()
     assert len(rest) == 6

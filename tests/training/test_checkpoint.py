@@ -36,7 +36,8 @@ def make_state(step):
         "b": jnp.arange(16.0) + step,
     }
     moments = jax.tree.map(lambda x: x * 0.1, params)
-    return TrainState(jnp.int32(step), params, (moments,), jnp.int32(0), jnp.int32(0))
+    zero = jnp.int32(0)
+    return TrainState(jnp.int32(step), params, (moments,), zero, zero, jnp.ones(16))
 
 
 def abstract(state, spec=REPLICATED):
@@ -96,6 +97,7 @@ def best_config(best, keep=1):
         ("decoding_accuracy", [0.1, 0.5, 0.5, 0.2], [3, 4]),  # of equals the newest
         ("decoding_accuracy", [0.1, 0.2, 0.3, 0.4], [4]),
         ("decoding_accuracy", [0.9, None, 0.3, None], [1, 4]),  # None: not evaluated
+        ("loss", [3.0, 1.0, float("nan"), 2.0], [2, 4]),
     ],
 )
 def test_the_best_is_kept_beside_the_newest_also_over_restarts(tmp_path, best, values, kept):
@@ -108,6 +110,19 @@ def test_the_best_is_kept_beside_the_newest_also_over_restarts(tmp_path, best, v
     assert saved_steps(tmp_path) == kept
     assert found == (kept[0], values[kept[0] - 1])
     assert_equal(restore(tmp_path), make_state(4))
+
+
+def test_the_best_may_be_told_by_something_else_than_before(tmp_path):
+    with Checkpoints(tmp_path, best_config("loss")) as checkpoints:
+        checkpoints.save(1, make_state(1), {"eval/loss": 1.0})
+        checkpoints.wait()
+    with Checkpoints(tmp_path, best_config("decoding_accuracy")) as checkpoints:
+        assert checkpoints.best() is None
+        for step, value in ((2, 0.5), (3, 0.4)):
+            checkpoints.save(step, make_state(step), {"eval/decoding_accuracy": value})
+        checkpoints.wait()
+        assert checkpoints.best() == (2, 0.5)
+    assert saved_steps(tmp_path) == [2, 3]
 
 
 def test_without_a_metric_there_is_no_best(tmp_path):

@@ -117,7 +117,8 @@ def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
     ]
     stopped = runs.train(wild, tmp_path)
     assert stopped.returncode == 1
-    assert "3 steps in a row had a non-finite loss or gradient" in stopped.stdout
+    words = "3 steps in a row had no update, the last for a loss or gradient that is not finite"
+    assert words in stopped.stdout
     assert "lower optimizer.learning_rate" in stopped.stdout
     records = [json.loads(line) for line in (tmp_path / "skipped.jsonl").open()]
     assert len(records) == 3
@@ -126,6 +127,24 @@ def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
     assert len(steps) == 3
     first = min(steps)  # what was good stays: nothing was saved from there on
     assert list(saved_step_folders(tmp_path)) == [s for s in (first - 2, first - 1) if s > 0]
+
+
+SKIPPED_AT_8 = """
+push = Report.push
+def push_as_skipped(self, done, metrics, waited):
+    if done == 8:
+        metrics = {**metrics, "loss": float("nan"), "skipped_in_a_row": 1.0}
+    push(self, done, metrics, waited)
+Report.push = push_as_skipped
+"""
+
+
+def test_a_checkpoint_that_was_due_at_a_skipped_step_comes_after_it(arguments, tmp_path):
+    flags = ["--config.checkpoint.every=4", "--config.checkpoint.keep=9"]
+    done = runs.train([*arguments, *flags], tmp_path, event=SKIPPED_AT_8)
+    assert done.returncode == 0, done.stderr
+    assert "step 8 skipped (loss nan" in done.stdout
+    assert list(saved_step_folders(tmp_path))[:4] == [4, 9, 12, 16]
 
 
 def test_truncated_checkpoint_falls_back_to_the_one_before(arguments, tmp_path):

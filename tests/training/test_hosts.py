@@ -289,6 +289,15 @@ def test_wait_says_for_what_and_for_whom(monkeypatch, caplog):
     assert "host 2" not in caplog.text
 
 
+def test_the_end_is_announced_once(monkeypatch):
+    monkeypatch.setattr(hosts, "BEAT_SECONDS", 0.01)
+    here = object.__new__(hosts._Connection)
+    here.index, here._failed, here._store, here._left = 0, False, Store(), threading.Event()
+    here.announce("it was stopped by Ctrl-C")
+    here.announce("it was stopped by Ctrl-C again")  # which jax's store refuses
+    assert here._store.pairs == {"laser/ended/0": "it was stopped by Ctrl-C"}
+
+
 def test_machine_without_tpu_is_alone():
     assert hosts._cluster() is None
     assert hosts.is_first()

@@ -58,18 +58,26 @@ def test_signals_in_evaluations_and_closed_terminals_change_nothing(arguments, t
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert runs.train(arguments, whole).returncode == 0
     in_evaluation = runs.SIGTERM_IN_EVALUATION_AFTER
+    ended = runs.train(arguments, parts, event=in_evaluation.format(step=10))
+    assert ended.returncode == 75, ended.stderr
+    # Made up for, and lost with all that was since: it is not made again.
+    killed = runs.SIGHUP_AFTER_13.replace("pid(), signal.SIGHUP", "pid(), signal.SIGKILL")
+    assert runs.train(arguments, parts, event=killed).returncode == -9
+    assert scores(parts) == scores(whole)[:1]
     for event, step in (
-        (in_evaluation.format(step=10), 10),
         (runs.SIGHUP_AFTER_13, 13),
         (in_evaluation.format(step=20), 20),
     ):
         ended = runs.train(arguments, parts, event=event)
         assert ended.returncode == 75, ended.stderr
         assert f"saved step {step}" in ended.stdout
+        assert "damaged" not in ended.stdout
         assert sorted(runs.losses(parts)) == list(range(1, step + 1))
     assert step in saved_step_folders(parts)
     unread = ["bash", "-c", '"$@" > >(exec >&-) 2>&1', "bash"]
     assert runs.train(arguments, parts, command=unread).returncode == 0
+    again = runs.train(arguments, parts)
+    assert "nothing left to do" in again.stdout
 
     assert scores(parts) == scores(whole)
     assert [step for step, _ in scores(whole)] == [10, 20]

@@ -140,6 +140,20 @@ def test_a_changed_config_keeps_the_old_one_and_its_checkpoints(run, rows):
     start(run, rows, FASTER)  # the newest is all that training needs
 
 
+def test_no_config_that_was_kept_is_written_over(run, rows):
+    changed = [dataclasses.replace(FASTER, optimizer=dataclasses.replace(
+        FASTER.optimizer, learning_rate=rate)) for rate in (0.1, 0.2, 0.3)]  # fmt: skip
+    start(run, rows, changed[0], allow_change=True)
+    record = start(run, rows, changed[1], allow_change=True)
+    with Checkpoints(run, CONFIG.checkpoint) as checkpoints:
+        checkpoints.save(15, STATE, note={"config": record[SEAL]})
+    kept = (run / "config.1.json").read_text()
+    (run / "config.0.json").unlink()
+    start(run, rows, changed[2], allow_change=True)
+    assert (run / "config.1.json").read_text() == kept
+    assert (run / "config.2.json").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_named(rows):
     with pytest.raises(ValueError, match="workdir=/proc/no/run: cannot be written"):
         start("/proc/no/run", rows)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from laser.training import loop
+from laser.training import incidents
 from laser.training.config import load_config
 from laser.training.spikes import LEAST, WINDOW, Spikes
 from laser.training.step import NORMS, _judged
@@ -24,6 +24,11 @@ def losses(steps, seed=0):
 def found(values, spikes=None):
     spikes = spikes or Spikes()
     return {step: h for step, x in enumerate(values) if (h := spikes.height(float(x))) is not None}
+
+
+def test_losses_without_any_deviation_are_no_mistake():
+    assert found([0.0] * 300) == {}
+    assert list(found([0.0] * 300 + [1e-3])) == [300]
 
 
 def test_a_spike_is_seven_deviations_above_the_last_thousand():
@@ -62,7 +67,7 @@ def test_a_run_records_steps_heights_and_rows(tmp_path, caplog):
     values = losses(1300)[1000:]
     values[250] += 4.0
     for step, loss in enumerate(values, start=1):
-        loop._record_spike(run, step, {"loss": float(loss)})
+        incidents.record_spike(run, step, {"loss": float(loss)})
     (record,) = map(json.loads, (tmp_path / "spikes.jsonl").open())
     assert (record["step"], record["row_ids"]) == (251, [250, 7])
     assert record["loss"] == values[250]
@@ -79,7 +84,7 @@ def test_a_run_records_steps_heights_and_rows(tmp_path, caplog):
 
 def judged(norms, limit):
     """Which of the steps count."""
-    recent = (jnp.full(NORMS, jnp.inf),) if limit else ()
+    recent = jnp.full(NORMS, jnp.inf)
     judge = jax.jit(lambda norm, recent: _judged(jnp.isfinite(norm), norm, recent, limit))
     counted = []
     for norm in norms:

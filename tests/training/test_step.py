@@ -68,6 +68,20 @@ def begun(config):
     return jax.jit(make_train_step(config)), init_state(config)
 
 
+def test_evaluation_takes_micro_batches_too():
+    """A run that fits because of them fits its evaluations: logits of 2 rows, never of 16."""
+    sums, texts = [], []
+    for accumulation in (1, 8):
+        config = make_config(**{"training.accumulation": accumulation})
+        step = jax.jit(make_eval_step(config))
+        params = init_state(config).params
+        texts.append(step.lower(params, make_batch(0)).as_text())
+        sums.append(step(params, make_batch(0)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), *sums)
+    chunks = [f"tensor<{rows}x{LENGTH}x32x" for rows in (BATCH, BATCH // 8)]  # hidden states
+    assert [[chunk in text for chunk in chunks] for text in texts] == [[True, False], [False, True]]
+
+
 def test_the_embedding_s_gradient_is_reduced_before_the_blocks_backward_pass():
     """The gradient of the hidden states waits for a device's part of it (memory on TPUs)."""
     config = make_config(mesh=(1, 8, 1))

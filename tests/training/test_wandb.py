@@ -66,6 +66,17 @@ def test_a_project_without_the_package_is_a_mistake(monkeypatch):
         wandb_writer.check_installed("p")
 
 
+def test_what_weights_and_biases_refuses_is_told_in_a_line(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(OSError, match=r"training.wandb_project=p: No API key configured\.; log in"):
+        wandb_writer.WandbWriter("p", Records(tmp_path), {})
+
+
 @pytest.mark.slow
 def test_a_run_writes_there_if_it_is_told_to(arguments, tmp_path):
     pytest.importorskip("wandb")

@@ -168,7 +168,7 @@ class _Blocks:
         self.largest: Any = next(refs) if both else None
 
 
-def _key_tile(blocks: _Blocks, options: Options, number: int, before, raw: bool) -> KeyTile:
+def _key_tile(blocks: _Blocks, options: Options, number: int, before) -> KeyTile:
     v = blocks.v[options.rows(number), :]
     if not options.laser:
         return KeyTile(v)
@@ -218,7 +218,7 @@ def _step(
         stop = keys.stop if diagonal else max(keys.stop for keys in met)
         while first + len(tiles) < stop:
             number = first + len(tiles)
-            tiles.append(_key_tile(blocks, options, number, (tiles or [before])[-1], raw))
+            tiles.append(_key_tile(blocks, options, number, (tiles or [before])[-1]))
         tile, rows = tiles[-1], options.rows(query)
         at_least = []
         if many:

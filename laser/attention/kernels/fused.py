@@ -44,13 +44,13 @@ LARGEST_RESIDUAL = {jnp.dtype(jnp.bfloat16): 8.0, jnp.dtype(jnp.float32): 16.0}
 LARGEST_RANGE = -math.log(jnp.finfo(jnp.float32).tiny)
 
 
-def check(query: Array, value: Array) -> None:
+def check(query: Array, key: Array, value: Array) -> None:
     """Raises ValueError, naming the limit, where the kernels cannot serve such arrays."""
-    found = {x.dtype for x in (query, value)}
+    found = {x.dtype for x in (query, key, value)}
     if len(found) > 1 or not found <= set(LARGEST_RESIDUAL):
         wrong = ", ".join(sorted(str(dtype) for dtype in found))
         raise ValueError(
-            "implementation='pallas' takes float32 or bfloat16, the same for queries and values; "
+            "implementation='pallas' takes float32 or bfloat16, the same for all of them; "
             f"got {wrong}; use 'chunked'"
         )
     length, d_qk, d_v = query.shape[1], query.shape[-1], value.shape[-1]
@@ -110,7 +110,7 @@ def attention(
     length, d_qk, d_v = query.shape[1], query.shape[-1], value.shape[-1]
     grouped = query.shape[2] > value.shape[2]
     if sizes is None:
-        check(query, value)
+        check(query, key, value)
         sizes = blocks.block_sizes(length, d_qk, d_v, query.dtype.itemsize, grouped)
         if window is not None:
             sizes = blocks.in_window(sizes, window)
