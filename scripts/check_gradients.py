@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from absl import flags
 
-from laser.training.config import RunConfig, check_devices
+from laser.training.config import RunConfig
 from laser.training.console import end_on_ctrl_c
+from laser.training.devices import check_devices
 from laser.training.flags import exit_with, parse_or_exit
 from laser.training.hardware import tune_cpu
 

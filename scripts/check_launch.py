@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from laser.planning.topologies import CORES_PER_CHIP
-from laser.training.config import check_devices
+from laser.training.devices import check_devices
 from laser.training.flags import exit_with, parse
 from laser.training.folders import folder_of
 from scripts import plan_table

@@ -27,9 +27,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "laser.training": ("models", "laser.attention", "data"),
     "laser.planning": ("models", "laser.attention", "laser.training"),
     "data": (),
-    "data.sources": ("data.tokenizer",),
-    "data.reading": ("data.sealed", "data.tokenizer"),
-    "data.images": ("data.reading",),
+    "data.sources": ("data.errors", "data.tokenizer"),
+    "data.reading": ("data.errors", "data.sealed", "data.tokenizer"),
+    "data.images": ("data.errors", "data.reading"),
     "eval": (
         "models",
         "laser.attention",
@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laser.training.checkpoint",
         "laser.training.config",
         "laser.training.folders",
+        "laser.training.metrics",
         "laser.training.run_folder",
     ),
     "study": (
@@ -62,13 +63,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "models",
         "laser.attention",
         "laser.training",
+        "data.reading",
         "data.sealed",
         "eval.run",
     ),
     "configs": (),
 }
 LIGHT = (
-    "models.config", "laser.training.config", "laser.training.fields", "laser.training.flags",
+    "models.config", "laser.training.config", "laser.training.devices", "laser.training.fields",
+    "laser.training.flags",
 )  # fmt: skip
 LIGHT_DATA = (
     "data.reading.store", "data.reading.order", "data.tokenizer", "data.reading.loader",

@@ -15,7 +15,8 @@ from laser.planning.compile import GIB, Compiled, OutOfMemory, compile_step
 from laser.planning.schedule import Links, Schedule, read_schedule
 from laser.planning.topologies import CORES_PER_CHIP, Topology, has_libtpu
 from laser.training import roofline, sharding
-from laser.training.config import MeshConfig, RunConfig, check_devices
+from laser.training.config import MeshConfig, RunConfig
+from laser.training.devices import check_devices
 from laser.training.hardware import CHIPS
 
 COPY = "slices"  # stands for the network between slices among the torus' axes

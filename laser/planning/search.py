@@ -12,7 +12,8 @@ from typing import Literal, get_args
 from laser.planning.plan import Plan, TooLarge, estimated_peak_gib, make_plan
 from laser.planning.topologies import Topology
 from laser.training import roofline
-from laser.training.config import MeshConfig, RunConfig, check_devices
+from laser.training.config import MeshConfig, RunConfig
+from laser.training.devices import check_devices
 from laser.training.hardware import CHIPS
 
 Remat = Literal["none", "dots", "full"]

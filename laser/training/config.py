@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from laser.training.fields import check_names, checked, flatten
+from laser.training.fields import check_names, checked, flatten, multiples
 from models.config import (
     AttentionConfig,
     BertConfig,
@@ -136,7 +136,7 @@ class TrainingConfig:
             self.batch_size % self.accumulation == 0,
             f"training.batch_size={self.batch_size}: must be a multiple of "
             f"training.accumulation={self.accumulation}; "
-            f"use {_multiples(self.batch_size, self.accumulation)}",
+            f"use {multiples(self.batch_size, self.accumulation)}",
         )
 
 
@@ -286,7 +286,15 @@ class RunConfig:
             self.model.kind != "conformer" or self.optimizer.name != "muon",
             "optimizer.name=muon with model.kind=conformer: Muon knows no convolutions; use nadamw",
         )
-        _check_tensor_axis(self.model, self.mesh.tensor)
+        for name in UNUSED.get(self.model.kind, ()):
+            section, _, field = name.partition(".")
+            value = getattr(getattr(self, section), field)
+            require(
+                not value,
+                f"{name}={value}: a model of model.kind={self.model.kind} has no use for it; "
+                "leave it out",
+            )
+        check_tensor_axis(self.model, self.mesh.tensor)
 
 
 SECTIONS: dict[str, type] = {
@@ -306,6 +314,13 @@ MODELS: dict[str, type] = {
     "bert": BertConfig,
     "vit": VitConfig,
     "conformer": ConformerConfig,
+}
+
+
+# Fields that other kinds of models have a use for.
+UNUSED = {
+    "vit": ("data.segment_ids",),
+    "conformer": ("data.segment_ids", "training.z_loss"),
 }
 
 
@@ -346,55 +361,14 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
-    """Puts a number in place of -1. Raises ValueError unless the axes multiply to the devices."""
-    axes = mesh.axes()
-    fixed = math.prod(size for size in axes.values() if size != -1)
-    text = " x ".join(f"mesh.{name}={size}" for name, size in axes.items())
-    if -1 not in axes.values():
-        require(
-            fixed == num_devices,
-            f"{text} is a mesh of {fixed} devices, but there are {num_devices}; set one axis to -1",
-        )
-        return mesh
-    require(
-        num_devices % fixed == 0,
-        f"{text}: {num_devices} devices do not divide by {fixed}; change an axis that is not -1",
-    )
-    filled: dict[str, Any] = {
-        name: num_devices // fixed if size == -1 else size for name, size in axes.items()
-    }
-    return dataclasses.replace(mesh, **filled)
-
-
-def check_devices(config: RunConfig, num_devices: int, slices: int = 1) -> MeshConfig:
-    """The mesh of a run on so many devices. Raises ValueError if model or batch do not fit."""
-    mesh = resolve_mesh(config.mesh, num_devices)
-    require(
-        mesh.data % slices == 0,
-        f"mesh.data={mesh.data}: must be a multiple of {slices}, the number of slices, which hold "
-        f"copies of the parameters; use --config.mesh.data={slices}",
-    )
-    _check_tensor_axis(config.model, mesh.tensor)
-    training = config.training
-    rows, shards = training.batch_size // training.accumulation, mesh.data * mesh.fsdp
-    require(
-        rows % shards == 0,
-        f"training.batch_size={training.batch_size} / training.accumulation="
-        f"{training.accumulation} = {rows} rows: must be a multiple of mesh.data={mesh.data} x "
-        f"mesh.fsdp={mesh.fsdp} = {shards}; use a batch_size of "
-        f"{_multiples(training.batch_size, shards * training.accumulation)}",
-    )
-    return mesh
-
-
 def _kind(model: Any) -> str:
     """`kind` of a section `model`."""
     kind = model.get("kind") if isinstance(model, Mapping) else None
     return checked("model.kind", kind, Literal[*MODELS]) if kind else "decoder"
 
 
-def _check_tensor_axis(model: ModelConfig | VitConfig | ConformerConfig, tensor: int) -> None:
+def check_tensor_axis(model: ModelConfig | VitConfig | ConformerConfig, tensor: int) -> None:
+    """Raises ValueError unless the tensor axis divides what it splits."""
     sizes = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "mlp_dim": model.mlp_dim}
     for name, value in sizes.items() if tensor > 1 else ():
         require(
@@ -402,12 +376,6 @@ def _check_tensor_axis(model: ModelConfig | VitConfig | ConformerConfig, tensor:
             f"mesh.tensor={tensor}: must divide model.{name}={value}; use "
             f"{math.gcd(value, tensor)} or another divisor of it",
         )
-
-
-def _multiples(value: int, step: int) -> str:
-    """The multiples of `step` next to `value`, as words."""
-    below = value // step * step
-    return f"{below} or {below + step}" if below else f"{below + step}"
 
 
 def _checked_fields(section: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,3 +67,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def multiples(value: int, step: int) -> str:
+    """The multiples of `step` next to `value`, as words."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else f"{below + step}"

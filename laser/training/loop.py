@@ -29,7 +29,8 @@ from laser.training.checkpoint import (
     restore_parameters,
     tensor_types,
 )
-from laser.training.config import RunConfig, check_devices, to_dict
+from laser.training.config import RunConfig, to_dict
+from laser.training.devices import check_devices
 from laser.training.folders import folder_of, told_as_os_errors
 from laser.training.goodput import Goodput
 from laser.training.incidents import TooManySkippedSteps, record_skipped, record_spike

@@ -30,7 +30,8 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from laser.training.config import RunConfig, check_devices
+from laser.training.config import RunConfig
+from laser.training.devices import check_devices
 from models.families import AnyModelConfig, Parameters, init_parameters
 
 TENSOR = "tensor"

@@ -5,14 +5,13 @@ import dataclasses
 
 import pytest
 
-from configs import base
+from configs import base, conformer, vit
 from laser.training.config import (
-    check_devices,
     diff_configs,
     load_config,
-    resolve_mesh,
     to_dict,
 )
+from laser.training.devices import check_devices, resolve_mesh
 from laser.training.fields import nearest
 
 
@@ -197,3 +196,12 @@ def test_a_tensor_axis_that_takes_the_rest_must_divide_the_heads(tree):
 def test_nearest():
     assert nearest("lern_rate", ["learning_rate", "b1"]) == "; did you mean 'learning_rate'?"
     assert nearest("zzz", ["learning_rate", "b1"]) == ""
+
+
+@pytest.mark.parametrize("kind", ["vit", "conformer"])
+def test_a_field_without_a_use_is_named(kind):
+    config = {"vit": vit, "conformer": conformer}[kind].get_config()
+    config.data.segment_ids = True
+    with pytest.raises(ValueError) as error:
+        load_config(config)
+    assert f"data.segment_ids=True: a model of model.kind={kind} has no use" in str(error.value)
