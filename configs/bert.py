@@ -9,10 +9,10 @@ Hours     the paper's sizes did not run
 Result    paper, section 4.2: masked-LM error 0.2125 by LASER, 0.2145 by standard attention (2p2b),
           on Wikipedia; the default store is C4, as of the decoders, and gives other numbers
 
-The form is PAX's BertModel, which the paper names: the decoder's pre-norm blocks without biases,
-ReLU, positions that restart in every document, one embedding for input and output, soft caps on
-both logits, and no next-sentence prediction. 15 % of the tokens are chosen anew at every step
-(data/reading/masking.py). Lines marked `paper` repeat what the paper states.
+The form is that of PAX's BertModel (the paper names PAX and BERT): the decoder's pre-norm blocks
+without biases, ReLU, positions that restart in every document, one embedding for input and output,
+soft caps on both logits, and no next-sentence prediction. 15 % of the tokens are chosen anew at
+every step (data/reading/masking.py). Lines marked `paper` repeat what the paper states.
 """
 
 from ml_collections import ConfigDict

@@ -45,7 +45,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.num_layers, model.model_dim, model.mlp_dim = layers, model_dim, mlp_dim
     model.num_heads, model.head_dim = heads, head_dim
     model.vocab_size = 32000  # paper
-    model.dtype = "bfloat16"  # paper, table 11, has both; configs/studies/float32_2p2b.py
+    # Ours; the weights are float32. Paper, appendix A.5: weights, too, beside float32, which its
+    # main runs may have had; configs/studies/float32_2p2b.py
+    model.dtype = "bfloat16"
     set_attention(config.attention, chosen["attention"])
 
     config.data.store = "stores/c4"

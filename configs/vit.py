@@ -70,7 +70,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.seq_len = (image // patch) ** 2  # patches of an image
     config.data.block_rows = 1  # files of a folder lie by class
 
-    # The last of AlgoPerf's five published points with the paper's warm-up.
+    # The one of AlgoPerf's five published points that has the paper's warm-up.
     optimizer = config.optimizer
     optimizer.name = "nadamw"  # paper
     optimizer.learning_rate = 8.445e-4

@@ -9,7 +9,8 @@ In training batch norm goes by the mean and variance of all rows of all devices,
 which they were. In evaluation it goes by those that lie among the parameters, which no gradient
 reaches: whoever trains moves them (`moved`).
 
-Dropout is where AlgoPerf has it, but for the attention's probabilities, and drawn as in vit.py.
+Dropout lies on the input and on every residual branch, drawn as in vit.py. AlgoPerf has none on the
+attention's probabilities either; within its feed-forwards some of its versions have it.
 
 Shapes: B batch, F frames, C mel bins, T positions (F / 4 rounded up), M model dim, V vocabulary,
 L blocks.

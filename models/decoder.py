@@ -1,8 +1,9 @@
 """The decoder-only language model: tied embedding, one block scanned over its layers, final norm.
 
-The paper names PAX and leaves open much that PAX's defaults answer; those are taken: sinusoidal
-positions added to the embedding, which is scaled by sqrt(model dim), pre-norm, the same matrix for
-input and output.
+The paper names PAX and leaves much open. Of PAX's defaults are taken: sinusoidal positions added to
+the embedding, which is scaled by sqrt(model dim), pre-norm, the same matrix for input and output,
+the norms' epsilon. Not taken: its initialisation (Xavier's; here variances are 1 / fan-in), its
+soft caps on logits, biases, weight decay of every tensor, and per-dim temperature unasked.
 
 Shapes: B batch, T positions, M model dim, V vocabulary, L layers.
 """

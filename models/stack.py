@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from laser.attention.interface import platform_of_program
 from laser.attention.kernels.fused import OUTPUT_NAME
+from laser.attention.products import platform_of_program
 from models.config import BlockConfig
 
 Array = jax.Array
@@ -41,9 +41,9 @@ def product_precision(config: BlockConfig) -> contextlib.AbstractContextManager:
     """Where products of float32 keep what model.matmul_precision says.
 
     It goes around what runs a model, and around what differentiates one: the products of a backward
-    pass are made there. Those of bfloat16 are exact as they are, and stay untouched. So do those of
-    CPUs, which know no other float32: with the attribute XLA does without its faster library, and
-    the quickstart's step takes a tenth longer.
+    pass are made there. In bfloat16 factors are exact as they are, but for exp(V) in LASER, which
+    laser/attention/products.py sees to. CPUs know no other float32: with the attribute XLA does
+    without its faster library, and the quickstart's step takes a tenth longer.
     """
     if config.dtype == "bfloat16" or platform_of_program() == "cpu":
         return contextlib.nullcontext()

@@ -249,24 +249,27 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _share_of_steps(found: Sequence[tuple], reached: Sequence[float | None]) -> str:
-    shares = [step / b["steps"] for (_, b), step in zip(found, reached) if step is not None]
-    return _percent(shares, len(found))
+    return _median([
+        math.inf if step is None else step / b["steps"] for (_, b), step in zip(found, reached)
+    ])  # fmt: skip
 
 
 def _share_of_seconds(found: Sequence[tuple], reached: Sequence[float | None]) -> str:
-    shares = [
-        step * a["seconds_per_step"] / (b["steps"] * b["seconds_per_step"])
+    return _median([
+        math.inf
+        if step is None
+        else step * a["seconds_per_step"] / (b["steps"] * b["seconds_per_step"])
         for (a, b), step in zip(found, reached)
-        if step is not None
-    ]
-    return _percent(shares, len(found))
+    ])  # fmt: skip
 
 
-def _percent(shares: Sequence[float], of: int) -> str:
-    if not shares:
-        return f"never in {of}"
-    never = f", never in {of - len(shares)}" if len(shares) < of else ""
-    return f"{100 * statistics.fmean(shares):.1f} %{never}"
+def _median(shares: Sequence[float]) -> str:
+    """In per cent. Pairs that never got there count: the mean of the others would show a gain of
+    arms that are the same."""
+    median = statistics.median(shares)
+    told = f"{100 * median:.1f} %" if math.isfinite(median) else "not reached"
+    never = sum(map(math.isinf, shares))
+    return f"{told}, never in {never} of {len(shares)}" if never else told
 
 
 def _done(runs: Iterable[Record]) -> list[Record]:

@@ -41,10 +41,11 @@ def get_study() -> Study:
         {"attention": "standard"},
         why="table 8: one seed of standard attention at each point",
     )
+    # Not the search's own seed: its best run is the luckiest of 50.
     seeds = Stage(
         "seeds",
         {
-            ("training.seed", "data.shuffle_seed"): [(seed, seed) for seed in range(SEEDS)],
+            ("training.seed", "data.shuffle_seed"): [(seed, seed) for seed in range(1, SEEDS + 1)],
             "attention": ARMS,
             POINT: Best(("search",), where={"attention": "standard"}),
         },

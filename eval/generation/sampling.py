@@ -52,7 +52,7 @@ def choose(logits_BV, keys_B, temperature, top_k, top_p, *, mode: str):
     mode "some" alone, temperature not in mode "greedy"."""
     if mode == "greedy":
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV /= temperature
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature  # finite
     if mode == "some":
         logits_BV = keep_likeliest(logits_BV, top_k, top_p)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -32,6 +32,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from laser.attention.products import of_exponentials
+
 Array = jax.Array
 
 LOG2_E = math.log2(math.e)
@@ -309,7 +311,7 @@ def _laser_readout(logits: Array, v: Array, exp_v: Array, reference: Array):
 
 def _laser_readout_fwd(logits, v, exp_v, reference):
     probs = jax.nn.softmax(logits, axis=-1)
-    y = jnp.einsum("bhcs,bhsd->bhcd", probs, exp_v)
+    y = jnp.einsum("bhcs,bhsd->bhcd", probs, exp_v, precision=of_exponentials())
     # The bits of an infinite sum are not those of a power of two and a mantissa.
     certified = (y >= 2.0**SMALLEST_CERTIFIED_EXPONENT) & (y < jnp.inf)
     fast = _log_scaled(jnp.where(certified, y, 1.0), reference)
@@ -333,9 +335,10 @@ def _laser_readout_bwd(residuals, cotangents):
     d_out *= to_one
     d_fast = jnp.where(certified, d_out, 0.0)
     d_y = d_fast / jnp.where(certified, y, 1.0)
-    d_probs = jnp.einsum("bhcd,bhsd->bhcs", d_y, exp_v)
+    precision = of_exponentials()
+    d_probs = jnp.einsum("bhcd,bhsd->bhcs", d_y, exp_v, precision=precision)
     d_logits = probs * (d_probs - d_fast.sum(-1, keepdims=True))
-    d_v = jnp.einsum("bhcs,bhcd->bhsd", probs, d_y) * exp_v
+    d_v = jnp.einsum("bhcs,bhcd->bhsd", probs, d_y, precision=precision) * exp_v
 
     def log_space_gradient(logits, v, d_exact):
         return jax.vjp(_log_space_readout, logits, v)[1](d_exact)

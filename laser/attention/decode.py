@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from laser.attention.chunked import SMALLEST_CERTIFIED_EXPONENT
+from laser.attention.products import of_exponentials
 
 Array = jax.Array
 
@@ -142,7 +143,8 @@ def _add_products(sums: _Sums, logits: Array, v_BHSD: Array, seen: Array) -> _Su
     exp_v = jnp.where(in_use, jnp.exp(v_BHSD - largest), 0.0)
     reference = jnp.maximum(sums.reference, largest)
     readout = sums.readout_BHTD * shrink * jnp.exp(sums.reference - reference)
-    added = jnp.einsum("bhts,bhsd->bhtd", probs, exp_v) * jnp.exp(largest - reference)
+    products = jnp.einsum("bhts,bhsd->bhtd", probs, exp_v, precision=of_exponentials())
+    added = products * jnp.exp(largest - reference)
     return _Sums(top, normaliser, readout + added, reference)
 
 

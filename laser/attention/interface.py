@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from laser.attention import chunked, cudnn, reference
 from laser.attention.kernels import fused
+from laser.attention.products import platform_of_program
 
 Array = jax.Array
 Implementation = Literal["auto", "pallas", "cudnn", "chunked", "reference", "paper"]
@@ -143,12 +144,6 @@ def _check(query, key, value, kind, segment_ids, implementation) -> None:
         raise ValueError(
             f"segment_ids must be (batch, length) = {query.shape[:2]}; got {segment_ids.shape}"
         )
-
-
-def platform_of_program() -> str:
-    """Of the mesh in context, whose devices may only be described, else of this process."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _choose(query, key, value, kind: str, options: dict) -> tuple[Implementation, str]:

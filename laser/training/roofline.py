@@ -134,11 +134,13 @@ def muon_flops(config: RunConfig, mesh: MeshConfig) -> float:
 def memory_bytes(config: RunConfig, mesh: MeshConfig) -> float:
     """What a step has to move through the memory of a chip at least.
 
-    State once in and out; for every micro-batch the whole weights written and read on the forward
-    pass and on the backward, their gradient written and read, and kept activations likewise.
+    State once in and out; for every micro-batch the whole weights read on the forward pass and on
+    the backward, and written before where they are gathered or cast, their gradient written and
+    read, and kept activations likewise.
     """
     weights = parameter_count(config.model) * _itemsize(config.model) / mesh.tensor
-    passes = 6 + (config.model.remat == "full")
+    is_written = mesh.fsdp > 1 or config.model.dtype == "bfloat16"
+    passes = (6 if is_written else 4) + (config.model.remat == "full")
     per_micro_batch = passes * weights + 2 * kept_bytes(config, mesh)
     return 2 * state_bytes(config, mesh) + config.training.accumulation * per_micro_batch
 

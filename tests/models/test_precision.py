@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from absl import flags as absl_flags
 
+from laser.attention import products
 from laser.training import flags
 from laser.training.program import Program
 from laser.training.sharding import make_mesh
@@ -100,6 +101,7 @@ topology = topologies.parse_topology("v5e:1x1")
 topologies.prepare_environment(topology)
 from absl import flags as absl_flags
 from laser.planning.compile import compile_step
+from laser.attention import products
 from laser.training import flags
 
 config, _ = flags.parse(["x", *sys.argv[1:]], lambda values: absl_flags.FlagValues())
@@ -124,3 +126,21 @@ def test_the_compiler_for_tpus_takes_it(module_arguments):
     products = result.stdout.splitlines()
     assert len(products) > 10
     assert all("operand_precision={highest,highest}" in product for product in products)
+
+
+SINGLE = re.compile(r": \(tensor<[\dx]+xf32>, tensor<[\dx]+xf32>\)")
+
+
+def test_exponentials_are_not_rounded_in_products_of_bfloat16_models(config, monkeypatch):
+    """exp(V), near 1 for small values, times probabilities: both are float32."""
+    assert config.model.attention.kind == "laser"
+    for kind, expected in (("laser", True), ("standard", False)):
+        attention = dataclasses.replace(config.model.attention, kind=kind)
+        found = {}
+        for platform in ("tpu", "cpu"):
+            monkeypatch.setattr(products, "platform_of_program", lambda name=platform: name)
+            text = lowered(config, dtype="bfloat16", attention=attention)
+            found[platform] = [line for line in PRODUCT.findall(text) if "HIGHEST" in line]
+        assert bool(found["tpu"]) == expected
+        assert found["cpu"] == []
+        assert all(SINGLE.search(line) for line in found["tpu"])
