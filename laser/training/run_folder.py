@@ -189,7 +189,7 @@ def _open(
             f"{folder} holds a run of another config or other data:\n  {lines}\n"
             "Choose another --workdir, or go on with the new one by --allow_config_change"
         )
-    if other := different_tensors(sidecar, tensors):
+    if other := different_tensors(sidecar, tensors) or _other_optimizer(saved, config):
         raise ValueError(
             f"{folder}: checkpoint {step} is of another model or optimizer: {other}. Choose "
             "another --workdir; --config.init_from starts from a run's parameters alone"
@@ -203,6 +203,13 @@ def _open(
         number = max((int(name) for name in old if name.isdecimal()), default=-1) + 1
         write_atomically(folder / f"config.{number}.json", path.read_text())
     write_run(folder, record, rows.tokenizer_path)
+
+
+def _other_optimizer(saved: Mapping[str, Any] | None, config: RunConfig) -> str:
+    """In words; moments of two optimizers may have the same shapes."""
+    before = saved["config"]["optimizer"]["name"] if saved else config.optimizer.name
+    now = config.optimizer.name
+    return f"optimizer.name is {before} there and {now} here" if before != now else ""
 
 
 def write_run(folder: Path, record: Mapping[str, Any], tokenizer_path: str | Path) -> None:

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from laser.attention import attention
 from scripts import benchmark_attention
@@ -75,9 +75,20 @@ def test_times_are_ratios_of_one_run(capsys):
     assert f"{medians['ours, LASER'] / medians['ours, standard']:6.3f}" in printed
 
 
-@pytest.mark.parametrize("kind", compiled.KINDS)
-def test_every_kind_is_an_attention(kind):
-    assert callable(compiled._attention(kind, 128, None))
+def test_every_kind_is_the_attention_that_it_is_called():
+    heads = jax.ShapeDtypeStruct((1, 2, 512, 128), jnp.bfloat16)
+    texts = {}
+    for kind in compiled.KINDS:
+        jaxpr = jax.make_jaxpr(compiled._attention(kind, 128))(heads, heads, heads)
+        assert [x.shape for x in jaxpr.out_avals] == [heads.shape]
+        texts[kind] = str(jaxpr)
+    for word, kinds in {
+        "standard_forward": {"standard"},
+        "laser_forward": {"laser"},
+        "splash": {"splash", "splash_laser"},
+    }.items():
+        assert {kind for kind, text in texts.items() if word in text} == kinds
+    assert texts["splash_laser"].count(" exp ") > texts["splash"].count(" exp ")
 
 
 def test_it_starts_from_anywhere(tmp_path):

@@ -15,15 +15,6 @@ def logits_to_outputs(kind, logits, value):
     return readout(jax.nn.log_softmax(logits)[None, None], value[None, :, None])[0, :, 0]
 
 
-def test_softmax_jacobian():
-    """Lemma 3.1: ∂a_j/∂ã_i = a_j (1{i = j} - a_i)."""
-    with jax.enable_x64(True):
-        logits = jnp.asarray(np.random.default_rng(0).normal(size=6))
-        a = jax.nn.softmax(logits)
-        jacobian = jax.jacobian(jax.nn.softmax)(logits)
-        np.testing.assert_allclose(jacobian, a[:, None] * (jnp.eye(6) - a), atol=1e-15)
-
-
 def test_gradients_for_two_tokens():
     """Eq. 7 and its standard counterpart: N = 2, d = 1."""
     with jax.enable_x64(True):

@@ -110,6 +110,16 @@ def test_a_command_has_files_flags_and_fields_that_exist(block):
             raise AssertionError(f"{block.place}: {' '.join(words)}\n{error}") from error
 
 
+def test_the_commands_that_make_runs_exist():
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^\t.*?\.venv/bin/(python \w\S*\.py [^$\n]*)$", text, re.MULTILINE)
+    assert {"train.py", "scripts/study.py", "scripts/prepare_speech.py"} <= {
+        line.split()[1] for line in lines
+    }
+    for line in lines:
+        check(shlex.split(line))
+
+
 @pytest.mark.parametrize(
     "command",
     [

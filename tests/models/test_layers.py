@@ -1,11 +1,12 @@
-"""The product of dense layers, whose gradients are written out."""
+"""The parts of blocks, against their formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers import dense
+from laser.attention import variants
+from models.layers import Norm, dense
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -25,3 +26,31 @@ def test_the_dense_product_has_the_gradients_of_jax(leading, dtype):
         np.testing.assert_allclose(
             mine.astype(jnp.float32), other.astype(jnp.float32), rtol=bound, atol=bound
         )
+
+
+def test_rotary_positions_turn_halves_against_each_other():
+    """RoFormer (arXiv 2104.09864), eq. 34, as GPT-NeoX pairs the dims: i with i + D / 2."""
+    random = np.random.default_rng(0)
+    x, positions = random.normal(size=(2, 3, 2, 8)), np.array([[0, 1, 2], [5, 6, 900]])
+    found = np.asarray(variants.rotary(jnp.asarray(x, jnp.float32), jnp.asarray(positions)))
+    for i in range(4):
+        turned = (x[..., i] + 1j * x[..., i + 4]) * np.exp(1j * positions * 10_000 ** (-i / 4))[
+            ..., None
+        ]
+        np.testing.assert_allclose(found[..., i], turned.real, atol=1e-4)
+        np.testing.assert_allclose(found[..., i + 4], turned.imag, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_norms(kind):
+    random = np.random.default_rng(0)
+    x, scale, bias = random.normal(3.0, 2.0, (4, 6)), random.normal(size=6), random.normal(size=6)
+    norm = Norm(6, kind)
+    norm.scale[...] = jnp.asarray(scale, jnp.float32)
+    centred = x - x.mean(-1, keepdims=True) if kind == "layernorm" else x
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale
+    if kind == "layernorm":
+        norm.bias[...] = jnp.asarray(bias, jnp.float32)
+        expected += bias
+    found = norm(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

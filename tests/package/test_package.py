@@ -44,7 +44,10 @@ def build(folder):
         copy = folder / "checkout" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, copy)
-    run(sys.executable, "-m", "build", "--outdir", folder, folder / "checkout", cwd=folder)
+    run(
+        sys.executable, "-m", "build", "--no-isolation",  # else it would be fetched each time
+        "--outdir", folder, folder / "checkout", cwd=folder,
+    )  # fmt: skip
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return sdist, wheel
 

@@ -56,7 +56,12 @@ def fake(tmp_path, monkeypatch):
             if not plans:
                 plans.append(run.Plan(str(file)))
             _write_run(folder, plans[0], key)
-        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+        end = (
+            f"raise SystemExit({code})"
+            if code >= 0
+            else f"import os; os.kill(os.getpid(), {-code})"
+        )
+        return subprocess.Popen([sys.executable, "-c", end])
 
     file = tmp_path / "mine.py"
     file.write_text(STUDY)
@@ -197,6 +202,31 @@ def test_a_run_that_ends_without_a_number_has_failed(fake):
 def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert run._versions()["commit"] == "unknown"
+
+
+def test_so_many_runs_at_a_time(fake, monkeypatch):
+    arguments, started, _, _ = fake
+    launch, running, alive = run._launch, [], []
+
+    def slowly(command, log_file):
+        launch(command, log_file).wait()
+        alive.append(1 + sum(process.poll() is None for process in running))
+        running.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]))
+        return running[-1]
+
+    monkeypatch.setattr(run, "_launch", slowly)
+    assert main([*arguments, "--at_once=2"]) == 0
+    assert len(started) == 10
+    assert max(alive) == 2
+
+
+def test_a_run_that_is_killed_goes_on_once(fake):
+    arguments, started, codes, out = fake
+    key = "main/seed=2,attention=laser,learning_rate=0.003"
+    codes[key] = (-9, "")
+    assert main(arguments) == 0
+    assert started.count(key) == 2
+    assert "killed by signal 9, 2 times (9: out of memory?)" in (out / "report.md").read_text()
 
 
 def test_shares_have_each_run_once(fake, monkeypatch, capsys):

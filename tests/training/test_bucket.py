@@ -209,16 +209,20 @@ def test_a_run_starts_from_one_and_is_scored_with_data_there(bucket, files, run,
     assert any("eval/copa/accuracy" in json.loads(line) for line in lines)
 
 
-def test_several_hosts_write_one_run_there(bucket, files, in_bucket, tmp_path):
-    for steps in (10, 20):
-        more = ["--config.training.steps=20", f"--config.checkpoint.every={steps}"]
+def test_several_hosts_write_one_run_there_and_go_on_with_it(bucket, files, in_bucket, on_disk):
+    for event, code in ((runs.SIGTERM_TO_HOST_1_AFTER_3, 75), ("", 0)):
         done = runs.train_on_hosts(
-            [*in_bucket, "--allow_config_change"], "gs://bucket/runs/hosts", more, more,
-            hosts=2, devices=2, env=None,
+            in_bucket, "gs://bucket/runs/hosts", hosts=2, devices=2, event=event,
             common=bucket.environment,
         )  # fmt: skip
-        assert [host.returncode for host in done] == [0, 0], done[0].stdout + done[0].stderr
+        assert [host.returncode for host in done] == [code, code], done[0].stdout + done[0].stderr
+    assert "resuming gs://bucket/runs/hosts after step" in done[0].stdout
     assert files.exists("bucket/runs/hosts/checkpoints/20/state/ocdbt.process_1/manifest.ocdbt")
+    lines = files.cat_file("bucket/runs/hosts/metrics.jsonl").decode().splitlines()
+    found = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+    expected = runs.losses(on_disk)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

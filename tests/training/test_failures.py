@@ -147,6 +147,19 @@ def test_a_checkpoint_that_was_due_at_a_skipped_step_comes_after_it(arguments, t
     assert list(saved_step_folders(tmp_path))[:4] == [4, 9, 12, 16]
 
 
+def test_a_signal_at_a_skipped_step_saves_nothing(arguments, tmp_path):
+    flags = ["--config.checkpoint.every=4", "--config.checkpoint.keep=9"]
+    signalled = SKIPPED_AT_8 + runs.SIGTERM_AFTER_7.replace("== 7", "== 8")
+    stopped = runs.train([*arguments, *flags], tmp_path, event=signalled)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "steps were skipped, so not saved, step 8; start again to go on" in stopped.stdout
+    assert list(saved_step_folders(tmp_path)) == [4]
+    done = runs.train([*arguments, *flags], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "after step 4" in done.stdout
+    assert sorted(runs.losses(tmp_path)) == list(range(1, 21))
+
+
 def test_truncated_checkpoint_falls_back_to_the_one_before(arguments, tmp_path):
     arguments = [*arguments, "--config.checkpoint.every=5"]
     assert runs.train([*arguments, "--config.training.steps=10"], tmp_path).returncode == 0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from laser.training.loss import chunk_length, cross_entropy
+from laser.training.loss import TOKENS_PER_CHUNK, chunk_length, cross_entropy
 
 B, T, M, V = 3, 8, 6, 11
 
@@ -72,4 +72,8 @@ def test_padding_has_no_gradient(inputs):
 
 def test_chunks_divide_the_row():
     for batch, length in [(8, 256), (1, 1000), (1024, 1024), (3, 7), (2048, 1)]:
-        assert length % chunk_length(batch, length) == 0
+        chunk = chunk_length(batch, length)
+        assert length % chunk == 0
+        assert chunk == 1 or batch * chunk <= TOKENS_PER_CHUNK
+        larger = [size for size in range(chunk + 1, length + 1) if length % size == 0]
+        assert not larger or batch * larger[0] > TOKENS_PER_CHUNK

@@ -29,6 +29,17 @@ def test_only_a_second_ctrl_c_stops_at_once(stopped):
         assert stopped == [signal.SIGINT]
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_each_signal_asks_to_save_and_leave(stopped, name):
+    hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have it ignored
+    with preemption.watch() as watched:
+        os.kill(os.getpid(), getattr(signal, name))
+        assert watched.stops()
+        assert watched.name == name
+    signal.signal(signal.SIGHUP, hung_up)
+    assert stopped == []
+
+
 def test_an_evaluation_is_given_up(stopped):
     preemption.between_batches()
     with preemption.watch():

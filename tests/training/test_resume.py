@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from data.reading.loader import train_batches
-from data.reading.store import TokenStore
+from configs import base
 from eval.run import open_model
+from laser.training.config import load_config
 from laser.training.metrics import read_metrics
+from laser.training.rows import StoreRows
 from laser.training.run_folder import saved_step_folders
 from tests.training import runs
 
@@ -104,13 +105,28 @@ def test_a_finished_run_stays_as_it_is(arguments, tmp_path):
     assert runs.losses(tmp_path) == before
 
 
-def test_standard_and_laser_read_the_same_rows(store):
-    """The order depends on seed and step: no attention, optimizer or history enters it."""
-    split = TokenStore(store).split("train")
-    options = {"seq_len": 32, "batch_size": 8, "seed": 0, "segment_ids": False, "eos_id": 1}
-    with train_batches(split, start_step=0, stop_step=20, **options) as batches:
-        whole = {step: np.asarray(batch["inputs"]) for step, batch in batches}
-    with train_batches(split, start_step=13, stop_step=20, **options) as batches:
-        for step, batch in batches:
-            np.testing.assert_array_equal(batch["inputs"], whole[step])
-    assert sorted(whole) == list(range(20))
+def test_the_order_of_rows_depends_on_its_own_seed_and_the_step_alone(store):
+    """No attention, optimizer, other seed or history enters it."""
+
+    def inputs(start=0, **fields):
+        config = base.get_config()
+        config.data.update(store=str(store), seq_len=32)
+        config.training.update(batch_size=8, steps=20)
+        config.optimizer.warmup_steps = 0
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+        loaded = load_config(config)
+        rows = StoreRows(loaded)
+        with rows.train_batches(loaded, start, None) as batches:
+            found = {step: np.asarray(batch["inputs"]) for step, batch in batches}
+        assert sorted(found) == list(range(start, 20))
+        return found
+
+    whole = inputs()
+    for start, fields in (
+        (0, {"attention__kind": "standard", "training__seed": 7}),
+        (0, {"optimizer__name": "lamb", "model__num_layers": 2}),
+        (13, {}),
+    ):
+        for step, found in inputs(start, **fields).items():
+            np.testing.assert_array_equal(found, whole[step])
+    assert not np.array_equal(inputs(data__shuffle_seed=1)[0], whole[0])

@@ -1,7 +1,9 @@
 """The run's folder: what is damaged, of other checkpoints or not to be written is refused."""
 
+import copy
 import dataclasses
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -127,6 +129,48 @@ def test_another_model_is_refused_before_anything_is_written(run, rows):
         start(run, rows, FASTER, allow_change=True, state=OTHER_STATE)
     assert "params/w is float32[3,4] there and float32[3,5] here" in str(refused.value)
     assert content_of(run) == before
+
+
+def test_another_optimizer_is_refused_though_its_tensors_are_the_same(run, rows):
+    lamb = dataclasses.replace(CONFIG.optimizer, name="lamb")
+    before = content_of(run)
+    with pytest.raises(ValueError, match=r"optimizer\.name is adamw there and lamb here"):
+        start(run, rows, dataclasses.replace(CONFIG, optimizer=lamb), allow_change=True)
+    assert content_of(run) == before
+
+
+def _changed(config, section, name):
+    """The config with another value of a field, which need not make sense."""
+    value = getattr(getattr(config, section), name)
+    other = value + 1 if isinstance(value, int | float) else f"{value}x"
+    if isinstance(value, bool):
+        other = not value
+    part = copy.copy(getattr(config, section))
+    object.__setattr__(part, name, other)
+    changed = copy.copy(config)
+    object.__setattr__(changed, section, part)
+    return changed
+
+
+FREE = {
+    "data.store", "data.tasks_dir", "data.prefetch", "data.read_ahead", "data.requests",
+    "data.cache_dir", "data.cache_gb", "training.wandb_project", "training.profile_steps",
+    "training.step_timeout_seconds",
+}  # fmt: skip
+
+
+def test_the_fields_that_may_change_are_those_that_change_no_result(run, rows):
+    for section in ("data", "optimizer", "training", "evaluation", "checkpoint", "mesh", "model"):
+        for field in dataclasses.fields(getattr(CONFIG, section)):
+            if field.name in ("attention", "kind"):
+                continue
+            name = f"{section}.{field.name}"
+            changed = _changed(CONFIG, section, field.name)
+            if name in FREE:
+                start(run, rows, changed)
+                continue
+            with pytest.raises(ValueError, match=rf"\n  {re.escape(name)}: "):
+                start(run, rows, changed)
 
 
 def test_a_changed_config_keeps_the_old_one_and_its_checkpoints(run, rows):

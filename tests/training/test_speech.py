@@ -1,22 +1,28 @@
 """A Conformer on tones by the trainer: on several meshes, in micro-batches, and what it keeps."""
 
 import functools
+import itertools
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import tones
 from data.speech.prepare import SpeechConfig, prepare
+from eval import speech as eval_speech
 from eval.speech import make_evaluation
 from laser.training import sharding
 from laser.training.config import load_config
+from laser.training.objectives import speech
 from laser.training.objectives.speech import greedy_paths
 from laser.training.program import Program
 from laser.training.rows import resolved
 from laser.training.share import over_batch
 from laser.training.speech_rows import SpeechRows
 from laser.training.step import make_gradient
+from models import conformer
 from models.conformer import BLANK
 
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
@@ -199,6 +205,56 @@ def test_micro_batches_are_smaller_batches(store):
         jax.device_get(two.params),
         jax.device_get(one.params),
     )
+
+
+def test_the_loss_is_that_of_all_paths(monkeypatch):
+    """CTC: minus the logarithm of what all paths that collapse to the labels have together."""
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(random.normal(size=(3, 4, 3)), jnp.float32)
+    positions, labels = np.array([4, 3, 2]), np.array([2, 1, 2])
+    targets = np.array([[1, 2, 0], [2, 0, 0], [1, 1, 0]])  # the last one needs a blank: 3 positions
+    moments = conformer.Moments(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
+    outputs = conformer.Outputs(logits, jnp.asarray(positions), moments, jnp.zeros(1))
+    monkeypatch.setattr(speech, "_outputs", lambda *arguments: outputs)
+    loss = speech.TRANSCRIPTS.make_loss(None)
+    batch = {"targets": jnp.asarray(targets), "labels": jnp.asarray(labels)}
+    log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+    def nll(row):
+        total = 0.0
+        for path in itertools.product(range(3), repeat=int(positions[row])):
+            merged = [label for label, _ in itertools.groupby(path) if label != BLANK]
+            if merged == targets[row, : labels[row]].tolist():
+                total += math.exp(sum(log_probs[row, t, label] for t, label in enumerate(path)))
+        return -math.log(total) if total else math.inf
+
+    assert [math.isinf(nll(row)) for row in range(3)] == [False, False, True]
+    batch["labels"] = jnp.asarray(labels * [1, 1, 0])  # a row without labels: all blanks
+    value, sums = loss(None, batch, None)
+    blanks = -log_probs[2, :2, BLANK].sum()
+    np.testing.assert_allclose(value, nll(0) + nll(1) + blanks, rtol=1e-5)
+    assert (float(sums.nll), float(sums.tokens)) == (float(value), 3.0)
+
+
+def test_the_word_error_rate_is_that_of_the_transcripts(on_one_device, monkeypatch):
+    config, _, state, program = on_one_device
+    split = SpeechRows(config).store.validation
+
+    def spoken(config, params, batch, share, silent=()):
+        """The transcripts, a blank behind each label; of some rows nothing."""
+        count = batch["targets"].shape[1]
+        path = jnp.stack([batch["targets"], jnp.full_like(batch["targets"], BLANK)], axis=-1)
+        said = jnp.isin(jnp.arange(len(path)), jnp.asarray(silent, jnp.int32), invert=True)
+        return (path.reshape(len(path), 2 * count) * said[:, None]).astype(jnp.int32)
+
+    rates = []
+    for silent in ((), (0,)):
+        monkeypatch.setattr(eval_speech, "greedy_paths", functools.partial(spoken, silent=silent))
+        rates.append(make_evaluation(config, program.mesh, split)(state.params)["eval/wer"])
+    batch_size = config.training.batch_size
+    texts = [split.text(i).split() for i in range(len(split))]
+    silent_words = sum(len(text) for text in texts[::batch_size])
+    assert rates == [0.0, silent_words / sum(map(len, texts))]
 
 
 @pytest.mark.slow

@@ -104,9 +104,11 @@ def test_loss_and_gradient_are_means_over_target_tokens(accumulation):
         return jnp.sum(nll * batch["weights"]) / batch["weights"].sum()
 
     loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(state.params)
-    _, metrics = train_step(state, batch)
+    after, metrics = train_step(state, batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
+    squares = sum(float(np.square(x).sum()) for x in jax.tree.leaves(after.params))
+    np.testing.assert_allclose(metrics["parameter_norm"], squares**0.5, rtol=1e-5)
 
 
 def assert_same_run(actual, expected):

@@ -13,8 +13,12 @@ from laser.training.run_folder import read_sidecar
 from tests.training import runs
 
 HANGS = """
-import logging, sys, time
+import ctypes, logging, sys, time
+from laser.training import watchdog
 from laser.training.watchdog import Watchdog
+watchdog.GRACE_SECONDS = 0.5
+def never_returns():
+    ctypes.PyDLL(None).sleep(60)  # and no other thread runs
 def waits_for_ever():
     time.sleep(60)
 def takes_its_time():
@@ -24,6 +28,9 @@ with Watchdog(0.5, "host 3 (there)") as watchdog:
     watchdog.step_ended(7)
     if sys.argv[1] == "hang":
         waits_for_ever()
+    if sys.argv[1] == "hold":
+        time.sleep(0.2)
+        never_returns()
     with watchdog.not_watching():
         takes_its_time()
 """
@@ -33,12 +40,13 @@ def test_what_hangs_ends_with_its_stacks_and_what_takes_its_time_does_not():
     start = [sys.executable, "-c", HANGS]
     processes = [
         subprocess.Popen([*start, how], cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
-        for how in ("hang", "save")
+        for how in ("hang", "save", "hold")
     ]
-    hung, saved = [process.communicate(timeout=50)[0] for process in processes]
-    assert [process.returncode for process in processes] == [1, 0], (hung, saved)
+    hung, saved, held = [process.communicate(timeout=50)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 0, 1], (hung, saved, held)
     assert "host 3 (there): no step has ended for 0.5 s, since step 7" in hung
     assert "in waits_for_ever" in hung
+    assert "in never_returns" in held
     assert saved == ""
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from data.sealed import file_sha256, seal
+from eval import opening
 from eval.generation import finetuning
 from eval.run import open_model, saved_steps
 from eval.tasks.prompts import Example
+from laser.training import flags
 from laser.training.run_folder import (
     load_record,
     load_run_config,
@@ -210,10 +212,14 @@ def test_pretraining_goes_on_from_a_run_on_other_rows(trained_run, store, tmp_pa
         "--config.training.batch_size=64",
         "--config.optimizer.warmup_steps=0",
     ]
-    done = runs.train(arguments, tmp_path)
+    done = runs.train(arguments, tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    fresh = min(runs.losses(trained_run).values())
-    assert runs.losses(tmp_path)[1] < fresh + 0.5  # it began where the other one ended
+    config, _ = flags.parse(["train.py", *arguments], lambda values: None)
+    begun, _ = opening.open_run(config, str(tmp_path / "begun"), False)
+    state = begun.init_state()
+    jax.tree.map(np.testing.assert_array_equal, state.params, open_model(trained_run).params)
+    assert int(state.step) == 0
+    assert not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
 
 
 @pytest.mark.parametrize(
