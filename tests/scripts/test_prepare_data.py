@@ -1,5 +1,7 @@
 """The command line of preparation: what it prints, and how mistakes end."""
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -133,6 +135,15 @@ def _children(process):
     return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
 
+def _written(folder, pattern):
+    """The files as they are now: each by its name and its time."""
+    found = set()
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # renamed just now
+            found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
 def test_an_interrupted_preparation_says_so_and_goes_on(large, tmp_path, tokenizer_path):
     store = tmp_path / "store"
     arguments = [f"--source={large}", f"--tokenizer={tokenizer_path}", "--workers=2"]
@@ -146,11 +157,13 @@ def test_an_interrupted_preparation_says_so_and_goes_on(large, tmp_path, tokeniz
         return wait
 
     for when in (
-        lambda process: len(_children(process)) > 1,  # the first is multiprocessing's own
-        lambda process: list(store.glob("*.tmp")),
-        lambda process: list(store.glob("progress/part-*.json")),
+        lambda process, before: len(_children(process)) > 1,  # the first is multiprocessing's own
+        lambda process, before: _written(store, "*.tmp") - before,
+        lambda process, before: _written(store, "progress/part-*.json") - before,
     ):
-        _interrupted([*arguments, f"--output={store}"], wait_until(when))
+        by_the_rounds_before = _written(store, "**/*")
+        now = functools.partial(when, before=by_the_rounds_before)
+        _interrupted([*arguments, f"--output={store}"], wait_until(now))
         assert not (store / "manifest.json").exists()
     assert _script(*arguments, f"--output={store}").returncode == 0
     assert _script(*arguments, f"--output={tmp_path / 'reference'}").returncode == 0

@@ -3,7 +3,6 @@
 import json
 import shutil
 import statistics
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from laser.training.run_folder import (
     write_run,
 )
 from tests.once import once
+from tests.real_data import EVALDATA, needs_evaldata
 from tests.training import runs
 
 TASKS = ("copa", "cb")
@@ -269,10 +269,7 @@ def test_judging_takes_any_answer_and_the_mean_over_tasks():
     assert pair.answers == (" Bob", " Bobby")
 
 
-EVALDATA = Path(__file__).resolve().parents[4] / "shared" / "evaldata"
-
-
-@pytest.mark.skipif(not EVALDATA.is_dir(), reason="the real data are not here")
+@needs_evaldata
 def test_the_real_data_have_their_numbers_of_examples():
     tasks = finetuning.load_tasks("copa,cb,rte,multirc", str(EVALDATA))
     counts = {t.name: tuple(len(t.splits[s]) for s in finetuning.SPLITS) for t in tasks}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import random
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,8 @@ from eval.tasks.prompts import Example
 from eval.tasks.sources import Loaded
 from models.config import ModelConfig
 from models.decoder import init_parameters
+from tests.real_data import EVALDATA, needs_evaldata
 
-EVALDATA = Path(__file__).resolve().parents[4] / "shared" / "evaldata"
 REAL = ("arc_easy", "cb", "copa", "multirc", "record", "rte", "winogrande")
 
 
@@ -188,7 +187,7 @@ def load_real(name, protocol, shots=1, limit=None):
     return settings, oneshot.load_task(TASKS[name], settings, EVALDATA)
 
 
-@pytest.mark.skipif(not EVALDATA.is_dir(), reason="the real data are not here")
+@needs_evaldata
 @pytest.mark.parametrize("protocol", ["gpt3", "lm_eval"])
 @pytest.mark.parametrize("name", REAL)
 def test_a_model_that_prefers_the_gold_scores_everything(name, protocol, tokenizer):
@@ -208,7 +207,7 @@ def test_a_model_that_prefers_the_gold_scores_everything(name, protocol, tokeniz
     assert main == [1.0] * len(main)
 
 
-@pytest.mark.skipif(not EVALDATA.is_dir(), reason="the real data are not here")
+@needs_evaldata
 @pytest.mark.parametrize("name", REAL)
 def test_a_random_model_scores_at_chance(name, tokenizer):
     """Scores by lot, in the unit that the task compares, so that length does not matter."""
@@ -236,7 +235,7 @@ def test_settings_are_part_of_the_result(tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not EVALDATA.is_dir(), reason="the real data are not here")
+@needs_evaldata
 @pytest.mark.parametrize("name", ["arc_easy", "copa", "rte", "winogrande"])
 def test_a_model_before_training_scores_at_chance(name, tokenizer):
     """A real one, on tasks whose candidates it can't tell apart by what they have in common."""

@@ -1,13 +1,13 @@
 """Data in their original layouts and through TFDS, and what is said of data that are wrong."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from eval.tasks import sources
 from eval.tasks.catalogue import OFFLINE, TASKS
 from tests.eval.tasks.test_prompts import RACE, RAW, examples
+from tests.real_data import EVALDATA, needs_evaldata
 
 # Where the archives put the evaluated split, unpacked in the data folder.
 ARCHIVES = {
@@ -348,10 +348,7 @@ def test_the_offline_task_is_made_of_held_out_text():
     assert {example.golds for example in loaded.examples} == {(0,), (1,), (2,), (3,)}
 
 
-EVALDATA = Path(__file__).resolve().parents[4] / "shared" / "evaldata"
-
-
-@pytest.mark.skipif(not EVALDATA.is_dir(), reason="the real data are not here")
+@needs_evaldata
 @pytest.mark.parametrize(
     "name, split, count",
     [
