@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from configs import vit as configs_vit
 from laser.training import sharding
@@ -192,6 +193,33 @@ def test_what_does_not_fit_is_named():
     for name, value in {"magnitude": 11.0, "mixup": -0.1, "label_smoothing": 1.5}.items():
         with pytest.raises(ValueError, match=f"images.{name}={value}"):
             make_config(**{f"images.{name}": value})
+
+
+def test_images_of_another_set_are_scored_apart(tmp_path):
+    """ImageNet-v2 beside the validation images: named, without a share of the loss; and what of it
+    is broken is counted and has no weight."""
+    random = np.random.default_rng(0)
+    for name in [f"{split}/n0{i}" for split in ("train", "val") for i in range(2)] + [
+        "v2/0",
+        "v2/1",
+    ]:
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(6):
+            picture = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "v2/0/0.png").write_bytes(b"")
+    config = make_config(
+        **{
+            "images.source": str(tmp_path), "images.test": str(tmp_path / "v2"),
+            "images.max_broken": 1, "training.eval_batches": 0,
+        }
+    )  # fmt: skip
+    rows = ImageRows(config)
+    parts = rows.validation_parts(config, None)
+    assert [(part.name, part.share) for part in parts] == [("", 1.0), ("test", 0.0)]
+    weights = [sum(batch["weights"].sum() for batch in part.batches) for part in parts]
+    assert weights == [12, 11]
+    assert rows.metrics(config, 1) == {"broken_images": 1}
 
 
 def final_parameters(workdir):
