@@ -22,6 +22,7 @@ from data.sources import corpus
 from data.tokenizer import Tokenizer
 from laser.training.flags import parse
 from scripts import prepare_data
+from tests.system import NAMESPACE, children, contents, needs_mounts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare_data.py")]
@@ -110,10 +111,6 @@ def large(tmp_path_factory):
     return folder
 
 
-def _contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def _interrupted(arguments, when):
     """Ctrl-C to a program that was started with SIGINT ignored, as in the background."""
     process = subprocess.Popen(
@@ -129,10 +126,6 @@ def _interrupted(arguments, when):
     assert errors.splitlines()[-1].startswith("stopped; what is finished is kept")
     assert "Traceback" not in errors
     return errors
-
-
-def _children(process):
-    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
 
 def _written(folder, pattern):
@@ -157,7 +150,9 @@ def test_an_interrupted_preparation_says_so_and_goes_on(large, tmp_path, tokeniz
         return wait
 
     for when in (
-        lambda process, before: len(_children(process)) > 1,  # the first is multiprocessing's own
+        lambda process, before: (
+            len(children(process.pid)) > 1
+        ),  # the first is multiprocessing's own
         lambda process, before: _written(store, "*.tmp") - before,
         lambda process, before: _written(store, "progress/part-*.json") - before,
     ):
@@ -167,7 +162,7 @@ def test_an_interrupted_preparation_says_so_and_goes_on(large, tmp_path, tokeniz
         assert not (store / "manifest.json").exists()
     assert _script(*arguments, f"--output={store}").returncode == 0
     assert _script(*arguments, f"--output={tmp_path / 'reference'}").returncode == 0
-    assert _contents(store) == _contents(tmp_path / "reference")
+    assert contents(store) == contents(tmp_path / "reference")
 
 
 def test_the_training_of_a_tokenizer_can_be_interrupted(large, tmp_path):
@@ -179,18 +174,7 @@ def test_the_training_of_a_tokenizer_can_be_interrupted(large, tmp_path):
     assert not (store / "tokenizer.model").exists()
 
 
-NAMESPACE = ["unshare", "--map-root-user", "--mount"]
-
-
-def can_mount():
-    try:
-        probe = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not can_mount(), reason="needs unshare and tmpfs, to have a disk that is full")
+@needs_mounts
 def test_a_full_disk_ends_it_in_one_line_and_the_same_command_goes_on(
     large, tmp_path, tokenizer_path
 ):
@@ -212,7 +196,7 @@ def test_a_full_disk_ends_it_in_one_line_and_the_same_command_goes_on(
     assert f"going on after {parts} of 4 parts" in done.stderr
     assert "Traceback" not in done.stderr
     assert _script(*arguments, f"--output={tmp_path / 'reference'}").returncode == 0
-    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
+    assert contents(tmp_path / "store") == contents(tmp_path / "reference")
 
 
 def test_the_estimate_is_near_what_comes_and_writes_nothing(source, tmp_path, tokenizer_path):

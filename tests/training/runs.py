@@ -222,6 +222,21 @@ def train_on_hosts(
         return list(pool.map(start, range(hosts)))
 
 
+def assert_same_parameters(one, other):
+    """Of the newest checkpoints of two runs, bit for bit, whatever kind of model it is."""
+    import jax
+    import numpy as np
+
+    from eval.run import open_parameters
+    from laser.training.run_folder import load_run_config
+
+    found = []
+    for workdir in (one, other):
+        step, params, _ = open_parameters(Path(workdir), load_run_config(str(workdir)))
+        found.append((step, jax.tree.map(np.asarray, params)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -12,6 +12,7 @@ import pytest
 
 from laser.training import run_folder
 from laser.training.run_folder import saved_step_folders
+from tests.system import NAMESPACE, needs_mounts
 from tests.training import runs
 
 
@@ -174,18 +175,7 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(arguments, tmp_path):
     assert (tmp_path / "checkpoints" / "10").exists()
 
 
-NAMESPACE = ["unshare", "--map-root-user", "--mount"]
-
-
-def can_mount():
-    try:
-        probe = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not can_mount(), reason="needs unshare and tmpfs, to have a disk that is full")
+@needs_mounts
 def test_full_disk_while_saving(arguments, tmp_path):
     """On a real full file system; test_checkpoint.py has a stand-in for elsewhere."""
     disk = tmp_path / "disk"

@@ -74,10 +74,6 @@ def killed(over_hosts, tmp_path_factory):
     return once(tmp_path_factory, "killed-run-of-hosts", make) / "run"
 
 
-def final_parameters(workdir):
-    return jax.tree.map(np.asarray, open_model(workdir, STEPS).params)
-
-
 @pytest.mark.slow
 def test_each_host_reads_only_its_own_rows(whole, store, over_hosts):
     num_rows = TokenStore(store).split("train").num_rows(32)
@@ -104,15 +100,13 @@ def test_killed_run_goes_on_on_other_hosts(whole, killed, over_hosts, tmp_path, 
     losses, undisturbed = runs.losses(workdir), runs.losses(whole[0])
     if num_hosts == 2:
         assert losses == undisturbed
-        jax.tree.map(
-            np.testing.assert_array_equal, final_parameters(workdir), final_parameters(whole[0])
-        )
+        runs.assert_same_parameters(workdir, whole[0])
     assert losses.keys() == undisturbed.keys()
     np.testing.assert_allclose([*losses.values()], [*undisturbed.values()], rtol=1e-5)
     # A host reads its share of the state, the JSON beside it, and little more.
     read = [int((record / f"bytes-{i}").read_text()) for i in range(num_hosts)]
     # Parameters and two moments; of the files some is what Orbax has not tidied up.
-    state = 3 * sum(x.nbytes for x in jax.tree.leaves(final_parameters(workdir)))
+    state = 3 * sum(x.nbytes for x in jax.tree.leaves(open_model(workdir, STEPS).params))
     assert state / num_hosts * 0.5 < max(read)
     assert max(read) < state / num_hosts * 1.5 + 100_000
 

@@ -2,21 +2,15 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from configs import base
-from eval.run import open_model
 from laser.training.config import load_config
 from laser.training.metrics import read_metrics
 from laser.training.rows import StoreRows
 from laser.training.run_folder import saved_step_folders
 from tests.training import runs
-
-
-def final_parameters(workdir):
-    return jax.tree.map(np.asarray, open_model(workdir, 20).params)
 
 
 @pytest.mark.slow
@@ -45,7 +39,7 @@ def test_interrupted_run_is_bit_equal(arguments, tmp_path, optimizer, accumulati
 
     assert runs.losses(parts) == runs.losses(whole)
     assert sorted(runs.losses(whole)) == list(range(1, 21))
-    jax.tree.map(np.testing.assert_array_equal, final_parameters(parts), final_parameters(whole))
+    runs.assert_same_parameters(parts, whole)
 
 
 @pytest.mark.slow
@@ -88,7 +82,7 @@ def test_signals_in_evaluations_and_closed_terminals_change_nothing(arguments, t
         paths = [folder / f"checkpoints/{step}/metrics/metrics" for folder in (parts, whole)]
         ours, theirs = (json.loads(path.read_text()) for path in paths)
         assert ours == theirs
-    jax.tree.map(np.testing.assert_array_equal, final_parameters(parts), final_parameters(whole))
+    runs.assert_same_parameters(parts, whole)
 
 
 def scores(workdir):

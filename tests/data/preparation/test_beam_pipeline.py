@@ -20,6 +20,7 @@ from data.sources import corpus, text_files
 pytest.importorskip("apache_beam", reason="apache-beam is not installed: requirements-beam.txt")
 
 from data.preparation.beam_pipeline import prepare_with_beam
+from tests.system import contents
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNNERS = {
@@ -43,10 +44,6 @@ def source(tmp_path):
     return folder
 
 
-def _contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("drop_duplicates", [False, True])
 def test_beam_and_one_machine_write_the_same_bytes(
@@ -60,8 +57,8 @@ def test_beam_and_one_machine_write_the_same_bytes(
     manifest = prepare(config, tmp_path / "local", workers=2)
     options = ["--runner=DirectRunner", *RUNNERS[runner].split()]
     prepare_with_beam(config, str(tmp_path / "beam"), options=options)
-    assert _contents(tmp_path / "beam") == _contents(tmp_path / "local")
-    assert len(_contents(tmp_path / "beam")) == 2 + 2 * 8
+    assert contents(tmp_path / "beam") == contents(tmp_path / "local")
+    assert len(contents(tmp_path / "beam")) == 2 + 2 * 8
     assert manifest["broken"] == {"not JSON": 2}
     dropped = sum(split["duplicates_dropped"] for split in manifest["splits"].values())
     assert (dropped > 20) == drop_duplicates
@@ -78,11 +75,11 @@ def test_too_many_broken_records_end_the_pipeline(tmp_path, source, tokenizer_pa
 def test_a_store_that_is_there_is_not_written_over(tmp_path, source, tokenizer_path):
     config = StoreConfig(str(source), tokenizer=tokenizer_path, max_broken=2)
     prepare(config, tmp_path / "store")
-    before = _contents(tmp_path / "store")
+    before = contents(tmp_path / "store")
     with pytest.raises(ValueError) as error:
         prepare_with_beam(config, str(tmp_path / "store"), options=[])
     assert "holds a store already" in str(error.value)
-    assert _contents(tmp_path / "store") == before
+    assert contents(tmp_path / "store") == before
 
 
 def test_the_script_prepares_by_beam(tmp_path, source, tokenizer_path):
@@ -97,7 +94,7 @@ def test_the_script_prepares_by_beam(tmp_path, source, tokenizer_path):
             check=True,
             capture_output=True,
         )
-    assert _contents(tmp_path / "beam") == _contents(tmp_path / "local")
+    assert contents(tmp_path / "beam") == contents(tmp_path / "local")
 
 
 def test_beam_prepares_from_tfds(tmp_path, tokenizer_path, monkeypatch):
@@ -115,5 +112,5 @@ def test_beam_prepares_from_tfds(tmp_path, tokenizer_path, monkeypatch):
     prepare(config, tmp_path / "local", workers=1)
     options = ["--runner=DirectRunner"]
     prepare_with_beam(config, str(tmp_path / "beam"), options=options)
-    assert _contents(tmp_path / "beam") == _contents(tmp_path / "local")
-    assert len(_contents(tmp_path / "beam")) == 2 + 2 * 6
+    assert contents(tmp_path / "beam") == contents(tmp_path / "local")
+    assert len(contents(tmp_path / "beam")) == 2 + 2 * 6

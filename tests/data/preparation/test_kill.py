@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from data.sources import corpus
+from tests.system import children, contents
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS, PARTS = 10, 50
@@ -51,19 +52,6 @@ def command(tmp_path, tokenizer_path):
     return make
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def _children(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()] if path.exists() else []
-
-
 def _finished(store: Path) -> int:
     parts, hashes = store.glob("progress/part-*.json"), store.glob("progress/hashes/*.hashes")
     return len(list(parts)) + len(list(hashes))
@@ -82,16 +70,16 @@ def test_ten_kills_at_random_moments_leave_no_trace(tmp_path, command, drop_dupl
             assert process.poll() is None
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.06) if kill > 1 else rng.uniform(0, 0.6))
-        children = _children(process.pid)
+        workers = children(process.pid)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
         seen.append(_finished(store))
         assert not (store / "manifest.json").exists()
         deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{child}").exists() for child in children):
+        while any(Path(f"/proc/{child}").exists() for child in workers):
             assert time.monotonic() < deadline, "workers outlived the process that started them"
             time.sleep(0.01)
     assert len(set(seen)) >= KILLS - 1
     assert seen == sorted(seen)
     subprocess.run(command(store, drop_duplicates), check=True, stderr=subprocess.DEVNULL)
-    assert _contents(store) == _contents(reference)
+    assert contents(store) == contents(reference)

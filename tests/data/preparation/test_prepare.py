@@ -17,6 +17,7 @@ from data.sources.parts import texts
 from data.sources.text_files import TextFolder
 from data.tokenizer import SPACE_MARK, Tokenizer
 from tests.data.padded import padded_rows
+from tests.system import contents
 
 DOCUMENTS = 60
 CONTROL = "".join(map(chr, range(32))) + "\x7f\x80\u2028\ufeff"
@@ -55,14 +56,6 @@ def run(source, tmp_path, tokenizer_path):
 def _small(monkeypatch):
     monkeypatch.setattr(shards_module, "BATCH_DOCUMENTS", 7)
     monkeypatch.setattr(text_files, "MIN_PART", 1000)
-
-
-def _contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def _stream(folder, name):
@@ -113,7 +106,7 @@ def test_documents_longer_than_a_row_and_rows_of_many_documents(run, source, tmp
 def test_the_number_of_workers_changes_nothing(run, tmp_path, workers):
     run("reference")
     run(workers=workers)
-    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
+    assert contents(tmp_path / "store") == contents(tmp_path / "reference")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -128,7 +121,7 @@ def test_the_order_of_the_parts_changes_nothing(run, tmp_path, monkeypatch, seed
 
     monkeypatch.setattr(prepare_module, "run_parts", shuffled)
     run()
-    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
+    assert contents(tmp_path / "store") == contents(tmp_path / "reference")
 
 
 def test_a_tokenizer_is_trained_on_the_train_split_alone(run, source, tmp_path):
@@ -140,7 +133,7 @@ def test_a_tokenizer_is_trained_on_the_train_split_alone(run, source, tmp_path):
     assert len(tokenizer.encode("日")) == 1
     assert len(tokenizer.encode("Ж")) == 2  # its bytes: never seen in training
     run("again", vocab_size=318, **arguments)
-    assert _contents(tmp_path / "store") == _contents(tmp_path / "again")
+    assert contents(tmp_path / "store") == contents(tmp_path / "again")
 
 
 def test_a_tokenizer_that_loses_newlines_is_used_with_a_warning(run, tmp_path, caplog, monkeypatch):
@@ -172,7 +165,7 @@ def test_a_crash_at_any_write_leaves_what_can_be_continued(
 
     monkeypatch.setattr(text_files, "MIN_PART", 4000)
     run("reference", drop_duplicates=drop_duplicates)
-    reference = _contents(tmp_path / "reference")
+    reference = contents(tmp_path / "reference")
     publish = shards_module.publish
     crashes = 0
     for count in range(1, 200):
@@ -188,14 +181,14 @@ def test_a_crash_at_any_write_leaves_what_can_be_continued(
             break
         for module in (shards_module, prepare_module):
             monkeypatch.setattr(module, "publish", publish)
-        left = _contents(tmp_path / name)
+        left = contents(tmp_path / name)
         if "manifest.json" not in left:
             with pytest.raises(ValueError):
                 TokenStore(tmp_path / name)
             if "progress/request.json" in left:
                 (tmp_path / name / "train-00000.bin.1.tmp").write_bytes(b"what a kill leaves")
         run(name, drop_duplicates=drop_duplicates)
-        assert _contents(tmp_path / name) == reference
+        assert contents(tmp_path / name) == reference
     assert crashes > 10
 
 
@@ -258,7 +251,7 @@ def test_a_source_that_changes_before_the_store_is_finished_is_refused(
     path.write_bytes(whole)
     run(drop_duplicates=drop_duplicates)
     run("reference", drop_duplicates=drop_duplicates)
-    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
+    assert contents(tmp_path / "store") == contents(tmp_path / "reference")
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(run, source, tmp_path, monkeypatch):
@@ -283,7 +276,7 @@ def test_before_there_are_shards_a_changed_source_is_begun_anew(run, source, tmp
     (source / "20.jsonl").write_text('{"text": "other"}\n')
     run(tokenizer=None, vocab_size=318)
     run("reference", tokenizer=None, vocab_size=318)
-    assert _contents(tmp_path / "store") == _contents(tmp_path / "reference")
+    assert contents(tmp_path / "store") == contents(tmp_path / "reference")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +325,7 @@ def test_a_finished_store_is_left_alone(run, tmp_path, monkeypatch, caplog):
 
 def test_other_arguments_or_other_files_are_refused(run, source, tmp_path):
     run()
-    before = _contents(tmp_path / "store")
+    before = contents(tmp_path / "store")
     cases = [
         ({"tokenizer": None, "vocab_size": 300}, "vocab_size: None there, 300 asked for"),
         ({"validation_fraction": 0.3}, "source.validation: 0.2 there, 0.3 asked for"),
@@ -346,7 +339,7 @@ def test_other_arguments_or_other_files_are_refused(run, source, tmp_path):
     with pytest.raises(ValueError) as error:
         run()
     assert "source.file_bytes" in str(error.value)
-    assert _contents(tmp_path / "store") == before
+    assert contents(tmp_path / "store") == before
 
 
 def test_a_store_of_another_format_is_refused(run, tmp_path):
@@ -364,7 +357,7 @@ def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
     with pytest.raises(ValueError) as error:
         run()
     assert "thesis.tex" in str(error.value)
-    assert _contents(tmp_path / "store") == {"thesis.tex": b"years of work"}
+    assert contents(tmp_path / "store") == {"thesis.tex": b"years of work"}
 
 
 def test_an_output_that_no_folder_can_be_made_at_is_an_error(run, tmp_path):
@@ -415,7 +408,7 @@ def test_broken_records_are_skipped_counted_and_shown(run, source, tmp_path, cap
     assert f"{source / '20.jsonl'}: not UTF-8" in str(error.value)
     assert not (tmp_path / "other" / "manifest.json").exists()
     run("other", max_broken=8, workers=workers)  # goes on
-    assert _contents(tmp_path / "other") == _contents(tmp_path / "store")
+    assert contents(tmp_path / "other") == contents(tmp_path / "store")
     assert run(max_broken=9) == manifest  # the finished store is as good for a wider limit
     with pytest.raises(ValueError) as error:
         run(max_broken=7)
