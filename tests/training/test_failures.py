@@ -131,11 +131,11 @@ def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
 
 
 SKIPPED_AT_8 = """
-push = Report.push
+push_whatever_came = Report.push
 def push_as_skipped(self, done, metrics, waited):
     if done == 8:
         metrics = {**metrics, "loss": float("nan"), "skipped_in_a_row": 1.0}
-    push(self, done, metrics, waited)
+    push_whatever_came(self, done, metrics, waited)
 Report.push = push_as_skipped
 """
 
