@@ -88,7 +88,7 @@ def open_parameters(
     and the mesh that they lie on. Raises as `open_model`."""
     steps = saved_steps(workdir)
     step = steps[-1] if step is None else step
-    mesh = _mesh(config)
+    mesh = mesh_of(config)
     abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
     shardings = sharding.state_shardings(mesh, abstract)
     abstract = jax.tree.map(
@@ -116,7 +116,8 @@ def offline_score(model: TrainedModel) -> tuple[float, int]:
     return result["metrics"]["accuracy"]["mean"], result["n"]
 
 
-def _mesh(config: RunConfig) -> jax.sharding.Mesh:
+def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
+    """That of the run, or where these devices are others, a copy of the parameters on each."""
     try:
         return sharding.make_mesh(config)
     except ValueError as error:

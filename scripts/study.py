@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         share, at_once = arguments.share, arguments.at_once
         code = Runner(folder, share=share, at_once=at_once, train=train).run()
         if code == 0:
-            made = "\n".join(commands(folder, share)) if arguments.commands else None
-            print(write_report(folder) if made is None else made)
+            lines = commands(folder, share) if arguments.commands else [write_report(folder)]
+            print("\n".join(lines))
     except ValueError as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2

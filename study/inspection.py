@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from eval.run import mesh_of
 from laser.attention import attention, reference
 from laser.training import sharding
-from laser.training.config import MeshConfig, RunConfig
+from laser.training.config import RunConfig
 from laser.training.step import make_gradient
 from models.config import ModelConfig
 from models.decoder import Parameters, embed, positions
@@ -143,10 +144,9 @@ def make_gradient_norms(
 ) -> Callable[[Parameters], dict[str, Any]]:
     """From parameters to norms of the gradient of the mean loss on a batch: of all parameters, and
     of each layer's Q, K and V weights."""
+    mesh = mesh_of(config)
     rows = dataclasses.replace(config.training, batch_size=len(batch["inputs"]), accumulation=1)
-    copies = MeshConfig(data=-1, fsdp=1, tensor=1)
-    config = dataclasses.replace(config, training=rows, mesh=copies)
-    mesh = sharding.make_mesh(config)
+    config = dataclasses.replace(config, training=rows)
     gradient = jax.jit(sharding.on_mesh(mesh, make_gradient(config)))
 
     def norms(params: Parameters) -> dict[str, Any]:

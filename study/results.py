@@ -30,15 +30,15 @@ def write_done(
     ValueError if it has not what decides."""
     lines = read_metrics(folder / METRICS_FILE)
     evals = [(line["step"], line[measure]) for line in lines if measure in line]
-    if evals and None in (evals[-1][1], [line for line in lines if LOSS in line][-1][LOSS]):
-        return write_failed(cell, folder, "ended with a loss that is not finite", versions)
     if not evals:
         raise ValueError(
             f"{cell.key}: the study's measure={measure} is not in its {METRICS_FILE}; there are "
             f"{', '.join(sorted({name for line in lines for name in line if '/' in name}))}"
         )
-    measured = json.loads((folder / MEASURED).read_text()) if (folder / MEASURED).exists() else {}
     final = [line for line in lines if LOSS in line][-1]
+    if None in (evals[-1][1], final[LOSS]):
+        return write_failed(cell, folder, "ended with a loss that is not finite", versions)
+    measured = json.loads((folder / MEASURED).read_text()) if (folder / MEASURED).exists() else {}
     record = load_record(str(folder))
     batch = record["config"]["training"]["batch_size"] * record["config"]["data"]["seq_len"]
     model = load_config(record["config"]).model

@@ -228,16 +228,15 @@ class Runner:
         folder = self._folder.path / cell.key
         folder.mkdir(parents=True, exist_ok=True)
         how = self._how_it_ended(cell)
-        if how:
+        if how is None:
+            done, total = self._count()
+            log.info("%s: run %d of %d", cell.key, done + len(self._running) + 1, total)
+            command = [str(ROOT / "train.py"), *cell.flags(), f"--workdir={folder}"]
+            self._running[cell.key] = Progress(cell, _launch(command, folder / LOG))
+        elif how:
             self._failed(cell, how)
-        elif how is not None:
+        else:
             self._ended(Progress(cell), DONE)
-        if how is not None:
-            return
-        done, total = self._count()
-        log.info("%s: run %d of %d", cell.key, done + len(self._running) + 1, total)
-        command = [str(ROOT / "train.py"), *cell.flags(), f"--workdir={folder}"]
-        self._running[cell.key] = Progress(cell, _launch(command, folder / LOG))
 
     def _how_it_ended(self, cell: Cell) -> str | None:
         return results.ended(self._folder.path / cell.key, cell.config().training)

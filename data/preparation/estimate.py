@@ -16,6 +16,7 @@ import numpy as np
 from data.preparation.config import StoreConfig
 from data.preparation.shards import token_dtype
 from data.preparation.workers import cores
+from data.reading.files import is_address
 from data.reading.store import OFFSET_DTYPE
 from data.sources.parts import Document, Part, Source
 from data.tokenizer import Tokenizer, train_tokenizer
@@ -97,7 +98,6 @@ def estimate(config: StoreConfig, output: str | Path, *, workers: int | None = N
     size = sum(part.size for part in opened.parts)
     text_bytes = size * sum(s.read_text for s in samples) // sum(s.read for s in samples)
     per_byte = text_bytes / sample_bytes
-    is_address = "://" in str(output)  # by Beam
     token_size = np.dtype(token_dtype(model.vocab_size)).itemsize
     store_bytes = tokens * token_size + len(texts) * OFFSET_DTYPE.itemsize
     return Estimate(
@@ -109,7 +109,9 @@ def estimate(config: StoreConfig, output: str | Path, *, workers: int | None = N
         store_bytes=round(store_bytes * per_byte),
         bytes_per_second=sample_bytes / seconds,
         seconds=text_bytes * seconds / sample_bytes / (workers or cores()),
-        free_bytes=None if is_address else shutil.disk_usage(_existing(Path(output))).free,
+        free_bytes=None
+        if is_address(output)  # which Beam writes to
+        else shutil.disk_usage(_existing(Path(output))).free,
     )
 
 

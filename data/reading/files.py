@@ -46,12 +46,17 @@ class File(Protocol):
 
 def path_of(text: str | Path) -> "Path | Address":
     """A path of pathlib, or an address if it has a "://". Raises ValueError if none can read it."""
-    return Address(text) if "://" in str(text) else Path(text)
+    return Address(text) if is_address(text) else Path(text)
+
+
+def is_address(text: str | Path) -> bool:
+    """Whether it lies behind an address of any kind, and on no disk."""
+    return "://" in str(text)
 
 
 def folder_to_write(text: str | Path) -> Path:
     """Of what is written on disks alone. Raises ValueError if it is an address."""
-    if "://" in str(text):
+    if is_address(text):
         raise ValueError(f"output={text}: this is written to folders alone; copy the folder there")
     return Path(text)
 
