@@ -99,6 +99,15 @@ def test_the_error_counts_masked_tokens_that_are_not_the_likeliest(evaluated):
     assert sum(right.values()) == total  # a position has one likeliest token
     assert 1 < sum(count > 0 for count in right.values()) < total
 
+    one = np.zeros_like(batch["weights"])
+    one.flat[np.flatnonzero(batch["weights"])[0]] = 1
+    of_one = [
+        step(batch | {"weights": one, "targets": np.full_like(batch["targets"], token)})
+        for token in range(400)
+    ]
+    likeliest = int(np.argmin([float(sums.nll) for sums in of_one]))
+    assert [token for token in range(400) if of_one[token].shares["error"] == 0] == [likeliest]
+
 
 def test_a_run_without_segments_is_refused():
     config = bert.get_config("size=tiny")
