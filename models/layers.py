@@ -12,6 +12,7 @@ head dim, Q query dim.
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from laser import attention as attn
+from laser.attention.products import in_own_dtype, platform_of_program
 from models.config import GATED, BlockConfig
 
 Array = jax.Array
@@ -55,21 +57,53 @@ def dense(x: Array, weight: Array) -> Array:
     the other and transposed, which XLA on CPUs does in up to three times the time. Precision of
     the backward pass is that in force where it is traced, see `models.stack.product_precision`.
     """
-    return x @ weight
+    return in_own_dtype(jnp.matmul, x, weight)
 
 
 def _dense_fwd(x, weight):
-    return x @ weight, (x, weight)
+    return dense(x, weight), (x, weight)
 
 
 def _dense_bwd(kept, d_out):
     x, weight = kept
     leading = tuple(range(x.ndim - 1))
-    d_weight = jax.lax.dot_general(x, d_out, ((leading, leading), ((), ())))
-    return d_out @ weight.T, d_weight
+    over_leading = functools.partial(
+        jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ()))
+    )
+    return in_own_dtype(jnp.matmul, d_out, weight.T), in_own_dtype(over_leading, x, d_out)
 
 
 dense.defvjp(_dense_fwd, _dense_bwd)
+
+
+def heads_product(spec: str, x: Array, weight: Array) -> Array:
+    """jnp.einsum of activations and a weight with dims of heads, both of one dtype, to that dtype.
+
+    On CPUs its gradients are made as those of `dense`, and not for forward mode. Each letter of
+    `spec` stands in two of its three terms.
+    """
+    if platform_of_program() == "cpu":
+        return _heads_product(spec, x, weight)
+    return jnp.einsum(spec, x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _heads_product(spec, x, y):
+    return in_own_dtype(functools.partial(jnp.einsum, spec), x, y)
+
+
+def _heads_product_fwd(spec, x, y):
+    return _heads_product(spec, x, y), (x, y)
+
+
+def _heads_product_bwd(spec, kept, d_out):
+    x, y = kept
+    of_x, of_y, of_out = re.split(",|->", spec)
+    d_x = _heads_product(f"{of_out},{of_y}->{of_x}", d_out, y)
+    return d_x, _heads_product(f"{of_x},{of_out}->{of_y}", x, d_out)
+
+
+_heads_product.defvjp(_heads_product_fwd, _heads_product_bwd)
 
 
 def with_bias(x: Array, bias: nnx.Param | None) -> Array:
@@ -259,7 +293,7 @@ class Attention(nnx.Module):
         """
 
         def project(weight, bias):
-            out = jnp.einsum("btm,mhd->bthd", x_BTM, weight[...].astype(x_BTM.dtype))
+            out = heads_product("btm,mhd->bthd", x_BTM, weight[...].astype(x_BTM.dtype))
             return with_bias(out, bias)
 
         value = project(self.value, self.value_bias)
@@ -295,7 +329,7 @@ class Attention(nnx.Module):
     def _output(self, outputs: tuple[Array, ...], layer: Array | int) -> Array:
         """One or two attention outputs (B, T, H, D) to (B, T, M)."""
         out = self._combined(outputs, layer)
-        out_BTM = jnp.einsum("bthd,mhd->btm", out, self.output[...].astype(out.dtype))
+        out_BTM = heads_product("bthd,mhd->btm", out, self.output[...].astype(out.dtype))
         return with_bias(out_BTM, self.output_bias)
 
     def _combined(self, outputs: tuple[Array, ...], layer: Array | int) -> Array:

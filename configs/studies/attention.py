@@ -13,7 +13,9 @@ runs, with a worse one on either side. The 1m tried the larger three of five tha
 planned; the best of both arms was the largest, so a larger one was added. The 4m began with 8e-3
 for both and 4e-3 for standard attention, which was better by 0.13 nats, and went on downwards. The
 1m comes first because it costs least; the comparison that decides is the one of the 4m. From
-`main` on a seed is one of the data's order, too; the stages before have one order of rows.
+`main` on a seed is one of the data's order, too, and activations are bfloat16, as in the paper's
+runs; the stages before have one order of rows, and float32. Both were settled before the first run
+of `main`.
 """
 
 from ml_collections import ConfigDict
@@ -85,6 +87,8 @@ def get_study() -> Study:
     small_rate = {RATE: Best(("small_rates",))}
     standards_rate = {RATE: Best(("rates", "rates_again"), where={"attention": "standard"})}
     all_measures = ("domains", "continuations")
+    bfloat16 = {"model.dtype": "bfloat16"}
+    held = {**_length(8), **bfloat16}
     stages = [
         Stage(
             "small_rates",
@@ -114,26 +118,26 @@ def get_study() -> Study:
         Stage(
             "main",
             {SEEDS: _seeds(10), "attention": ARMS, **own_rate},
-            _length(8),
+            held,
             "4m, 8 M tokens, each arm at its own rate",
             all_measures,
         ),
         Stage(
             "longer",
             {SEEDS: _seeds(3), STEPS: LONGER, **own_rate},
-            {"attention": "standard", EVERY: MILLION},
+            {"attention": "standard", EVERY: MILLION, **bfloat16},
             "standard attention for 1.15 and 1.3 times as long: what nats are in steps",
         ),
         Stage(
             "qk_norm",
             {SEEDS: _seeds(3), "attention": [f"{arm}+qk_norm" for arm in ARMS], **standards_rate},
-            _length(8),
+            held,
             "both with QK-norm, at the rate of standard attention",
         ),
         Stage(
             "wider",
             {SEEDS: _seeds(3), **own_rate},
-            {"attention": "standard", "model.head_dim": 72, **_length(8)},
+            {"attention": "standard", "model.head_dim": 72, **held},
             "control: standard attention with heads an eighth wider",
         ),
         Stage(
@@ -143,13 +147,13 @@ def get_study() -> Study:
                 "attention": [f"{arm}+{modifier}" for modifier in MODIFIERS for arm in ARMS],
                 **standards_rate,
             },
-            _length(8),
+            held,
             "the other modifiers, at the rate of standard attention",
         ),
         Stage(
             "sizes",
             {"size": ("1m", "12m"), SEEDS: _seeds(3), "attention": ARMS, **own_rate},
-            _length(8),
+            held,
             "other sizes, 8 M tokens, at the rates of the 4m",
         ),
     ]

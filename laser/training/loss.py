@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from laser.attention.products import in_own_dtype
 from models.decoder import output_logits
 
 Array = jax.Array
@@ -103,7 +104,7 @@ def _cross_entropy_fwd(
         if soft_cap:
             d_logits_BCV *= 1 - jnp.square(logits_BCV / soft_cap)
         d_logits_BCV = d_logits_BCV.astype(hidden_BTM.dtype)
-        d_hidden_BCM = d_logits_BCV @ embedding_VM.astype(hidden_BTM.dtype)
+        d_hidden_BCM = in_own_dtype(jnp.matmul, d_logits_BCV, embedding_VM.astype(hidden_BTM.dtype))
         d_embedding_MV += jnp.einsum(
             "bcm,bcv->mv", hidden_BCM, d_logits_BCV, preferred_element_type=jnp.float32
         )

@@ -1,12 +1,14 @@
 """The parts of blocks, against their formulas in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from laser.attention import variants
-from models.layers import Norm, dense
+from models.layers import Norm, dense, heads_product
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -26,6 +28,26 @@ def test_the_dense_product_has_the_gradients_of_jax(leading, dtype):
         np.testing.assert_allclose(
             mine.astype(jnp.float32), other.astype(jnp.float32), rtol=bound, atol=bound
         )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("spec", ["btm,mhd->bthd", "bthd,mhd->btm"])
+def test_products_with_heads_have_the_gradients_of_jax(spec, dtype):
+    random = np.random.default_rng(0)
+    sizes = dict(zip("btmhd", (2, 3, 5, 4, 6), strict=True))
+    x, weight, d_out = (
+        jnp.asarray(random.normal(size=[sizes[dim] for dim in term]), jnp.float32)
+        for term in spec.replace("->", ",").split(",")
+    )
+    out, backward = jax.vjp(functools.partial(jnp.einsum, spec), x, weight)
+    exact = out, *backward(d_out)
+    factors = x.astype(dtype), weight.astype(dtype)
+    out, backward = jax.vjp(functools.partial(heads_product, spec), *factors)
+    bound = 1e-6 if dtype == jnp.float32 else 1e-2
+    for found, expected in zip((out, *backward(d_out.astype(dtype))), exact, strict=True):
+        assert (found.shape, found.dtype) == (expected.shape, dtype)
+        error = np.abs(found.astype(jnp.float32) - expected).max()
+        assert error < bound * np.abs(expected).max()
 
 
 def test_rotary_positions_turn_halves_against_each_other():

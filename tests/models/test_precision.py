@@ -23,6 +23,7 @@ from models.decoding import append, empty_cache, next_logits, unstack
 
 pytestmark = pytest.mark.usefixtures("own_programs")
 ROOT = Path(__file__).resolve().parents[2]
+OF_BFLOAT16 = re.compile(r"dot_general .* -> tensor<[\dx]+xbf16>")
 PRODUCT = re.compile(r"stablehlo.dot_general .*")
 
 
@@ -74,6 +75,16 @@ def test_programs_for_cpus_are_the_same_with_any(config):
     assert len(found) > 20
     # Those of the attention alone ask for it by themselves, or none does.
     assert not any("HIGHEST" in product for product in found)
+
+
+@pytest.mark.parametrize("kind", ["standard", "laser"])
+def test_cpus_are_asked_for_products_of_bfloat16_in_float32(config, monkeypatch, kind):
+    """They have no fast ones with a result of bfloat16; accelerators round by themselves."""
+    attention = dataclasses.replace(config.model.attention, kind=kind)
+    fields = {"dtype": "bfloat16", "attention": attention}
+    assert not OF_BFLOAT16.search(lowered(config, **fields))
+    monkeypatch.setattr(products, "platform_of_program", lambda: "tpu")
+    assert OF_BFLOAT16.search(lowered(config, **fields))
 
 
 def test_decoding_has_it_too(config, as_for_tpus):
