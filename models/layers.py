@@ -12,7 +12,6 @@ head dim, Q query dim.
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from laser import attention as attn
-from laser.attention.products import in_own_dtype, platform_of_program
 from models.config import GATED, BlockConfig
+from models.products import activation, dense, heads_product
 
 Array = jax.Array
 
@@ -47,63 +46,6 @@ def layer_param(
         return dense_param(rngs, shape, fan_in)
     limit = math.sqrt(6 / (fan_in + fan_out))
     return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit))
-
-
-@jax.custom_vjp
-def dense(x: Array, weight: Array) -> Array:
-    """x @ weight: (..., I) and (I, O) to (..., O), all of one dtype; not for forward mode.
-
-    The weight's gradient is made from x and the output's, in this order. Left to jax it is made in
-    the other and transposed, which XLA on CPUs does in up to three times the time. Precision of
-    the backward pass is that in force where it is traced, see `models.stack.product_precision`.
-    """
-    return in_own_dtype(jnp.matmul, x, weight)
-
-
-def _dense_fwd(x, weight):
-    return dense(x, weight), (x, weight)
-
-
-def _dense_bwd(kept, d_out):
-    x, weight = kept
-    leading = tuple(range(x.ndim - 1))
-    over_leading = functools.partial(
-        jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ()))
-    )
-    return in_own_dtype(jnp.matmul, d_out, weight.T), in_own_dtype(over_leading, x, d_out)
-
-
-dense.defvjp(_dense_fwd, _dense_bwd)
-
-
-def heads_product(spec: str, x: Array, weight: Array) -> Array:
-    """jnp.einsum of activations and a weight with dims of heads, both of one dtype, to that dtype.
-
-    On CPUs its gradients are made as those of `dense`, and not for forward mode. Each letter of
-    `spec` stands in two of its three terms.
-    """
-    if platform_of_program() == "cpu":
-        return _heads_product(spec, x, weight)
-    return jnp.einsum(spec, x, weight)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _heads_product(spec, x, y):
-    return in_own_dtype(functools.partial(jnp.einsum, spec), x, y)
-
-
-def _heads_product_fwd(spec, x, y):
-    return _heads_product(spec, x, y), (x, y)
-
-
-def _heads_product_bwd(spec, kept, d_out):
-    x, y = kept
-    of_x, of_y, of_out = re.split(",|->", spec)
-    d_x = _heads_product(f"{of_out},{of_y}->{of_x}", d_out, y)
-    return d_x, _heads_product(f"{of_x},{of_out}->{of_y}", x, d_out)
-
-
-_heads_product.defvjp(_heads_product_fwd, _heads_product_bwd)
 
 
 def with_bias(x: Array, bias: nnx.Param | None) -> Array:
@@ -156,14 +98,13 @@ class Mlp(nnx.Module):
         """(B, T, M) -> (B, T, F)."""
         hidden_BTF = with_bias(dense(x_BTM, self.up[...].astype(x_BTM.dtype)), self.up_bias)
         if self.kind == "gelu":
-            hidden_BTF = jax.nn.gelu(hidden_BTF, approximate=True)
+            hidden_BTF = activation(jax.nn.gelu, hidden_BTF)
         elif self.kind == "relu":
             hidden_BTF = jax.nn.relu(hidden_BTF)
         else:
             gate_BTF = dense(x_BTM, self.gate[...].astype(x_BTM.dtype))
-            swish = self.kind == "swiglu"
-            hidden_BTF *= (
-                jax.nn.silu(gate_BTF) if swish else jax.nn.gelu(gate_BTF, approximate=True)
+            hidden_BTF *= activation(
+                jax.nn.silu if self.kind == "swiglu" else jax.nn.gelu, gate_BTF
             )
         return hidden_BTF
 

@@ -194,7 +194,7 @@ def products_case(shape: Shape) -> Case:
     import jax.numpy as jnp
 
     from laser.training.loss import chunk_length
-    from models.layers import dense
+    from models.products import dense
 
     half, size = shape.length // 2, shape.dim // shape.heads
     chunk = shape.batch * chunk_length(shape.batch, shape.length)

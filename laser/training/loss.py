@@ -13,8 +13,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from laser.attention.products import in_own_dtype
 from models.decoder import output_logits
+from models.products import in_own_dtype
 
 Array = jax.Array
 
@@ -111,7 +111,7 @@ def _cross_entropy_fwd(
         return (*map(jnp.add, sums, added), d_embedding_MV), d_hidden_BCM
 
     zero = (jnp.float32(0),) * (2 + count_errors)
-    # Transposed, as XLA on CPUs makes its sums faster in that order (`models.layers.dense`).
+    # Transposed, as XLA on CPUs makes its sums faster in that order (`models.products.dense`).
     zero += (jnp.zeros(embedding_VM.shape[::-1], jnp.float32),)
     (*sums, d_embedding_MV), d_hidden = jax.lax.scan(
         gradients, zero, _chunks(chunk, hidden_BTM, targets_BT, weights_BT)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from laser.attention import variants
-from models.layers import Norm, dense, heads_product
+from models.layers import Norm
+from models.products import activation, dense, heads_product
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -48,6 +49,24 @@ def test_products_with_heads_have_the_gradients_of_jax(spec, dtype):
         assert (found.shape, found.dtype) == (expected.shape, dtype)
         error = np.abs(found.astype(jnp.float32) - expected).max()
         assert error < bound * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("function", [jax.nn.gelu, jax.nn.silu], ids=["gelu", "silu"])
+def test_an_activation_in_bfloat16_is_rounded_once_on_cpus(function):
+    x = jnp.linspace(-6, 6, 4001).astype(jnp.bfloat16)
+    d_out = jnp.asarray(np.random.default_rng(0).normal(size=x.shape), jnp.bfloat16)
+
+    def both(function, x, d_out):
+        out, backward = jax.vjp(function, x)
+        return out, *backward(d_out)
+
+    exact = both(function, x.astype(jnp.float32), d_out.astype(jnp.float32))
+    found = jax.jit(functools.partial(both, functools.partial(activation, function)))(x, d_out)
+    for mine, other in zip(found, exact, strict=True):
+        rounded = other.astype(jnp.bfloat16).astype(jnp.float32)
+        # A few lie so close to the middle of two that float32's last bits decide.
+        assert np.mean(mine.astype(jnp.float32) != rounded) < 1e-3
+        np.testing.assert_allclose(mine.astype(jnp.float32), other, rtol=2**-8, atol=1e-7)
 
 
 def test_rotary_positions_turn_halves_against_each_other():
