@@ -1,13 +1,14 @@
 """Figures of a study as PNG, each with axes, units, a legend and the number of its runs."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study.results import LOSS, final
+from study.results import LOSS
 from study.statistics import mean_interval
-from study.tables import RATE, finals, fits, grouped, label, pairs, said, sized
+from study.tables import RATE, ends_by_rate, finals, fits, grouped, label, pairs, said, sized
 
 Record = Mapping[str, Any]
 
@@ -21,7 +22,7 @@ def draw_all(record: Record, folder: Path) -> list[Path]:
     for stage in record["stages"]:
         name = stage["name"]
         if RATE in stage["listed"]:
-            drawn.append(_rates(record, name, folder / f"rates_{name}.png"))
+            drawn.append(_rates(record, stage, folder / f"rates_{name}.png"))
         elif grouped(record, name):
             drawn.append(_curves(record, name, folder / f"curves_{name}.png"))
     drawn.append(_differences(record, folder / "differences.png"))
@@ -29,24 +30,24 @@ def draw_all(record: Record, folder: Path) -> list[Path]:
     return [path for path in drawn if path is not None]
 
 
-def _rates(record: Record, stage: str, path: Path) -> Path | None:
+def _rates(record: Record, stage: Record, path: Path) -> Path | None:
+    """A line for each group of runs, of means over seeds; rates at which a run failed have none."""
     from matplotlib import pyplot
 
-    runs = [r for r in record["runs"] if r["stage"] == stage and r["status"] == "done"]
-    if not runs:
+    groups = ends_by_rate(record, stage)
+    means = {
+        group: {rate: statistics.fmean(ends) for rate, ends in ends_of.items()}
+        for group, ends_of in groups.items()
+    }
+    if not any(math.isfinite(mean) for of_rate in means.values() for mean in of_rate.values()):
         return None
     figure, axis = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
-    arms = dict.fromkeys(str(run["settings"].get("attention", "runs")) for run in runs)
-    for arm in arms:
-        chosen = [r for r in runs if str(r["settings"].get("attention", "runs")) == arm]
-        points: dict[float, list[float]] = {}
-        for run in chosen:
-            points.setdefault(run["settings"][RATE], []).append(final(run, record["measure"]))
-        rates = sorted(points)
-        means = [statistics.fmean(points[rate]) for rate in rates]
-        axis.plot(rates, means, marker="o", label=f"{arm}, {len(chosen)} runs")
+    for group, of_rate in means.items():
+        shown = [mean if math.isfinite(mean) else math.nan for mean in of_rate.values()]
+        count = sum(map(len, groups[group].values()))
+        axis.plot(list(of_rate), shown, marker="o", label=f"{group}, {count} runs")
     axis.set(xscale="log", xlabel="learning rate (peak)", ylabel=f"final {_axis(record)}")
-    axis.set_title(f"stage {stage}")
+    axis.set_title(f"stage {stage['name']}")
     return _save(figure, axis, path)
 
 

@@ -51,6 +51,7 @@ def bits_per_byte(model, path: Path) -> float:
     model was trained with."""
     import jax
 
+    from eval.run import mesh_of
     from laser.training import sharding
     from laser.training.step import make_eval_step
 
@@ -59,8 +60,7 @@ def bits_per_byte(model, path: Path) -> float:
     tokens = [model.tokenizer.eos_id]
     for ids in model.tokenizer.encode_batch(texts):
         tokens += [*ids, model.tokenizer.eos_id]
-    mesh = sharding.make_mesh(config)
-    step = jax.jit(sharding.on_mesh(mesh, make_eval_step(config)))
+    step = jax.jit(sharding.on_mesh(mesh_of(config), make_eval_step(config)))
     eos_id = model.tokenizer.eos_id if config.data.segment_ids else None
     nll = sum(
         float(step(model.params, batch).nll)

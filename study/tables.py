@@ -98,21 +98,8 @@ def best_rates(record: Record) -> str:
     whether the best lies at the edge. A rate counts with the mean over its runs."""
     rows = []
     for stage in record["stages"]:
-        if RATE not in stage["listed"]:
-            continue
-        besides = [
-            name
-            for name in stage["listed"]
-            if name != RATE and name.rpartition(".")[2] not in SEEDS
-        ]
-        groups: dict[str, dict[float, list[float]]] = {}
-        for run in record["runs"]:
-            if run["stage"] == stage["name"]:
-                group = label({name: run["settings"][name] for name in besides})
-                ends = groups.setdefault(group, {}).setdefault(run["settings"][RATE], [])
-                ends.append(final(run, record["measure"]))
-        for group, ends_of in groups.items():
-            means = {rate: statistics.fmean(ends_of[rate]) for rate in sorted(ends_of)}
+        for group, ends_of in ends_by_rate(record, stage).items():
+            means = {rate: statistics.fmean(ends) for rate, ends in ends_of.items()}
             best = min(means, key=lambda rate: means[rate])
             told = "; ".join(
                 f"{rate:g}: {mean:.4f}" if math.isfinite(mean) else f"{rate:g}: failed"
@@ -123,6 +110,23 @@ def best_rates(record: Record) -> str:
             rows.append([stage["name"], group, named, told, "yes" if is_edge else "no"])
     heads = ["stage", "runs of", "best", unit(record), "at the edge of those tried"]
     return table(heads, rows) if rows else ""
+
+
+def ends_by_rate(record: Record, stage: Record) -> dict[str, dict[float, list[float]]]:
+    """By group of runs that differ in rate and seed alone, and by rate, upwards: what the runs
+    ended with, infinite if they failed. Nothing of a stage that lists no rates."""
+    if RATE not in stage["listed"]:
+        return {}
+    besides = [
+        name for name in stage["listed"] if name != RATE and name.rpartition(".")[2] not in SEEDS
+    ]
+    groups: dict[str, dict[float, list[float]]] = {}
+    for run in record["runs"]:
+        if run["stage"] == stage["name"]:
+            group = label({name: run["settings"][name] for name in besides})
+            ends = groups.setdefault(group, {}).setdefault(run["settings"][RATE], [])
+            ends.append(final(run, record["measure"]))
+    return {group: dict(sorted(ends_of.items())) for group, ends_of in groups.items()}
 
 
 def domains(record: Record) -> str:

@@ -1,6 +1,7 @@
 """From made-up runs to results, choices, tables and figures; failures among them are results."""
 
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -8,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import base
 from data.sealed import file_sha256, seal
 from laser.training.config import to_dict
 from scripts.study import main
-from study import run, tables
+from study import figures, run, tables
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +162,7 @@ def test_another_measure_than_the_loss_decides(fake, tmp_path, capsys):
     assert "eval/error," in told
 
 
-def test_best_rates_are_of_groups_that_differ_in_nothing_else():
+def test_best_rates_are_of_groups_that_differ_in_nothing_else(monkeypatch, tmp_path):
     def run(rate, decay, seed, loss):
         settings = {"optimizer.learning_rate": rate, "optimizer.weight_decay": decay,
                     "training.seed": seed, "attention": "laser"}  # fmt: skip
@@ -180,6 +182,12 @@ def test_best_rates_are_of_groups_that_differ_in_nothing_else():
         ["grid", "0.1 laser", "0.002", told, "no"],
         ["grid", "1.0 laser", "–", "0.001: failed; 0.002: failed", "yes"],
     ]
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, axis, path: drawn.extend(axis.lines))
+    figures.draw_all(record | {"compare": [], "sizes": []}, tmp_path)
+    assert [line.get_label() for line in drawn] == ["0.1 laser, 4 runs", "1.0 laser, 2 runs"]
+    for line, means in zip(drawn, ([3.5, 3.4, math.nan], [math.nan] * 2), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), means)
 
 
 def test_a_run_that_ends_without_a_number_has_failed(fake):
