@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         except ValueError as error:
             exit_with(argv[0], str(error))
         code = loop.train(run, evaluations, began)
-    if code == loop.EXIT_FAILED:
+    if code in (loop.EXIT_FAILED, loop.EXIT_DIVERGED):
         hosts.leave(code)
     return code
 

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from laser.planning.topologies import CORES_PER_CHIP
+from laser.planning.topologies import CORES_PER_CHIP, parse_topology
 from laser.training.devices import check_devices
 from laser.training.flags import exit_with, parse
 from laser.training.folders import folder_of
@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         exit_with("train.py", str(error))
     plans = json.loads((ROOT / "docs" / "plans.json").read_text())
-    print(f"the config is right for {chips * slices} chips; {plan_of(plans, arguments, type_name)}")
+    said = plan_of(plans, arguments, type_name, slices)
+    print(f"the config is right for {chips * slices} chips; {said}")
     return 0
 
 
@@ -51,23 +52,33 @@ def _is_here(folder: str) -> bool:
 
 
 def chips_of(type_name: str) -> int:
-    """Of an accelerator's type, such as v5litepod-256 or v5p-512. Raises ValueError."""
+    """Of an accelerator's type, such as v5litepod-256 or v5p-512, as jax counts its devices. Raises
+    ValueError."""
     found = re.fullmatch(r"(v\d+[a-z]*)-(\d+)", type_name)
     if not found:
         raise ValueError(f"--type={type_name}: no type with a number, such as v5litepod-256")
     return int(found[2]) // CORES_PER_CHIP.get(found[1], 1)
 
 
-def plan_of(plans: Mapping[str, Any], arguments: Sequence[str], type_name: str) -> str:
-    """What a plan says of the recipe among the arguments; fields set besides are not in it."""
+def plan_of(
+    plans: Mapping[str, Any], arguments: Sequence[str], type_name: str, slices: int = 1
+) -> str:
+    """What a plan says of the recipe among the arguments; fields set besides are not in it. Plans
+    are of one slice each."""
     recipe = next((x.partition("=")[2] for x in arguments if re.match("--?config=", x)), "")
     chosen = _in_any_order(recipe)
+    rented = type_name.replace("litepod", "e")
     planned = next((x for x in chosen[1] if re.match(r"slice=v\d", x)), "")
-    if planned and planned != f"slice={type_name.replace('litepod', 'e')}":
+    if planned and planned != f"slice={rented}":
         return f"{planned} is the layout of other slices: scripts/plan.py tells whether it fits"
-    of_recipe = (plans[key] for key in plans if _in_any_order(plan_table.config(key)) == chosen)
-    plan = next(of_recipe, None)
-    if plan is None:
+    of_slice = (
+        plan
+        for key, plan in plans.items()
+        if _in_any_order(plan_table.config(key)) == chosen
+        and parse_topology(plan["topology"]).rented_as == rented
+    )
+    plan = next(of_slice, None)
+    if plan is None or slices > 1:
         return "no plan of it in docs/plans.md: scripts/plan.py makes one"
     fits = "fits" if plan["fits"] else "does not fit"
     layers = "" if plan["unroll"] else ", with layers in a loop"

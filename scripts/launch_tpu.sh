@@ -36,7 +36,7 @@ Options
   --bucket=NAME    mounted by gcsfuse as the folder `bucket` of the repository, on all workers
   --restarts=N     how often to start again after a failure that is no preemption [3]
   --slice=I --worker=N    whose log to follow [0 and 0, which speaks for all; the others tell of errors]
-  --delete         delete the queued resource when the run is done
+  --delete         delete the queued resource when the run has ended, also where it failed
   --dry-run        print the commands and run none
 
 All workers must see one workdir and one store: put both in a bucket in the region of the TPUs, and name
@@ -46,7 +46,7 @@ namespace, where renaming a folder is one operation.
 `run` and `start` check the config first, as train.py does, and `run` that it fits the slices; where
 docs/plans.md has a plan of it, they say whether it fits in memory. That needs `.venv` here, as any command of make makes it.
 
-Exit codes: 0 done; 2 mistake in the arguments or in the config; 1 anything else. `follow` alone leaves
+Exit codes: 0 done; 2 mistake in the arguments or in the config; 3 diverged; 1 anything else. `follow` alone leaves
 with the code of train.py.
 END
 }
@@ -216,7 +216,9 @@ ensure() {
     case $now in
       UNKNOWN) ((++unknown < 5)) || { say "$name: $unknown times in a row no known state"; return 1; } ;;
       READY) return $((made ? 3 : 0)) ;;
-      MISSING) create || return 1; made=1 ;;
+      MISSING)
+        ((made++ < 5)) || { say "$name: asked for $((made - 1)) times, and it never came"; return 1; }
+        create || return 1 ;;
       GONE) delete_all || return 1; continue ;;
     esac
     sleep "$WAIT"
@@ -273,13 +275,15 @@ stop() { remote "${nodes[slice]}" "$worker" "$WORKER stop"; }
 
 running() { remote "${nodes[0]}" 0 "$WORKER running" </dev/null >/dev/null 2>&1; }
 
+# Of the run, as it should or not: returns the code, without the slice if --delete says so.
+ended() {
+  [[ ! $delete ]] || delete_all
+  return "$1"
+}
+
 run_until_done() {
   local code started="" failures=0
-  if [[ $dry ]]; then
-    create; install_all; start_all; follow
-    [[ ! $delete ]] || delete_all
-    return 0
-  fi
+  if [[ $dry ]]; then create; install_all; start_all; follow; ended 0; return; fi
   while true; do
     ensure; code=$?
     ((code == 0 || code == 3)) || { say "no slice: see the message of gcloud above"; return 1; }
@@ -288,7 +292,7 @@ run_until_done() {
     else
       say "${started:+starting again: }installing on ${#nodes[@]} slice(s)"
       if install_all && start_all; then started=1; else
-        ((failures++ < restarts)) || { say "could not install or start"; return 1; }
+        ((failures++ < restarts)) || { say "could not install or start"; ended 1; return; }
         sleep "$WAIT"
         continue
       fi
@@ -297,9 +301,9 @@ run_until_done() {
     case $code in
       0)
         say "the run is done"
-        [[ ! $delete ]] || delete_all
-        return 0 ;;
-      2) say "train.py refused its arguments or config: see above"; return 2 ;;
+        ended 0; return ;;
+      2) say "train.py refused its arguments or config: see above"; ended 2; return ;;
+      3) say "the run has diverged: see above"; ended 3; return ;;
       75) say "saved on preemption" ;;
       255) say "the connection or the slice is lost" ;;
       *)
@@ -307,7 +311,7 @@ run_until_done() {
         if [[ $(state) == READY ]]; then
           if ((failures++ >= restarts)); then
             say "train.py failed $failures times, last with exit code $code"
-            return 1
+            ended 1; return
           fi
         fi
         say "train.py left with exit code $code" ;;

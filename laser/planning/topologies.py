@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from laser.planning import bundles
 
-# As the names of slices count them.
-CORES_PER_CHIP = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
+# As the names of slices count them. (Before v4 they do, too, but there a core is a device.)
+CORES_PER_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SHAPES = {"v5e": FLAT, "v6e": FLAT, "v4": SOLID, "v5p": SOLID}

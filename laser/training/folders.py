@@ -13,6 +13,7 @@ laser/training/records.py and laser/training/lease.py for what takes the place o
 import contextlib
 import errno
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -66,17 +67,24 @@ def url_of(folder: Path) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never a part."""
+    """Writes a file so that a crash leaves the old one or the new one, never a part, whoever else
+    writes it at the same time. Raises OSError."""
     content = content.encode() if isinstance(content, str) else content
     if is_address(path):
         path.write_bytes(content)
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    # Hosts that share a folder may give their processes the same number.
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

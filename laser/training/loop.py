@@ -61,7 +61,7 @@ from models.families import train_flops_per_token
 
 log = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
+EXIT_DONE, EXIT_FAILED, EXIT_DIVERGED, EXIT_PREEMPTED = 0, 1, 3, 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +103,8 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
       began: when the process did, in seconds since 1970; now if None.
 
     Returns:
-      The exit code of the process: 0 done, 1 stopped by an error that the log explains, 75 saved
-      after SIGTERM, SIGHUP or SIGINT.
+      The exit code of the process: 0 done, 1 stopped by an error that the log explains, 3 diverged,
+      75 saved after SIGTERM, SIGHUP or SIGINT.
     """
     steps = run.config.training.steps
     began = began or time.time()
@@ -125,15 +125,17 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
             run.goodput = Goodput(checkpoints.restored.get("time"), began)
             every = Evaluation(run.config.training.eval_every, run.evaluate)
             return _train_from(run, state, checkpoints, [every, *evaluations])
-    except (OSError, CheckpointError, TooManySkippedSteps) as error:
-        problem = str(error)
+    except TooManySkippedSteps as error:
+        problem, code = str(error), EXIT_DIVERGED
+    except (OSError, CheckpointError) as error:
+        problem, code = str(error), EXIT_FAILED
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        problem = f"out of memory: {first_line(error, 300)}"
+        problem, code = f"out of memory: {first_line(error, 300)}", EXIT_FAILED
     log.error("%s", problem)
     hosts.end_the_others(problem)
-    return EXIT_FAILED
+    return code
 
 
 class Run:

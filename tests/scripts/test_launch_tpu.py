@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check_launch import plan_of
+from scripts.check_launch import chips_of, plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts" / "launch_tpu.sh")
@@ -43,6 +43,7 @@ case "$1 $2" in
   "queued-resources create")
     [ ! -f "$CLOUD/full" ] || { echo "ERROR: quota exceeded" >&2; exit 1; }
     echo ACTIVE >"$CLOUD/state"
+    [ ! -f "$CLOUD/never" ] || echo FAILED >"$CLOUD/state"
     for node in $([ ${count:-1} = 1 ] && echo laser || seq -f laser-%g 0 $((count - 1))); do
       mkdir -p "$CLOUD/$node-0" "$CLOUD/$node-1"
     done ;;
@@ -200,6 +201,27 @@ def test_a_plan_is_of_one_config_file(recipe, known):
     assert said.startswith("by docs/plans.md the recipe fits" if known else "no plan of it")
 
 
+def test_a_plan_is_of_one_kind_and_number_of_chips():
+    """Recipes without an argument for the slice have a plan for each of several."""
+    plans = json.loads((ROOT / "docs/plans.json").read_text())
+    for key, plan in plans.items():
+        if not key.startswith("model=bert"):
+            continue
+        recipe = "configs/bert.py:" + key.removeprefix("model=bert,").rpartition(",slice=")[0]
+        of_slice = key.rpartition("slice=")[2]
+        arguments = [f"--config={recipe}"]
+        said = plan_of(plans, arguments, of_slice.replace("v5e", "v5litepod"))
+        assert f"fits: {plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} GiB" in said
+        assert plan_of(plans, arguments, of_slice, slices=2).startswith("no plan of it")
+        for other in ("v5litepod-16", "v5litepod-1", "v6e-256"):
+            assert plan_of(plans, arguments, other).startswith("no plan of it")
+
+
+def test_chips_are_counted_as_jax_counts_its_devices():
+    types = {"v5litepod-16": 16, "v5e-16": 16, "v6e-16": 16, "v5p-16": 8, "v4-8": 4, "v3-8": 8}
+    assert {name: chips_of(name) for name in types} == types
+
+
 def test_the_short_name_of_a_type_is_taken_for_the_long_one():
     short = [*OPTIONS[:2], "--type=v5e-16"]
     assert dry_run("create", *short, "--dry-run") == dry_run("create", *OPTIONS, "--dry-run")
@@ -307,6 +329,31 @@ def test_preempted_run_goes_on_on_a_new_slice(cloud):
     assert done.stdout.splitlines() == ["log of start 1", "log of start 2"]
     one_slice = ["create", "scp", "ssh", "ssh", "ssh"]
     assert cloud.calls() == [*one_slice, "delete", *one_slice, "delete"]
+
+
+def test_a_run_that_cannot_go_on_is_not_started_again_and_gives_its_slice_back(cloud):
+    done = cloud.launch("run", *OPTIONS, "--delete", *TRAIN, play=["exit 3", "exit 0"])
+    assert done.returncode == 3
+    assert "the run has diverged" in done.stderr
+    assert len(cloud.started()) == 1
+    assert cloud.calls()[-1] == "delete"
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_run_that_failed_gives_its_slice_back(cloud, code):
+    options = ["--restarts=1", "--delete"]
+    done = cloud.launch("run", *OPTIONS, *options, *TRAIN, play=[f"exit {code}"] * 2)
+    assert done.returncode == code
+    assert cloud.calls().count("delete") == 1
+    assert not (cloud.folder / "state").exists()
+
+
+def test_a_slice_that_never_comes_is_not_asked_for_without_end(cloud):
+    (cloud.folder / "never").touch()
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=["exit 0"])
+    assert done.returncode == 1
+    assert "asked for 5 times, and it never came" in done.stderr
+    assert cloud.calls().count("create") == 5
 
 
 def test_slice_that_vanishes_without_a_word_is_made_again(cloud):
