@@ -24,7 +24,8 @@ from study.report import read_numbers
 from study.tables import all_tables
 
 MARKED = re.compile(
-    r"(<!-- (?P<kind>tables|inspection) of (?P<name>[\w-]+\.json) -->\n).*?(?P<end><!-- end -->)",
+    r"(<!-- (?P<kind>tables|inspection) of (?P<name>[\w-]+\.json) -->\n)"
+    r"(?:(?!<!--).)*(?P<end><!-- end -->)",
     re.DOTALL,
 )
 
@@ -53,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def remade(page: str, numbers: Path) -> str:
     """The page with its tables made anew from the files in a folder. Raises ValueError where
     numbers are damaged, or the page has no place for tables."""
-    if not MARKED.search(page):
-        raise ValueError("no line `<!-- tables of NAME.json -->` on the page")
+    marks, found = page.count("<!--"), len(MARKED.findall(page))
+    if not found or marks != 2 * found:
+        raise ValueError(
+            f"{found} places between `<!-- tables of NAME.json -->`, or `inspection of`, and "
+            f"`<!-- end -->`, and {marks} comments: each needs both of its lines"
+        )
 
     def tables(match: re.Match[str]) -> str:
         if match["kind"] == "tables":

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 from laser.training.hardware import has_accelerator
 from laser.training.metrics import format_duration
-from study.plan import Cell, number_of_runs
-from study.run import Folder, machine
+from study.plan import Cell, any_end, number_of_runs
+from study.run import Folder
+from study.versions import machine
 
 START_SECONDS = 30.0  # imports and compilation of one run
 OF_PEAK = 0.5
@@ -24,7 +25,7 @@ def estimate(folder: Folder) -> str:
     rows = []
     for stage in folder.plan.study.stages:
         cells = folder.plan.cells(stage, folder.final_of)
-        all_cells = cells or folder.plan.cells(stage, lambda _: 0.0) or []
+        all_cells = cells or folder.plan.cells(stage, any_end) or []
         left = [cell for cell in all_cells if cells is None or folder.result(cell) is None]
         rows.append((stage, number_of_runs(stage), left))
     speed, source = _speed(folder)

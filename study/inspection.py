@@ -92,8 +92,9 @@ def reconstruction(
     norm): ‖rounded - exact‖ / ‖exact‖, Frobenius, mean and deviation over layers and maps.
 
     Rounded are queries, keys and values and what the formula computes from them, as XLA compiles
-    it, which may keep more precision between operations that it fuses. Exact is the oracle in
-    float32 of what was not rounded.
+    it, which may keep more precision between operations that it fuses. Exact is what
+    float32 gives of what was not rounded: the formula itself for standard attention, this
+    repository's form of it for LASER.
     """
     errors: dict[str, list[float]] = {}
     measure = jax.jit(functools.partial(_errors, model))
@@ -135,8 +136,8 @@ def _errors(model: ModelConfig, arrays: Captured) -> dict[str, jax.Array]:
 
 
 def _laser(model: ModelConfig, arrays: Captured) -> jax.Array:
-    scale = _options(model)["logits_scale"]
-    return attention(*arrays, kind="laser", causal=True, logits_scale=scale)
+    options = {name: value for name, value in _options(model).items() if name != "segment_ids"}
+    return attention(*arrays, kind="laser", **options)
 
 
 def make_gradient_norms(

@@ -24,6 +24,12 @@ Names = str | tuple[str, ...]  # of one argument or field, or of several that ch
 FinalOf = Callable[["Cell"], float | None]  # of a run that is done: infinite if it failed
 
 
+def any_end(cell: "Cell") -> float:
+    """A `FinalOf` by which every choice can be made, before anything runs."""
+    del cell
+    return 0.0
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of a study.
@@ -85,14 +91,20 @@ class Plan:
         for stage in self.study.stages:
             self._check_names(stage)
             self._stages[stage.name] = stage
-            for cell in self.cells(stage, lambda _: 0.0) or ():
-                cell.config()
+            for cell in self.cells(stage, any_end) or ():
+                if not cell.config().training.steps:
+                    raise ValueError(
+                        f"{cell.key}: training.steps=0: a study counts in steps, not in epochs; "
+                        "give their number"
+                    )
         if not self.study.measure.startswith("eval/"):
             raise ValueError(
                 f"{file}: measure={self.study.measure}: give a name of metrics.jsonl, as eval/loss"
             )
         for name in self.study.sizes:
             self._check_stage("sizes", name)
+            if "attention" not in {*listed(self._stages[name]), *self._stages[name].hold}:
+                raise ValueError(f"sizes: stage {name} sets no attention, by which it is told")
         for comparison in self.study.compare:
             self._check_comparison(comparison)
 
@@ -136,6 +148,8 @@ class Plan:
             if cells is None:
                 return None
             chosen = [cell for cell in cells if has(cell.settings, wanted)]
+            if not chosen and final_of is not any_end:
+                continue  # its own choice was among runs that failed
             for cell in chosen:
                 value = final_of(cell)
                 if value is None:
@@ -148,7 +162,7 @@ class Plan:
             for value in finals
             if value in (tried or ())
         }
-        if len(means) < best.keep:
+        if len(means) < best.keep and final_of is any_end:
             of = ", ".join(best.of)
             raise ValueError(
                 f"stage {stage.name}: the best {best.keep} of {key}: {of} tried only "
@@ -169,7 +183,7 @@ class Plan:
         keys = pair_keys(comparison, [listed(self._stages[name]) for name in names])
         for name, wanted in zip(names, (comparison.one, comparison.other)):
             stage = self._stages[name]
-            cells = self.cells(stage, lambda _: 0.0) or []
+            cells = self.cells(stage, any_end) or []
             known = {key for cell in cells for key in cell.settings}
             for key in wanted:
                 if key not in known:
@@ -204,8 +218,7 @@ class Plan:
                 if name in stage.hold:
                     raise ValueError(f"{where}: {name} is both varied and held")
             if not isinstance(values, Best):
-                if not list(values):
-                    raise ValueError(f"{where}: no values of {key}")
+                self._check_values(where, key, values)
                 continue
             if not values.of or values.keep < 1:
                 raise ValueError(f"{where}: the best {key} of {values.of}, keep {values.keep}")
@@ -216,6 +229,30 @@ class Plan:
                 varied = [n for k in self._stages[name].vary for n in names_of(k)]
                 for missing in set(names_of(key)) - {*varied}:
                     raise ValueError(f"{where}: the best {missing}: stage {name} does not vary it")
+            self._check_by(where, stage, key, values)
+
+    def _check_values(self, where: str, key: Names, values: Sequence[Any]) -> None:
+        if isinstance(values, str) or not list(values):
+            raise ValueError(f"{where}: no values of {key}; give a list of them")
+        if isinstance(key, str):
+            return
+        for value in values:
+            if not isinstance(value, tuple | list) or len(value) != len(key):
+                raise ValueError(
+                    f"{where}: a value of {key} is {value!r}; give a tuple of {len(key)}"
+                )
+
+    def _check_by(self, where: str, stage: Stage, key: Names, best: Best) -> None:
+        """What a choice is made by is settled before it, or no stage knows it."""
+        settled = {*listed(stage), *stage.hold, *best.where}
+        of_stages = [self._stages[name] for name in best.of]
+        known = {name for one in of_stages for name in (*listed(one), *one.hold)}
+        for name in best.by:
+            if name not in settled and (name in known or name != "attention"):
+                raise ValueError(
+                    f"{where}: the best {key} by {name}, which the stage does not set"
+                    f"{nearest(name, settled)}; set it, or leave it out of `by`"
+                )
 
 
 def held_out_files(folder: str | Path | None) -> list[Path]:
@@ -242,6 +279,18 @@ def pair_keys(comparison: Comparison, listed_in: Sequence[Sequence[str]]) -> lis
     return sorted(one & other)
 
 
+def of_share(stage: Stage, cells: Sequence[Cell], share: tuple[int, int]) -> list[Cell]:
+    """The runs of one machine: (0, 2) and (1, 2) are those of two. Runs that differ in attention
+    alone, or in what is chosen for it, are on one, so that a pair is of one kind of machine."""
+    index, of = share
+    names = [name for name in listed(stage) if name != "attention"]
+    kinds: dict[tuple, int] = {}
+    places = [
+        kinds.setdefault(tuple(cell.settings[name] for name in names), len(kinds)) for cell in cells
+    ]
+    return [cell for cell, place in zip(cells, places) if place % of == index]
+
+
 def number_of_runs(stage: Stage) -> int:
     """Of a stage, choices open or not."""
     count = 1
@@ -264,7 +313,9 @@ def flat(varied: Mapping[Names, Any]) -> dict[str, Any]:
     return {
         name: value
         for key, values in varied.items()
-        for name, value in zip(names_of(key), [values] if isinstance(key, str) else values)
+        for name, value in zip(
+            names_of(key), [values] if isinstance(key, str) else values, strict=True
+        )
     }
 
 

@@ -93,7 +93,10 @@ def dumps(record: dict[str, Any]) -> str:
 def read_numbers(path: Path) -> dict[str, Any]:
     """Raises ValueError if the file is damaged or no study's."""
     try:
-        return unseal(path.read_bytes())
+        record = unseal(path.read_bytes())
+        if not {"stages", "runs", "compare"} <= {*record}:
+            raise ValueError("not the numbers of a study")
+        return record
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:

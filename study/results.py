@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configs import base
 from data.sealed import seal, unseal
-from laser.training.config import TrainingConfig, load_config
+from laser.training.config import TrainingConfig, load_config, to_dict
 from laser.training.fields import flatten
 from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, SKIPPED_FILE, count_spikes, read_metrics
@@ -54,6 +55,7 @@ def write_done(
         "eval_loss": final[LOSS],
         "evaluated": {k: x for line in lines for k, x in line.items() if k.startswith("eval/")},
         "bits_per_byte": final.get("eval/bits_per_byte"),
+        "measure": measure,
         "curve": [(step, value) for step, value in evals if value is not None],
         "spikes": count_spikes(folder),
         "skipped_steps": int(skipped[-1]) if skipped else 0,
@@ -82,21 +84,32 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """A line for each field that a run was trained with and that has another value in a config.
+    """A line for each field that has another value in a config than in that of a run.
 
-    Fields that the run does not know came later, and by default they change nothing.
+    Fields that the run does not know came later, and have changed nothing if they are as in
+    configs/base.py; where that has none, as of other models, nothing is said of them.
     """
-    now = comparable(config)
-    return [
+    if "config" not in result:  # a run of before, which failed
+        return []
+    then, now = result["config"], comparable(config)
+    defaults = comparable(base.get_config().to_dict())
+    lines = [
         f"{name}: {value} -> {now.get(name, '(absent)')}"
-        for name, value in result.get("config", {}).items()
+        for name, value in then.items()
         if name not in now or now[name] != value
+    ]
+    return lines + [
+        f"{name}: (absent) -> {value}"
+        for name, value in now.items()
+        if name not in then and name in defaults and value != defaults[name]
     ]
 
 
 def write_failed(cell: Cell, folder: Path, reason: str, versions: Mapping[str, str]) -> dict:
     """Of a run that cannot go on, as one that has diverged."""
-    return _write(folder, _identity(cell) | {"status": "failed", "reason": reason, **versions})
+    config = comparable(to_dict(cell.config()))
+    failed = {"status": "failed", "reason": reason, "config": config, **versions}
+    return _write(folder, _identity(cell) | failed)
 
 
 def ended(folder: Path, training: TrainingConfig) -> str | None:

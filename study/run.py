@@ -8,11 +8,10 @@ checkpoint. Several machines may work on one folder, each on its share of the ru
 """
 
 import ctypes
-import importlib.metadata
 import json
 import logging
 import os
-import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -29,16 +28,18 @@ from laser.training.config import to_dict
 from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, format_duration, read_metrics
 from study import results
-from study.plan import Cell, Plan, number_of_runs
+from study.plan import Cell, Plan, number_of_runs, of_share
+from study.versions import versions
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY, LOG = "study.json", "train.log"
-DONE, MISTAKE, PREEMPTED = 0, 2, 75
+DONE, MISTAKE, DIVERGED, PREEMPTED = 0, 2, 3, 75
 OTHER_TRAINS = "another process trains here"
 POLL, TELL, WAIT = 1.0, 60.0, 10.0  # seconds
-KILLS = 2  # of one run without a result: then it has failed
+ENDS = 2  # of one run without a result: then nothing is tried any more
+OUT_OF_MEMORY = re.compile("out of memory|RESOURCE_EXHAUSTED")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -48,6 +49,7 @@ class Progress:
 
     cell: Cell
     process: subprocess.Popen | None = None  # None: it was trained before
+    log_from: int = 0  # where in its log this process began
     measuring: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -61,7 +63,7 @@ class Folder:
         self.plan = plan
         self._results: dict[str, dict[str, Any]] = {}
         self._adopted: dict[str, dict[str, Any]] = {}  # not written yet
-        self._data = ""  # fingerprint of what all runs read
+        self._data = self._data_of = ""  # fingerprint of what all runs read, and the first of them
         mark = path / STUDY
         if not mark.exists() and path.exists() and any(path.iterdir()):
             raise ValueError(f"output={path}: is not empty and holds no study; choose another one")
@@ -75,7 +77,8 @@ class Folder:
     def begin(self) -> None:
         """Makes the folder, if it is not there yet, and writes into it what was adopted."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / STUDY, json.dumps(self._record(), indent=2) + "\n")
+        if not (self.path / STUDY).exists():  # another machine may have its data elsewhere
+            write_atomically(self.path / STUDY, json.dumps(self._record(), indent=2) + "\n")
         for key, run in self._adopted.items():
             results.write_adopted(self.path / key, run)
         self._adopted.clear()
@@ -88,10 +91,12 @@ class Folder:
             data = result.get("data", self._data)
             if data != (self._data or data):
                 raise ValueError(
-                    f"{self.path / cell.key}: was trained on other data than the runs before it; "
-                    "delete it, or choose another output"
+                    f"output={self.path}: {cell.key} was trained on other data ({data[:12]}) than "
+                    f"{self._data_of} ({self._data[:12]}); delete or leave out what is wrong, or "
+                    "choose another output"
                 )
-            self._data = data
+            if not self._data:
+                self._data, self._data_of = data, cell.key
             self._results[cell.key] = result
         return self._results[cell.key]
 
@@ -126,9 +131,13 @@ class Folder:
 
     def _check_results(self) -> None:
         """Raises ValueError where a result is not that of the run which the study now has."""
+        wanted = self.plan.study.measure
         for _, cells in self.stages():
             for cell in cells or ():
-                lines = results.changes(self.result(cell) or {}, to_dict(cell.config()))
+                result = self.result(cell) or {}
+                lines = results.changes(result, to_dict(cell.config()))
+                if (told := result.get("measure", wanted)) != wanted:
+                    lines.append(f"measure: {told} -> {wanted}")
                 if lines:
                     raise ValueError(
                         f"output={self.path}: {cell.key} was trained with another config "
@@ -138,12 +147,11 @@ class Folder:
 
 def commands(folder: Folder, share: tuple[int, int] = (0, 1)) -> list[str]:
     """Flags of train.py for each run of the share without a result whose choices are settled."""
-    index, of = share
     return [
         shlex.join([*cell.flags(), f"--workdir={folder.path / cell.key}"])
-        for _, cells in folder.stages()
-        for i, cell in enumerate(cells or ())
-        if i % of == index and folder.result(cell) is None
+        for stage, cells in folder.stages()
+        for cell in of_share(stage, cells or (), share)
+        if folder.result(cell) is None
     ]
 
 
@@ -161,10 +169,10 @@ class Runner:
         self._folder = folder
         self._share, self._at_once, self._train = share, at_once, train
         self._running: dict[str, Progress] = {}
-        self._kills: dict[str, int] = {}
+        self._ends: dict[str, int] = {}  # key → how often it ended in another way
         self._busy: dict[str, float] = {}  # key → when to try again what another process trains
         self._stop = ""
-        self._versions = _versions()
+        self._versions = versions()
         self._told = 0.0
 
     def run(self) -> int:
@@ -206,14 +214,13 @@ class Runner:
     def _start_more(self) -> str:
         """Starts what there is room for. Returns what is waited for, or "" if all is done."""
         waiting = ""
-        index, of = self._share
         for stage, cells in self._folder.stages():
             if cells is None:
                 if self._train:
                     waiting = waiting or f"the runs that stage {stage.name} depends on"
                 continue
-            for i, cell in enumerate(cells):
-                if self._folder.result(cell) is not None or i % of != index:
+            for cell in of_share(stage, cells, self._share):
+                if self._folder.result(cell) is not None:
                     continue
                 if not self._train and self._how_it_ended(cell) is None:
                     continue
@@ -232,11 +239,16 @@ class Runner:
             done, total = self._count()
             log.info("%s: run %d of %d", cell.key, done + len(self._running) + 1, total)
             command = [str(ROOT / "train.py"), *cell.flags(), f"--workdir={folder}"]
-            self._running[cell.key] = Progress(cell, _launch(command, folder / LOG))
+            self._begin(cell, command)
         elif how:
             self._failed(cell, how)
         else:
             self._ended(Progress(cell), DONE)
+
+    def _begin(self, cell: Cell, command: list[str], measuring: bool = False) -> None:
+        path = self._folder.path / cell.key / LOG
+        before = path.stat().st_size if path.exists() else 0
+        self._running[cell.key] = Progress(cell, _launch(command, path), before, measuring)
 
     def _how_it_ended(self, cell: Cell) -> str | None:
         return results.ended(self._folder.path / cell.key, cell.config().training)
@@ -267,11 +279,11 @@ class Runner:
     def _ended(self, progress: Progress, code: int) -> None:
         cell = progress.cell
         folder = self._folder.path / cell.key
-        reason = _last_line(folder / LOG)
+        said = _lines_from(folder / LOG, progress.log_from)
+        reason = said[-1][:300] if said else "no message"
         if code == DONE and (measures := self._measures(cell)) and not progress.measuring:
             if not self._stop:
-                process = _launch([*measures, f"--run={folder}"], folder / LOG)
-                self._running[cell.key] = Progress(cell, process, measuring=True)
+                self._begin(cell, [*measures, f"--run={folder}"], measuring=True)
         elif code == DONE:
             measure = self._folder.plan.study.measure
             result = results.write_done(cell, folder, self._versions, measure)
@@ -280,17 +292,29 @@ class Runner:
             log.info("%s: %s %.4f (%s)", cell.key, measure, value, took)
         elif code == PREEMPTED or self._stop:
             pass
-        elif code == MISTAKE and OTHER_TRAINS in reason:
+        elif code == MISTAKE and any(OTHER_TRAINS in line for line in said):
             self._busy[cell.key] = time.monotonic() + WAIT
         elif code == MISTAKE or (progress.measuring and code > 0):
             raise ValueError(f"{cell.key}: {reason}")
-        elif code < 0 and self._kills.get(cell.key, 0) + 1 < KILLS:
-            self._kills[cell.key] = self._kills.get(cell.key, 0) + 1
-            log.warning("%s: killed by signal %d; it goes on", cell.key, -code)
-        else:
-            if code < 0:
-                reason = f"killed by signal {-code}, {KILLS} times (9: out of memory?)"
+        elif code == DIVERGED or (code > 0 and any(map(OUT_OF_MEMORY.search, said))):
             self._failed(cell, reason)
+        else:
+            self._ended_otherwise(cell, code, reason)
+
+    def _ended_otherwise(self, cell: Cell, code: int, reason: str) -> None:
+        """By a signal, or an error that is no result: of the disk, of a device. Raises ValueError
+        if it comes again."""
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}: {reason}"
+        count = self._ends[cell.key] = self._ends.get(cell.key, 0) + 1
+        if count < ENDS:
+            log.warning("%s: %s; it goes on", cell.key, how)
+        elif code < 0:
+            self._failed(cell, f"{how}, {count} times (9: out of memory?)")
+        else:
+            raise ValueError(
+                f"{cell.key}: {how}, {count} times; see {self._folder.path / cell.key / LOG}, and "
+                "when it is mended the same command goes on"
+            )
 
     def _measures(self, cell: Cell) -> list[str]:
         stage = next(s for s in self._folder.plan.study.stages if s.name == cell.stage)
@@ -349,30 +373,8 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    return lines[-1][:300] if lines else "no message"
-
-
-def _versions() -> dict[str, Any]:
-    """What a result may depend on besides its config."""
-    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    return {"commit": _commit(), "packages": packages, "machine": machine()}
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:  # as in small containers
-        return "unknown"
-    return git.stdout.strip() or "unknown"
-
-
-def machine() -> str:
-    """The kind of machine that this is, in words."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or "unknown"
-    return f"{platform.machine()}, {processor}"
+def _lines_from(path: Path, offset: int) -> list[str]:
+    """What a log says from there on. Another process may write into it, too."""
+    if not path.exists():
+        return []
+    return path.read_bytes()[offset:].decode(errors="replace").strip().splitlines()

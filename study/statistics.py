@@ -71,10 +71,10 @@ def fit_power_law(
 
 def step_at(curve: Sequence[Sequence[float]], loss: float) -> float | None:
     """The first step at which a curve of (step, loss) is down at `loss`, between its points by a
-    straight line; None if it never is."""
+    straight line; None if it never is. Its first point is the earliest that can be told."""
+    if curve and curve[0][1] <= loss:
+        return curve[0][0]
     for (before, high), (after, low) in itertools.pairwise(curve):
-        if high <= loss:
-            return before
         if low <= loss:
             return before + (after - before) * (high - loss) / (high - low)
     return None

@@ -82,10 +82,12 @@ def differences(record: Record) -> str:
         delta = mean_interval([a - b for a, b in zip(ones, others)])
         base = statistics.fmean(others)
         reached = [step_at(a["curve"], b) for (a, _), b in zip(found, others)]
+        lost = failed_pairs(record, comparison)
+        count = f"{len(found)}, {lost} more failed" if lost else str(len(found))
         rows.append([
-            comparison["stage"], f"{one} − {other}", str(len(found)),
+            comparison["stage"], f"{one} − {other}", count,
             f"{delta.value:+.4f}", interval(delta, 4), f"{100 * delta.value / base:+.2f} %",
-            _share_of_steps(found, reached), _share_of_seconds(found, reached),
+            *_shares(found, reached),
             verdict(delta, one),
         ])  # fmt: skip
     heads = ["stage", "difference", "pairs", unit(record), "95 %", "relative",
@@ -114,7 +116,7 @@ def best_rates(record: Record) -> str:
 
 def ends_by_rate(record: Record, stage: Record) -> dict[str, dict[float, list[float]]]:
     """By group of runs that differ in rate and seed alone, and by rate, upwards: what the runs
-    ended with, infinite if they failed. Nothing of a stage that lists no rates."""
+    ended with, infinite if they failed. Groups of a single rate are left out."""
     if RATE not in stage["listed"]:
         return {}
     besides = [
@@ -126,7 +128,8 @@ def ends_by_rate(record: Record, stage: Record) -> dict[str, dict[float, list[fl
             group = label({name: run["settings"][name] for name in besides})
             ends = groups.setdefault(group, {}).setdefault(run["settings"][RATE], [])
             ends.append(final(run, record["measure"]))
-    return {group: dict(sorted(ends_of.items())) for group, ends_of in groups.items()}
+    several = {group: ends_of for group, ends_of in groups.items() if len(ends_of) > 1}
+    return {group: dict(sorted(ends_of.items())) for group, ends_of in several.items()}
 
 
 def domains(record: Record) -> str:
@@ -177,15 +180,22 @@ def sized(record: Record) -> dict[str, list[Record]]:
 
 def pairs(record: Record, comparison: Record) -> list[tuple[Record, Record]]:
     """Finished runs of both sides that agree in what else their stages list, seeds above all."""
+    return [pair for pair in _all_pairs(record, comparison) if len(_done(pair)) == 2]
+
+
+def failed_pairs(record: Record, comparison: Record) -> int:
+    """How many pairs have ended of which a side has failed."""
+    return len(_all_pairs(record, comparison)) - len(pairs(record, comparison))
+
+
+def _all_pairs(record: Record, comparison: Record) -> list[tuple[Record, Record]]:
     listed = {stage["name"]: stage["listed"] for stage in record["stages"]}
     names = comparison["stage"], comparison["other_stage"] or comparison["stage"]
     keys = pair_keys(Comparison(**comparison), [listed[name] for name in names])
 
     def runs(name: str, wanted: Record) -> dict[tuple, Record]:
         chosen = [
-            run
-            for run in _done(record["runs"])
-            if run["stage"] == name and has(run["settings"], wanted)
+            run for run in record["runs"] if run["stage"] == name and has(run["settings"], wanted)
         ]
         return {tuple(run["settings"][key] for key in keys): run for run in chosen}
 
@@ -252,19 +262,16 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _share_of_steps(found: Sequence[tuple], reached: Sequence[float | None]) -> str:
-    return _median([
+def _shares(found: Sequence[tuple], reached: Sequence[float | None]) -> tuple[str, str]:
+    """Of the other's steps, and of its seconds, at which a run is down at the other's end. Runs
+    that were evaluated at their end alone tell nothing of it."""
+    if any(len(a["curve"]) < 2 for a, _ in found):
+        return "–", "–"
+    steps = [
         math.inf if step is None else step / b["steps"] for (_, b), step in zip(found, reached)
-    ])  # fmt: skip
-
-
-def _share_of_seconds(found: Sequence[tuple], reached: Sequence[float | None]) -> str:
-    return _median([
-        math.inf
-        if step is None
-        else step * a["seconds_per_step"] / (b["steps"] * b["seconds_per_step"])
-        for (a, b), step in zip(found, reached)
-    ])  # fmt: skip
+    ]
+    speeds = [a["seconds_per_step"] / b["seconds_per_step"] for a, b in found]
+    return _median(steps), _median([x * speed for x, speed in zip(steps, speeds)])
 
 
 def _median(shares: Sequence[float]) -> str:

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laser.training.run_folder",
     ),
     "study": (
+        "configs.base",
         "configs.study",
         "models",
         "laser.attention",

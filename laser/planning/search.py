@@ -110,7 +110,8 @@ def search(
             log(f"does not fit: {' '.join(flags(candidate))}")
         else:
             found.append((candidate, plan))
-            log(f"fits in {plan.peak_gib:.2f} GiB: {' '.join(flags(candidate))}")
+            fits = "fits in" if plan.fits else "on simulated CPUs, without libtpu, takes"
+            log(f"{fits} {plan.peak_gib:.2f} GiB: {' '.join(flags(candidate))}")
         if len(found) == wanted or too_large == TRIES:
             break
 

@@ -92,6 +92,21 @@ def test_what_has_failed_everywhere_is_not_chosen(plan):
     assert _cells(made, losses)[1] == ["seed=0,attention=laser,learning_rate=0.003"]
 
 
+def test_what_failed_at_all_rates_has_no_runs_in_later_stages(plan):
+    """Also where a stage that chooses among them is asked for the choice."""
+    arms = '"attention": ("standard", "laser")'
+    again = f'Stage("again", {{SEED: (1,), {arms}, RATE: Best(("rates",))}})'
+    main = f'Stage("main", {{SEED: (2,), {arms}, RATE: Best(("rates", "again"))}})'
+    made = plan(f"[{RATES}, {again}, {main}]")
+    losses = {
+        f"rates/learning_rate={rate},attention={arm}": loss
+        for rate in (0.001, 0.003)
+        for arm, loss in (("standard", 3.0 + rate), ("laser", float("inf")))
+    }
+    losses["again/seed=1,attention=standard,learning_rate=0.001"] = 3.1
+    assert _cells(made, losses)[2] == ["seed=2,attention=standard,learning_rate=0.001"]
+
+
 def test_a_value_counts_if_all_stages_have_it(plan):
     made = plan(f'[{RATES}, Stage("again", {{SEED: (1,), "attention": ("laser",), '
                 'RATE: Best(("rates",))}), Stage("last", {RATE: Best(("rates", "again"))}, '
@@ -131,6 +146,17 @@ def test_fields_that_are_chosen_together(plan):
             f'[{RATES}, Stage("s", {{RATE: Best(("rates",))}}, {{"attention": "laser+diff"}})]',
             "tried only 0 with {'attention': 'laser+diff'}",
         ),
+        (
+            f'[{RATES}, Stage("s", {{"attention": ("laser",), RATE: Best(("rates",), '
+            'by=("atention",))})]',
+            "by atention, which the stage does not set; did you mean 'attention'",
+        ),
+        (f'[{RATES}, Stage("s", {{RATE: Best(("rates",))}})]', "by attention, which the stage"),
+        ('[Stage("s", {(SEED, "data.shuffle_seed"): ((0,), (1,))})]', "give a tuple of 2"),
+        ('[Stage("s", {(SEED, "data.shuffle_seed"): (0, 1)})]', "give a tuple of 2"),
+        ('[Stage("s", {"attention": "laser"})]', "no values of attention; give a list"),
+        ('[Stage("s", {SEED: (0,)}, {"training.steps": 0, "training.epochs": 2})]', "in epochs"),
+        ('[Stage("s", {SEED: (0,)})], sizes=("s",)', "sizes: stage s sets no attention"),
         (f'[{RATES}], [Comparison("rate", {{}}, {{}})]', "did you mean 'rates'"),
         (f'[{RATES}], sizes=("rate",)', "sizes: no stage 'rate'; did you mean 'rates'"),
         (

@@ -16,7 +16,7 @@ from configs import base
 from data.sealed import file_sha256, seal
 from laser.training.config import to_dict
 from scripts.study import main
-from study import figures, run, tables
+from study import figures, report, results, run, tables, versions
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,8 @@ def fake(tmp_path, monkeypatch):
         key = f"{folder.parent.name}/{folder.name}"
         started.append(key)
         code, words = codes.get(key, (0, "done"))
-        log_file.write_text(f"{words}\n")
+        with log_file.open("a") as log:
+            log.write(f"{words}\n")
         if code == 0:
             if not plans:
                 plans.append(run.Plan(str(file)))
@@ -108,7 +109,7 @@ def _table(text, title):
 def test_a_study_to_its_report(fake, capsys):
     arguments, started, codes, out = fake
     failing = "rates/learning_rate=0.001,attention=laser"
-    codes[failing] = (1, "10 steps in a row had a non-finite loss")
+    codes[failing] = (3, "10 steps in a row had a non-finite loss")
     assert main(arguments) == 0
     text = (out / "report.md").read_text()
     (row,) = _table(text, "Differences of the final validation loss")
@@ -131,7 +132,6 @@ def test_a_study_to_its_report(fake, capsys):
     count = len(started)
     assert main(arguments) == 0
     assert len(started) == count == 10
-    from study import report
 
     assert tables.all_tables(report.read_numbers(out / "numbers.json")) in text
 
@@ -190,6 +190,36 @@ def test_best_rates_are_of_groups_that_differ_in_nothing_else(monkeypatch, tmp_p
         np.testing.assert_array_equal(line.get_ydata(), means)
 
 
+def test_runs_that_were_evaluated_once_do_not_tell_when_they_got_there():
+    stage = {"name": "s", "listed": ["training.seed", "attention"], "why": "", "runs": 4}
+    runs = [
+        {"stage": "s", "settings": {"training.seed": seed, "attention": arm}, "status": "done",
+         "eval_loss": loss, "curve": [(10, loss)], "steps": 10, "seconds_per_step": 1.0}
+        for seed in (0, 1)
+        for arm, loss in (("laser", 3.0), ("standard", 3.1))
+    ]  # fmt: skip
+    comparison = {"stage": "s", "one": {"attention": "laser"}, "other": {"attention": "standard"},
+                  "other_stage": ""}  # fmt: skip
+    record = {"stages": [stage], "runs": runs, "compare": [comparison], "measure": "eval/loss"}
+    (row,) = _table(f"### t\n\n{tables.differences(record)}\n\n", "t")
+    assert row[2:4] + row[6:] == ["2", "-0.1000", "–", "–", "laser ends lower"]
+
+
+def test_fields_that_came_after_a_run_count_as_their_defaults():
+    config = results.comparable(base.get_config().to_dict())
+    default = config.pop("data.block_rows")
+    assert results.changes({"config": config}, {**config, "data.block_rows": default}) == []
+    lines = results.changes({"config": config}, {**config, "data.block_rows": default // 2})
+    assert lines == [f"data.block_rows: (absent) -> {default // 2}"]
+
+
+def test_numbers_are_those_of_a_study(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(seal({"eval_loss": 3.0})))
+    with pytest.raises(ValueError, match=r"result\.json: not the numbers of a study"):
+        report.read_numbers(path)
+
+
 def test_a_run_that_ends_without_a_number_has_failed(fake):
     arguments, started, _, out = fake
     assert main(arguments) == 0
@@ -209,7 +239,7 @@ def test_a_run_that_ends_without_a_number_has_failed(fake):
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert run._versions()["commit"] == "unknown"
+    assert versions.versions()["commit"] == "unknown"
 
 
 def test_so_many_runs_at_a_time(fake, monkeypatch):
@@ -239,12 +269,12 @@ def test_a_run_that_is_killed_goes_on_once(fake):
 
 def test_shares_have_each_run_once(fake, monkeypatch, capsys):
     arguments, started, _, out = fake
-    for share, arm in (("1/2", "standard"), ("2/2", "laser")):
+    for share, rate in (("1/2", 0.001), ("2/2", 0.003)):
         capsys.readouterr()
         assert main([*arguments, "--commands", f"--share={share}"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 2
-        assert all(f"attention={arm}" in line for line in lines)
+        assert all(f"learning_rate={rate}" in line for line in lines)  # both arms of it
 
     def stop_waiting(runner, words):
         if words.startswith("waiting"):
@@ -252,12 +282,78 @@ def test_shares_have_each_run_once(fake, monkeypatch, capsys):
 
     monkeypatch.setattr(run.Runner, "_tell", stop_waiting)
     assert main([*arguments, "--share=1/2"]) == 75  # its runs of `main` wait for the other's rates
-    assert started == [f"rates/learning_rate={rate},attention=standard" for rate in (0.001, 0.003)]
+    assert started == [
+        f"rates/learning_rate=0.001,attention={arm}" for arm in ("standard", "laser")
+    ]
     assert not (out / "report.md").exists()
     assert main([*arguments, "--share=2/2"]) == 0
-    assert len(started) == 2 + 2 + 3
+    assert len(started) == 2 + 2 + 2
+    assert {key.split(",")[0] for key in started[4:]} == {"main/seed=1"}
     assert main([*arguments, "--share=1/2"]) == 0
     assert len(started) == len(set(started)) == 10
+
+
+def test_memory_that_does_not_suffice_is_a_result(fake):
+    arguments, started, codes, out = fake
+    key = "main/seed=2,attention=laser,learning_rate=0.003"
+    codes[key] = (1, "out of memory: RESOURCE_EXHAUSTED: 3 GiB\nsaid by another process")
+    assert main(arguments) == 0
+    assert started.count(key) == 1
+    text = (out / "report.md").read_text()
+    assert key.partition("/")[2] in [row[1] for row in _table(text, "Failed runs")]
+    (row,) = _table(text, "Differences of the final validation loss")
+    assert row[2] == "2, 1 more failed"
+
+
+def test_an_error_that_is_no_result_is_tried_once_more_and_ends_the_study(fake, capsys):
+    arguments, started, codes, out = fake
+    key = "rates/learning_rate=0.001,attention=standard"
+    codes[key] = (1, "OSError: no space left on device")
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "exit code 1: OSError: no space left on device, 2 times" in told
+    assert started == [key] * 2
+    assert not (out / key / "result.json").exists()
+    del codes[key]
+    assert main(arguments) == 0
+
+
+def test_a_run_that_another_process_trains_is_waited_for(fake, monkeypatch):
+    """Also where that process wrote into the log meanwhile."""
+    arguments, started, codes, _ = fake
+    monkeypatch.setattr(run, "WAIT", 0.01)
+    key = "rates/learning_rate=0.001,attention=standard"
+    codes[key] = (2, f"train.py: error: {run.OTHER_TRAINS}\nstep 20 loss 5.0")
+    launch = run._launch
+
+    def once(command, log_file):
+        process = launch(command, log_file)
+        codes.pop(key, None)
+        return process
+
+    monkeypatch.setattr(run, "_launch", once)
+    assert main(arguments) == 0
+    assert started.count(key) == 2
+
+
+def test_the_place_of_the_data_is_that_of_each_machine(fake):
+    arguments, _, _, out = fake
+    elsewhere = "--config.data.store=/data/mine"
+    assert main([*arguments, "--", elsewhere]) == 0
+    before = (out / "study.json").read_text()
+    assert elsewhere in before
+    assert main([*arguments, "--", "--config.data.store=/data/other"]) == 0
+    assert (out / "study.json").read_text() == before
+
+
+def test_numbers_of_another_measure_are_not_mixed(fake, tmp_path, capsys):
+    arguments, _, _, _ = fake
+    assert main(arguments) == 0
+    file = tmp_path / "mine.py"
+    file.write_text(STUDY.replace('sizes=("main",)', 'measure="eval/error"'))
+    capsys.readouterr()
+    assert main([*arguments, "--report"]) == 2
+    assert "measure: eval/loss -> eval/error" in capsys.readouterr().err
 
 
 def test_a_mistake_that_a_run_finds_ends_the_study(fake, capsys):
@@ -329,7 +425,7 @@ def test_runs_that_were_trained_elsewhere_are_collected(fake, capsys):
 
 def test_runs_are_adopted_from_their_numbers(fake, tmp_path, capsys):
     arguments, started, codes, out = fake
-    codes["main/seed=2,attention=laser,learning_rate=0.003"] = (1, "diverged")
+    codes["main/seed=2,attention=laser,learning_rate=0.003"] = (3, "diverged")
     assert main(arguments) == 0
     report = (out / "report.md").read_text()
     numbers = out / "numbers.json"
@@ -341,7 +437,7 @@ def test_runs_are_adopted_from_their_numbers(fake, tmp_path, capsys):
     assert left == {"rates": "0", "main": "1"}
     assert not (tmp_path / "other").exists()
     assert main([*arguments, f"--adopt={numbers}"]) == 0
-    assert "9 of 10 runs adopted" in capsys.readouterr().err  # a failed run has no config: again
+    assert "9 of 10 runs adopted" in capsys.readouterr().err  # what failed is trained again
     assert started[count:] == ["main/seed=2,attention=laser,learning_rate=0.003"]
     assert (tmp_path / "other" / "report.md").read_text() == report
     assert main([*arguments, "--report"]) == 0

@@ -53,3 +53,6 @@ def test_the_step_at_a_loss():
     assert step_at(curve, 2.5) == 250
     assert step_at(curve, 3.0) == 200
     assert step_at(curve, 1.9) is None
+    assert step_at(curve, 4.5) == 100
+    assert step_at(curve[:1], 4.5) == 100
+    assert step_at(curve[:1], 3.5) is None
