@@ -185,7 +185,8 @@ class Runner:
         try:
             while True:
                 self._collect()
-                waiting = self._start_more()
+                is_full = len(self._running) >= self._at_once  # to look for more takes CPU
+                waiting = "" if is_full else self._start_more()
                 if not self._running:
                     if self._stop:
                         log.warning("%s: stopped; the same command goes on", self._stop)
