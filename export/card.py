@@ -58,7 +58,8 @@ ARCHITECTURE = {
     "starcoder2": "transformers' `Starcoder2ForCausalLM` computes the same function and loads the "
     "weights.",
     "megatron_bert": "transformers' `MegatronBertForMaskedLM` computes the same function, up to "
-    "rounding, and loads the weights.",
+    "rounding, and loads the weights. Run it in float32: its head adds a large number and takes it "
+    "off again, and in half precision that rounds away what is between.",
     "timm": "timm's `VisionTransformer` computes the same function, with the head of "
     "`load_timm.py`.",
     "laser": "transformers has no architecture that computes this function; `modeling_laser.py` in "
@@ -66,8 +67,11 @@ ARCHITECTURE = {
 }
 
 
-def model_card(workdir: Path, origin: Origin, layout: Layout, parameters: int) -> str:
-    """README.md: how to load the model, its config, its data, and how good it is."""
+def model_card(
+    workdir: Path, origin: Origin, layout: Layout, parameters: int, checkpoint: str
+) -> str:
+    """README.md: how to load the model, its config, its data, and how good it is. `checkpoint` is
+    the fingerprint by which a result says what it is of."""
     model = origin.config.model
     library, pipeline, name = NAMES[model.kind]
     trust = ", trust_remote_code=True" if layout == "laser" else ""
@@ -85,7 +89,7 @@ def model_card(workdir: Path, origin: Origin, layout: Layout, parameters: int) -
             "\n## Model\n",
             *_table("field", "value", list(_fields(model))),
             "\n## Scores\n",
-            *_scores(workdir, origin.step),
+            *_scores(workdir, origin.step, checkpoint),
             "",
         ]
     )
@@ -155,12 +159,16 @@ def _fields(model: AnyModelConfig) -> Iterator[tuple[str, str]]:
             yield f"attention.{name}", str(value)
 
 
-def _scores(workdir: Path, step: int) -> list[str]:
-    """Tables of what scripts/evaluate.py has written for this step, of whole tasks alone."""
+def _scores(workdir: Path, step: int, checkpoint: str) -> list[str]:
+    """Tables of what scripts/evaluate.py has written for this checkpoint, of whole tasks alone."""
     lines: list[str] = []
     for path in sorted((workdir / "eval" / str(step)).glob("*/results.json")):
-        tasks = json.loads(path.read_text())["tasks"].values()
-        if any(task["limit"] for task in tasks):
+        tasks = [
+            task
+            for task in json.loads(path.read_text())["tasks"].values()
+            if task.get("fingerprints", {}).get("checkpoint") == checkpoint
+        ]
+        if not tasks or any(task["limit"] for task in tasks):
             continue
         rows = [
             (

@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -192,8 +192,10 @@ def _read_origin(path: Path) -> tuple[Origin, Layout]:
     require(path.is_file(), f"{path.parent}: no exported model here (config.json is missing)")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))["laser"]
-        config = load_config(record["config"])
-        return Origin(config, record["step"], record["fingerprint"]), record["layout"]
+        config, layout = load_config(record["config"]), record["layout"]
+        known = ", ".join(get_args(Layout))
+        require(layout in get_args(Layout), f"layout={layout!r}: must be one of {known}")
+        return Origin(config, record["step"], record["fingerprint"]), layout
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not written by scripts/export.py, or damaged ({error!r})"

@@ -66,9 +66,15 @@ def require_sines(take: Take, name: str, expected: np.ndarray) -> None:
     require_equal(take, name, expected, tolerance=0.01)
 
 
-def require_equal(take: Take, name: str, expected: np.ndarray, tolerance: float = 0.0) -> None:
+def require_equal(
+    take: Take,
+    name: str,
+    expected: np.ndarray,
+    tolerance: float = 0.0,
+    relative: float = 0.0,
+) -> None:
     """Raises ValueError if a tensor has not the values that follow from the config."""
     require(
-        np.allclose(take(name, expected.shape), expected, rtol=0.0, atol=tolerance),
+        np.allclose(take(name, expected.shape), expected, rtol=relative, atol=tolerance),
         f"tensor {name} has other values than our architecture fixes there: trained elsewhere?",
     )

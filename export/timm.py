@@ -35,7 +35,8 @@ def arguments(config: VitConfig) -> dict[str, Any]:
         "embed_dim": config.model_dim,
         "depth": config.num_layers,
         "num_heads": config.num_heads,
-        "mlp_ratio": config.mlp_dim / config.model_dim,
+        # timm multiplies and rounds down; a half more keeps it above the whole number.
+        "mlp_ratio": (config.mlp_dim + 0.5) / config.model_dim,
         "qk_norm": attention.qk_norm,
         "class_token": False,
         "global_pool": "avg",

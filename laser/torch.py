@@ -16,8 +16,9 @@ Shapes: B batch, H heads of queries, K heads of keys, C queries of a chunk (of a
 a head of keys, one head after the other), T queries, S keys, D size.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -49,8 +50,8 @@ def scaled_dot_product_attention(
 
     LASER (arXiv 2411.03493, section 3.2) is exact for every finite V, and a key that a query may
     not see has no part in its output or gradients, whatever its value. It computes in float32
-    (float64 for float64). Gradients reach query, key, value and a mask of numbers, once
-    differentiable.
+    (float64 for float64), under autocast, too. Gradients reach query, key, value and a mask of
+    numbers, once differentiable.
 
     Args:
       query: (B, H, T, D_qk), floating point.
@@ -119,7 +120,19 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, kind)
         raise ValueError(f"attn_mask of {attn_mask.dtype}: must be bool or floating point")
 
 
+def _without_autocast(operator: Callable) -> Callable:
+    """Autocast would round within it what is float32 for a reason."""
+
+    @functools.wraps(operator)
+    def wide(first: Tensor, *rest):
+        with torch.autocast(first.device.type, enabled=False):
+            return operator(first, *rest)
+
+    return wide
+
+
 @torch.library.custom_op("laser::attention", mutates_args=())
+@_without_autocast
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
@@ -135,6 +148,7 @@ def _attention(
 
 
 @torch.library.custom_op("laser::attention_backward", mutates_args=())
+@_without_autocast
 def _attention_backward(
     d_out: Tensor,
     query: Tensor,
@@ -147,8 +161,10 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # With w = P · E / y: dV = Σ_c do · w and dlogits = Σ_d do · (w - P). No reference appears.
     inputs = _Inputs(query, key, value, mask, is_causal, scale)
-    d_key, d_value = torch.zeros_like(inputs.key), torch.zeros_like(inputs.value)
-    d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    contiguous = torch.contiguous_format  # however the inputs lie: what torch.compile is told below
+    d_key = torch.zeros_like(inputs.key, memory_format=contiguous)
+    d_value = torch.zeros_like(inputs.value, memory_format=contiguous)
+    d_query = torch.empty_like(query, memory_format=contiguous)
     d_mask = torch.zeros_like(mask) if mask_too and mask is not None else query.new_empty(0)
     for start, stop in inputs.chunks():
         chunk = inputs.chunk(start, stop)

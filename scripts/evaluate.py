@@ -189,9 +189,10 @@ def _score(
     by_step: list[dict[str, results.Result]] = []
     for step in steps:
         folder = ResultsFolder(arguments.workdir / "eval", step, settings)
-        scored = _score_step(arguments, step, settings, data, folder, failed)
+        checkpoint = fingerprint(arguments.workdir, step)
+        scored = _score_step(arguments, step, checkpoint, settings, data, folder, failed)
         by_step.append(scored)
-        path = folder.save_all(missing, {**broken, **failed})
+        path = folder.save_all(checkpoint, missing, {**broken, **failed})
         if scored:
             found = list(scored.values())
             print(f"\nstep {step}, {results.describe(settings)}, in percent")
@@ -223,6 +224,7 @@ def _too_long(workdir: Path, settings: Settings, data: Sequence[TaskData]) -> di
 def _score_step(
     arguments: argparse.Namespace,
     step: int,
+    checkpoint: str,
     settings: Settings,
     data: Sequence[TaskData],
     folder: ResultsFolder,
@@ -231,7 +233,7 @@ def _score_step(
     """Results of all tasks at one checkpoint but those in `failed`, which is added to; the model is
     loaded if one is still to do."""
     scored: dict[str, results.Result] = {}
-    model, checkpoint = None, fingerprint(arguments.workdir, step)
+    model: TrainedModel | None = None
     for task_data in data:
         name = task_data.task.name
         if name in failed:

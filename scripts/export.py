@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import jax
 
 from data.reading.files import folder_to_write
-from eval.run import open_parameters
+from eval.run import fingerprint, open_parameters
 from export.card import model_card
 from export.folder import Origin, import_run, write_export
 from export.layouts import choose_layout
@@ -76,7 +76,7 @@ def _export(workdir: Path, step: int | None, output: Path) -> None:
     step, params, _ = open_parameters(workdir, config, step)
     origin = Origin(config, step, load_fingerprint(str(workdir)))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    card = model_card(workdir, origin, layout, count)
+    card = model_card(workdir, origin, layout, count, fingerprint(workdir, step))
     tokenizer = None if layout == "timm" else workdir / "tokenizer.model"
     write_export(output, origin, params, tokenizer, card=card)
     print(f"written: {output}, step {step}, layout {layout}, {count:,} parameters")

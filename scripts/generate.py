@@ -11,6 +11,7 @@ line, or is .jsonl with {"prompt": text} on each; the output has {"prompt": ...,
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,7 @@ def _stream(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
 
 
 def _write(arguments: argparse.Namespace, prompts: Sequence[str], settings: dict[str, Any]) -> None:
-    if not arguments.output.parent.is_dir():
-        raise ValueError(f"output={arguments.output}: no folder {arguments.output.parent}")
+    _check_output(arguments.output)
     model = open_model(arguments.workdir, arguments.step)
     with tqdm(unit=" characters", disable=None, leave=False) as bar:
         texts = model.generator.generate(
@@ -104,8 +104,24 @@ def _write(arguments: argparse.Namespace, prompts: Sequence[str], settings: dict
         json.dumps({"prompt": prompt, "continuation": text}, ensure_ascii=False) + "\n"
         for prompt, text in zip(prompts, texts)
     ]
-    write_atomically(arguments.output, "".join(lines))
+    try:
+        write_atomically(arguments.output, "".join(lines))
+    except OSError as error:
+        raise ValueError(f"output={arguments.output}: {error.strerror}") from error
     print(f"written: {arguments.output}, {len(prompts)} continuations at step {model.step}")
+
+
+def _check_output(path: Path) -> None:
+    """Raises ValueError where no such file can be written: before the work, not after it."""
+    if not path.parent.is_dir():
+        raise ValueError(f"output={path}: no folder {path.parent}")
+    try:
+        if path.is_dir():
+            raise ValueError(f"output={path}: a folder; name a file")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name):
+            pass
+    except OSError as error:
+        raise ValueError(f"output={path}: {error.strerror}") from error
 
 
 def read_prompts(path: Path) -> list[str]:

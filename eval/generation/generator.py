@@ -269,7 +269,8 @@ class _Text:
 
     def _settled(self, text: str) -> int:
         """How much of it stays: the rest may be half a character or the beginning of a stop."""
-        end = len(text.rstrip("\ufffd"))
+        text = text.rstrip("\ufffd")
+        end = len(text)
         for stop in self._stop:
             for length in range(min(len(stop) - 1, len(text)), 0, -1):
                 if text.endswith(stop[:length]):

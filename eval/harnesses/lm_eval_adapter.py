@@ -21,6 +21,7 @@ from eval.likelihood.scoring import Request, encode_pairs
 from eval.run import open_model
 from laser.training.folders import folder_of
 
+HARNESS_ARGUMENTS = {"batch_size", "max_batch_size", "device"}  # which it gives to every model
 GENERATED_TOKENS = 256  # where a task does not say how many; half of a short model's length
 
 
@@ -31,12 +32,17 @@ class LaserLM(LM):
     Args:
       workdir: the run's folder.
       step: of the checkpoint; the newest if None.
-      unused: the harness's batch size and device; buckets and the mesh take their place.
+      harness: its own batch sizes and device, of no effect: buckets and the mesh take their place.
+
+    Raises:
+      ValueError: another argument, or as `open_model`.
+      CheckpointError: as `open_model`.
     """
 
-    def __init__(self, workdir: str, step: int | None = None, **unused: Any):
+    def __init__(self, workdir: str, step: int | None = None, **harness: Any):
         super().__init__()
-        del unused
+        for name in sorted(harness.keys() - HARNESS_ARGUMENTS):
+            raise ValueError(f"{name}={harness[name]}: unknown; --model_args has workdir and step")
         self.model = open_model(folder_of(workdir), step)
         self._tokenizer = self.model.tokenizer
 

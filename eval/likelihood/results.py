@@ -8,7 +8,8 @@
 SETTINGS names all of them, such as gpt3-1shot-5seeds or, of the first 20 examples of each task,
 gpt3-1shot-5seeds-limit20: a quick look never stands in the place of a full evaluation. A result
 says by fingerprints what was scored: the rows, demonstrations' included, and the checkpoint. It is
-used again for the same ones alone; with others the task is evaluated anew and its file replaced.
+used again for the same ones alone; with others the task is evaluated anew and its file replaced,
+and results.json leaves out what is of another checkpoint.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from laser.training.folders import write_atomically
 
 Result = dict[str, Any]
 Record = dict[str, Any]
+OF_ONE = ("fingerprints", "shots_dropped", "truncated", "seconds")  # fields of one checkpoint's
 
 
 class ResultsFolder:
@@ -48,16 +50,24 @@ class ResultsFolder:
             self._records(result["task"]).unlink(missing_ok=True)
         write_atomically(self.path / f"{result['task']}.json", _text(result))
 
-    def save_all(self, missing: Mapping[str, str], failed: Mapping[str, str]) -> Path:
+    def save_all(
+        self, checkpoint: str, missing: Mapping[str, str], failed: Mapping[str, str]
+    ) -> Path:
         """Writes results.json, of these tasks and of those finished before; returns its path.
 
         Args:
+          checkpoint: fingerprint of the one that was scored; results of another are left out.
           missing: tasks without data, and how to get them.
           failed: tasks that could not be evaluated this time, and why.
         """
         path = self.path / "results.json"
         finished = sorted(file for file in self.path.glob("*.json") if file != path)
-        tasks = {file.stem: _read(file) for file in finished if file.stem not in failed}
+        results = {file.stem: _read(file) for file in finished if file.stem not in failed}
+        tasks = {
+            task: result
+            for task, result in results.items()
+            if result.get("fingerprints", {}).get("checkpoint") == checkpoint
+        }
         lacking = {task: why for task, why in missing.items() if task not in tasks}
         write_atomically(path, _text({"tasks": tasks, "missing": {**lacking, **failed}}))
         return path
@@ -101,12 +111,14 @@ def _count(number: int, what: str) -> str:
 
 
 def over_checkpoints(results: Sequence[Result]) -> Result:
-    """One task's results at several checkpoints as one: mean and deviation over checkpoints."""
+    """One task's results at several checkpoints as one: mean and deviation over checkpoints, and a
+    list of what each says of itself alone."""
     metrics = {
         name: spread([result["metrics"][name]["mean"] for result in results])
         for name in results[0]["metrics"]
     }
-    return {**results[0], "metrics": metrics}
+    each = {name: [result[name] for result in results] for name in OF_ONE if name in results[0]}
+    return {**results[0], **each, "metrics": metrics}
 
 
 def save_over_checkpoints(

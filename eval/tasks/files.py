@@ -57,7 +57,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """JSON objects, one a line, with PIQA's labels from the file beside it."""
     labels_file = path.with_name(f"{path.stem}-labels.lst")
-    labels = labels_file.read_text(encoding="utf-8-sig").split() if labels_file.is_file() else None
+    labels = _words(labels_file) if labels_file.is_file() else None
     count = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -75,6 +75,13 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield place, raw
     if labels is not None and count < len(labels):
         raise ValueError(f"{labels_file}: has {len(labels)} labels for the {count} rows of {path}")
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from error
 
 
 def _parse(text: str | bytes, place: str, kind: type = dict) -> Any:

@@ -123,22 +123,29 @@ def piqa(raw: Raw) -> list[Row]:
 
 
 def race_articles(records: Iterable[tuple[str, Raw]]) -> Iterator[tuple[str, Raw]]:
-    """Of rows with a question each, as the hub has them, those on one article as one record."""
+    """Of rows with a question each, as the hub has them, those on one article as one record.
+    Raises ValueError that names the place of a row without a field."""
 
     def article(pair: tuple[str, Raw]) -> Any:
         place, raw = pair
         single = "question" in raw and "article" in raw
         return (raw.get("example_id"), raw["article"]) if single else place
 
-    for key, pairs in itertools.groupby(records, key=article):
-        (place, first), *rest = pairs
+    for key, group in itertools.groupby(records, key=article):
+        pairs = list(group)
+        place, first = pairs[0]
         if isinstance(key, tuple):
-            questions = [first, *(raw for _, raw in rest)]
-            columns = {f"{name}s": name for name in ("question", "answer")} | {"options": "options"}
-            together = {new: [raw[old] for raw in questions] for new, old in columns.items()}
-            yield place, {"article": first["article"], **together}
+            yield place, {"article": first["article"], "problems": [_problem(*p) for p in pairs]}
         else:
             yield place, first
+
+
+def _problem(place: str, raw: Raw) -> Row:
+    """Names the place itself: its reader will know that of the article's first row alone."""
+    for name in ("question", "options", "answer"):
+        if name not in raw:
+            raise ValueError(f"{place}: the field {name!r} is missing")
+    return {name: raw[name] for name in ("question", "options", "answer")}
 
 
 def race(raw: Raw) -> list[Row]:

@@ -6,6 +6,7 @@ above all) are left out and counted.
 """
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -112,10 +113,10 @@ def _load_files(source: Source, prompt: Prompt, files: Sequence[Path]) -> Loaded
 
 def available_split(source: Source, wanted: str, data_dir: Path | None) -> str:
     """`wanted` if it is there, or else the nearest split that is. Raises MissingData."""
-    if source.make or (find_tfds(source, data_dir) and not _any_file(source, data_dir)):
+    if source.make:
         return wanted
     for split in (wanted, "validation", "train"):
-        if find_files(source, split, data_dir):
+        if find_files(source, split, data_dir) or _is_in_tfds(source, split, data_dir):
             return split
     where = "; no --data_dir was given"
     if data_dir:
@@ -173,8 +174,16 @@ def find_tfds(source: Source, data_dir: Path | None) -> Path | None:
     return None
 
 
-def _any_file(source: Source, data_dir: Path | None) -> bool:
-    return any(find_files(source, split, data_dir) for split in SPLITS)
+def _is_in_tfds(source: Source, split: str, data_dir: Path | None) -> bool:
+    """As the prepared dataset's own record says, which is read without TensorFlow."""
+    folder, name = find_tfds(source, data_dir), source.tfds_splits.get(split, split)
+    for path in (folder / source.tfds).glob("*/dataset_info.json") if folder else ():
+        try:
+            if name in [part["name"] for part in json.loads(path.read_text())["splits"]]:
+                return True
+        except BAD_ROW as error:
+            raise ValueError(f"{path}: damaged ({error}); prepare {source.tfds} anew") from error
+    return False
 
 
 def _examples(source: Source, prompt: Prompt, raw: Raw) -> list[Example]:

@@ -23,6 +23,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 from .configuration_laser import LaserConfig
 
 SMALLEST_CERTIFIED = 2.0**-90  # of a sum of probabilities times exp(V - max V)
+# What other models take, and what would have no effect on this one.
+ABSENT = (
+    "inputs_embeds", "position_ids", "token_type_ids", "num_items_in_batch", "output_attentions",
+    "output_hidden_states",
+)  # fmt: skip
 
 
 class Norm(nn.Module):
@@ -173,11 +178,21 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def refuse(options):
+    """Raises ValueError for an argument that would be without the effect that it has elsewhere."""
+    for name in ABSENT:
+        if options.get(name) is not None and options[name] is not False:
+            raise ValueError(f"{name}: this model has none; leave it out")
+    if options.get("return_dict") is False:
+        raise ValueError("return_dict=False: this model returns no tuple; leave it out")
+
+
 class LaserModel(PreTrainedModel):
     """What a decoder and a BERT have in common: tokens to logits."""
 
     config_class = LaserConfig
     base_model_prefix = ""
+    accepts_loss_kwargs = False  # the loss is a mean, which accumulation has to divide by its steps
     _no_split_modules = ["Block"]  # noqa: RUF012, transformers' own name and form
 
     def __init__(self, config):
@@ -227,9 +242,14 @@ class LaserForCausalLM(LaserModel, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
-        **unused,
+        **options,
     ):
-        """As of any causal language model in transformers; padding may stand on either side."""
+        """As of any causal language model in transformers; padding may stand on either side.
+
+        Raises ValueError for what it has not: embeddings in the place of tokens, positions, hidden
+        states, a tuple.
+        """
+        refuse(options)
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = DynamicCache()
@@ -254,8 +274,10 @@ class LaserForCausalLM(LaserModel, GenerationMixin):
 
 
 class LaserForMaskedLM(LaserModel):
-    def forward(self, input_ids, attention_mask=None, labels=None, **unused):
-        """As of any masked language model in transformers: -100 in `labels` has no loss."""
+    def forward(self, input_ids, attention_mask=None, labels=None, **options):
+        """As of any masked language model in transformers: -100 in `labels` has no loss. Raises
+        ValueError as LaserForCausalLM."""
+        refuse(options)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         real_BS = attention_mask.bool()

@@ -34,7 +34,9 @@ def apply_attention(
     decoder_segment_ids_kv: Array | None = None,
     pad_kv_total: int = 0,
     compress_ratio: int = 0,
-    **einsums: Any,
+    *,
+    qk_product_einsum: Any = None,
+    wv_product_einsum: Any = None,
 ) -> tuple[Array, None, None]:
     """log(softmax(Q Kᵀ) exp(V)) (arXiv 2411.03493); MaxText has scaled the query.
 
@@ -48,7 +50,7 @@ def apply_attention(
       model_mode: "train".
       previous_chunk, bidirectional_mask, sinks, indexer_mask, compressed_mask, record_max_logits,
         decoder_segment_ids_kv, pad_kv_total, compress_ratio: as they are if not set.
-      einsums: MaxText's own, which are not used.
+      qk_product_einsum, wv_product_einsum: MaxText's own, which are not used.
 
     Returns:
       (B, T, N, D_v), and None twice: there is nothing left to normalise.

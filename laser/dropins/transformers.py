@@ -38,7 +38,7 @@ def laser_attention_forward(
       is_causal: whether no mask stands for a causal one.
 
     Returns:
-      (B, T, H, D_v), and None in the place of the weights.
+      (B, T, H, D_v) in the dtype of `value`, and None in the place of the weights.
 
     Raises:
       ValueError: what LASER has not, by its name.
@@ -55,8 +55,9 @@ def laser_attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     out = scaled_dot_product_attention(
-        query,
-        key,
+        # Under autocast what a model rotates or normalises is float32, and its values are not.
+        query.to(value.dtype),
+        key.to(value.dtype),
         value,
         attn_mask=attention_mask,
         # One new token sees the whole cache.

@@ -70,6 +70,14 @@ def test_what_laser_has_not_is_named(changes, options, words, arrays):
     assert words in str(error.value)
 
 
+def test_what_a_newer_maxtext_adds_is_refused(arrays):
+    einsums = {"qk_product_einsum": jnp.einsum, "wv_product_einsum": jnp.einsum}
+    with pytest.raises(TypeError, match="'attention_bias'"):
+        apply_attention(
+            operator(), *arrays, None, None, None, "train", **einsums, attention_bias=None
+        )
+
+
 def test_it_takes_what_maxtext_gives():
     maxtext = pytest.importorskip("maxtext.layers.attention_op", reason="MaxText wants Python 3.12")
     theirs = inspect.signature(maxtext.AttentionOp.apply_attention).parameters

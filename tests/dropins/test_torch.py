@@ -140,6 +140,14 @@ def test_operators_keep_torchs_rules_and_gradients_in_float64():
     torch.library.opcheck(torch.ops.laser.attention.default, arguments)
 
 
+def test_gradients_lie_in_memory_as_torch_compile_expects():
+    query, key, value = (torch.tensor(x) for x in inputs(5))
+    # As projections give them, with a position's heads side by side.
+    key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value))
+    arguments = (torch.ones_like(query), query, key, value, None, False, 0.5, False)
+    torch.library.opcheck(torch.ops.laser.attention_backward.default, arguments)
+
+
 def test_is_compiled_without_a_break():
     query, key, value = (torch.tensor(x).requires_grad_() for x in inputs(5, keys=T, kv_heads=H))
 
@@ -169,6 +177,18 @@ def test_bfloat16_and_standard():
     torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
     standard = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(scaled_dot_product_attention(query, key, value), standard)
+
+
+@pytest.mark.parametrize("values", ["usual", "hostile"])
+def test_autocast_changes_no_bit(values):
+    query, key, value = inputs(10)
+    value = hostile(value) if values == "hostile" else value
+    d_out = np.random.default_rng(11).normal(size=query.shape).astype(np.float32)
+    wanted = values_and_gradients(query, key, value, d_out)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = values_and_gradients(query, key, value, d_out)
+    for f, w in zip(found, wanted):
+        np.testing.assert_array_equal(f, w)
 
 
 @pytest.mark.parametrize(

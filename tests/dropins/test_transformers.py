@@ -51,6 +51,18 @@ def test_values_and_gradients(models):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
+def test_trains_under_autocast(models):
+    """Where rotated queries and keys are float32 and values bfloat16."""
+    tokens = torch.arange(1, 25).reshape(2, 12)
+    wanted = models[0](tokens, labels=tokens).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = models[0](tokens, labels=tokens).loss
+    torch.testing.assert_close(loss, wanted, rtol=0.02, atol=0)
+    gradients = [torch.autograd.grad(x, models[0].parameters()) for x in (loss, wanted)]
+    for found, exact in zip(*gradients):
+        assert (found - exact).norm() < 0.1 * exact.norm()
+
+
 def test_padding_on_the_left_changes_nothing(models):
     tokens = torch.arange(1, 9)[None]
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), tokens], dim=1)

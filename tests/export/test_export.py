@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base, bert, vit
-from eval.run import open_model, open_parameters
+from eval.run import fingerprint, open_model, open_parameters
 from export.card import model_card
 from export.folder import Origin, load_exported, write_export
 from export.layouts import choose_layout
@@ -107,9 +107,10 @@ def test_every_layout_has_a_card(name, tmp_path):
     losses = [{"step": 7, "eval/loss": 2.5}, {"step": 9, "eval/loss": 2.0}]
     lines = "".join(f"{json.dumps(line)}\n" for line in losses)
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 10, "ev')  # torn by a kill
-    text = model_card(tmp_path, origin_of(MODELS[name]), layout_of(name), 1234)
+    text = model_card(tmp_path, origin_of(MODELS[name]), layout_of(name), 1234, "a fingerprint")
     assert "1,234 parameters in float32. t" in text
     assert "2.5000 nats per" in text
+    assert ("Run it in float32" in text) == (layout_of(name) == "megatron_bert")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -252,6 +253,11 @@ def set_to(name, value):
         ),
         ("laser", set_to("final_norm.scale", np.ones(32, np.float16)), "has dtype float16"),
         (
+            "laser",
+            lambda t: t.update(frequencies=t["frequencies"] * np.float32(0.999)),
+            "frequencies has other values",
+        ),
+        (
             "gpt2",
             set_to("transformer.h.1.mlp.c_fc.bias", np.ones(64, np.float32)),
             "transformer.h.1.mlp.c_fc.bias has other values",
@@ -340,6 +346,9 @@ def test_damage_is_found_without_the_list_of_checksums_too(store, tmp_path):
         config.write_text(damaged)
         with pytest.raises(ValueError, match=r"config.json: not written by scripts/export.py"):
             load_exported(folder)
+    config.write_text(text.replace('"layout": "laser"', '"layout": "lazer"'))
+    with pytest.raises(ValueError, match=r"config.json: layout='lazer': must be one of gpt2, "):
+        load_exported(folder)
     config.write_bytes(b"\xff" + text.encode())
     with pytest.raises(ValueError, match=r"config.json: "):
         load_exported(folder)
@@ -367,10 +376,12 @@ def test_a_run_goes_out_and_comes_back(trained_run, arguments, tmp_path, capsys)
     task = {
         "task": "copa", "split": "validation", "n": 100, "limit": None, "metric": "accuracy",
         "metrics": {"accuracy": {"mean": 0.625}},
+        "fingerprints": {"rows": "", "checkpoint": fingerprint(trained_run, 4)},
     }  # fmt: skip
+    earlier = {**task, "task": "cb", "fingerprints": {"rows": "", "checkpoint": "another"}}
     for folder, less in ((results, {}), (glance, {"n": 5, "limit": 5})):
         folder.mkdir(parents=True)
-        tasks = {"copa": {**task, **less}}
+        tasks = {"copa": {**task, **less}, "cb": earlier, "rte": {"task": "rte"}}
         (folder / "results.json").write_text(json.dumps({"tasks": tasks, "missing": {}}))
     assert export.main([f"--workdir={trained_run}", f"--output={out}"]) == 0
     card = (out / "README.md").read_text()
@@ -382,6 +393,7 @@ def test_a_run_goes_out_and_comes_back(trained_run, arguments, tmp_path, capsys)
     ):  # fmt: skip
         assert expected in card
     assert "limit5" not in card
+    assert "cb (" not in card
 
     assert export.main([f"--from_export={out}", f"--workdir={again}"]) == 0
     first, second = open_model(trained_run), open_model(again)

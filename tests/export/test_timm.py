@@ -1,12 +1,21 @@
 """Exported vision transformers in timm, where it is installed."""
 
+import dataclasses
 import sys
 
 import numpy as np
 import pytest
 
-from tests.export.test_export import MODELS, exported
+from export import timm
+from tests.export.test_export import MODELS, VIT, exported
 from tests.models.test_vit import images, run
+
+
+def test_timm_makes_an_mlp_of_the_same_size():
+    """It is told the ratio alone, multiplies, and rounds down."""
+    for dim, mlp_dim in [(32, 48), (88, 240), (448, 3904), (704, 960), (704, 1920), (832, 960)]:
+        config = dataclasses.replace(VIT, model_dim=dim, mlp_dim=mlp_dim)
+        assert int(dim * timm.arguments(config)["mlp_ratio"]) == mlp_dim
 
 
 @pytest.mark.parametrize("name", ["timm", "timm_qk_norm"])

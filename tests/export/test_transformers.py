@@ -186,6 +186,26 @@ def test_a_padded_batch_generates_what_its_rows_do(name, store, tmp_path):
         np.testing.assert_array_equal(made[-12:], together[row, -12:])
 
 
+@pytest.mark.parametrize("name", ["laser", "laser_bert"])
+def test_arguments_that_would_change_results_are_refused(name, store, tmp_path):
+    exported(tmp_path / "out", store, MODELS[name])
+    kind = {"decoder": "CausalLM", "bert": "MaskedLM"}[MODELS[name].kind]
+    auto = getattr(transformers, f"AutoModelFor{kind}")
+    model = auto.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    tokens = torch.arange(1, 9)[None]
+    for options in (
+        {"inputs_embeds": torch.zeros(1, 8, 32)}, {"position_ids": tokens},
+        {"token_type_ids": tokens}, {"num_items_in_batch": 4}, {"output_hidden_states": True},
+        {"output_attentions": True}, {"return_dict": False},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: "):
+            model(tokens, **options)
+    unset = {"inputs_embeds": None, "output_hidden_states": False, "return_dict": True}
+    assert torch.equal(model(tokens, **unset).logits, model(tokens).logits)
+    # By this, transformers' trainer divides the loss by its steps of accumulation.
+    assert model.accepts_loss_kwargs is False
+
+
 @pytest.mark.parametrize("name", ["gpt2", "starcoder2", "laser", "megatron_bert", "laser_bert"])
 def test_what_transformers_saves_comes_back(name, store, tmp_path):
     params = exported(tmp_path / "out", store, MODELS[name])

@@ -1,6 +1,8 @@
 """scripts/generate.py on a small run: text as it comes, files of prompts, mistakes."""
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -36,6 +38,36 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(trained_run, expected
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == PROMPTS
     assert [row["continuation"] for row in rows] == expected
+
+
+def test_where_nothing_can_be_written_is_said_before_the_model_is_read(
+    trained_run, tmp_path, capsys, monkeypatch
+):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\n")
+    monkeypatch.setattr(generate, "open_model", lambda *_: pytest.fail("the model was read"))
+    for output, message in [
+        (tmp_path, "a folder; name a file"),
+        (tmp_path / "x" / "out.jsonl", "no folder"),
+        (tmp_path / f"{'x' * 300}.jsonl", "File name too long"),
+    ]:
+        assert run(trained_run, f"--prompts={prompts}", f"--output={output}") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"generate.py: error: output={output}: {message}")
+        assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
+def test_a_disk_that_is_full_ends_in_one_line(trained_run, tmp_path, capsys, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("a\n")
+    monkeypatch.setattr(generate, "write_atomically", full)
+    assert run(trained_run, f"--prompts={prompts}", f"--output={output}") == 2
+    error = capsys.readouterr().err
+    assert error == f"generate.py: error: output={output}: No space left on device\n"
 
 
 def test_mistakes_end_in_one_line(trained_run, tmp_path, capsys):

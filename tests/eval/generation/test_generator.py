@@ -145,6 +145,11 @@ def test_half_a_character_is_held_back(tokenizer):
     assert all("\ufffd" not in piece for piece in pieces)
     held = _Text(tokenizer, ["\U0001f9ecbc"])
     assert held.update(ids, ended=False) == "a"
+    # The stop's last character is not whole yet.
+    ids = tokenizer.encode("foo#\U0001f9ec")
+    held = _Text(tokenizer, ["#\U0001f9ec"])
+    assert [held.update(ids[:-1], ended=False), held.update(ids, ended=False)] == ["foo", ""]
+    assert (held.sent, held.ended) == ("foo", True)
 
 
 LOGITS = jnp.log(jnp.array([[0.05, 0.4, 0.2, 0.3, 0.05], [0.7, 0.1, 0.1, 0.05, 0.05]]))

@@ -205,6 +205,13 @@ def adapter(trained_run):
     return LaserLM(str(trained_run))
 
 
+def test_an_argument_without_a_meaning_is_refused(trained_run):
+    own = {"batch_size": "auto", "max_batch_size": 8, "device": "cpu"}
+    with pytest.raises(ValueError, match="steps=2: unknown"):
+        LaserLM.create_from_arg_string(f"workdir={trained_run},steps=2", own)
+    assert LaserLM.create_from_arg_string(f"workdir={trained_run},step=2", own).model.step == 2
+
+
 def instances(*arguments):
     return [Instance("loglikelihood", {}, arguments=a, idx=i) for i, a in enumerate(arguments)]
 

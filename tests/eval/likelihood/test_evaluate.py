@@ -146,6 +146,18 @@ def test_other_rows_or_another_checkpoint_are_scored_anew(workdir, data_dir, cap
     assert "reused" in run(capsys, workdir, data_dir, *flags)[1]
 
 
+def test_results_of_another_checkpoint_are_not_told_as_this_ones(tmp_path):
+    folder = results.ResultsFolder(tmp_path, 4, Settings())
+    for task, checkpoint in (("cb", "earlier"), ("copa", "this")):
+        fingerprints = {"rows": "", "checkpoint": checkpoint}
+        folder.save({"task": task, "fingerprints": fingerprints}, records=False)
+    (folder.path / "rte.json").write_text('{"task": "rte"}')  # from before there were fingerprints
+    path = folder.save_all("this", {"cb": "no data", "copa": "no data"}, {})
+    written = json.loads(path.read_text())
+    assert written["tasks"].keys() == {"copa"}
+    assert written["missing"] == {"cb": "no data"}
+
+
 def test_a_checkpoint_is_known_by_its_tensors_and_its_tokenizer(workdir):
     before = fingerprint(workdir, 4)
     assert before == fingerprint(workdir, 4) != fingerprint(workdir, 2)
@@ -212,6 +224,11 @@ def test_several_checkpoints_give_mean_and_deviation(workdir, data_dir, capsys):
     written = json.loads((workdir / "eval/checkpoints/gpt3-0shot/results.json").read_text())
     assert written["steps"] == [2, 4]
     assert written["tasks"]["copa"]["metrics"]["accuracy"] == merged
+    for name in ("fingerprints", "seconds", "shots_dropped", "truncated"):
+        assert written["tasks"]["copa"][name] == [result[name] for result in both]
+    assert [x["fingerprints"]["checkpoint"] for x in both] == [
+        fingerprint(workdir, s) for s in (2, 4)
+    ]
     row = next(line.split() for line in out.splitlines()[::-1] if line.startswith("copa "))
     assert row[3:5] == [f"{100 * merged[name]:.2f}" for name in ("mean", "std")]
     one = {"metrics": {"accuracy": {"mean": 0.2}}}

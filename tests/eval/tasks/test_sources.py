@@ -60,6 +60,9 @@ def test_piqas_labels_lie_beside_its_rows(tmp_path):
     labels.write_text("0\n")
     with pytest.raises(ValueError, match=r"has 1 labels, and none for .*dev\.jsonl:2"):
         load("piqa", tmp_path)
+    labels.write_bytes(b"0\n\xff\n")
+    with pytest.raises(ValueError, match=r"dev-labels\.lst: not UTF-8"):
+        load("piqa", tmp_path)
 
 
 def test_winograndes_files_of_labels_say_what_its_rows_say(tmp_path):
@@ -206,6 +209,15 @@ def test_race_is_read_as_the_hub_has_it(kind, layout, tmp_path):
             load("race_high", tmp_path)
 
 
+def test_a_question_of_race_without_its_answer_is_named(tmp_path):
+    rows = [{"example_id": "1.txt", "article": RACE["article"], **row} for row in PROBLEMS]
+    del rows[1]["answer"]
+    path = write(tmp_path / "race_high/test.jsonl", *rows)
+    with pytest.raises(ValueError) as error:
+        load("race_high", tmp_path)
+    assert str(error.value) == f"{path}:2: the field 'answer' is missing"
+
+
 def test_marks_and_line_ends_of_other_systems_are_read(tmp_path):
     """A byte order mark and CRLF, in JSON lines, CSV and RACE's files; characters of any plane."""
     raw = {**RAW["copa"], "premise": "Caf\u00e9 \u2028 \U0001f600 closed."}
@@ -324,6 +336,30 @@ def test_the_nearest_split_stands_in(tmp_path):
     assert sources.available_split(source, "test", tmp_path) == "validation"
     write(tmp_path / "arc_easy/test.jsonl", RAW["arc_easy"])
     assert sources.available_split(source, "test", tmp_path) == "test"
+
+
+def test_the_split_that_is_asked_for_comes_before_a_nearer_place(tmp_path, monkeypatch):
+    """Prepared in TFDS, while files have another split alone."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    source = TASKS["arc_easy"].source
+    info = tmp_path / "tfds" / source.tfds / "1.0.0/dataset_info.json"
+    write(info, {"splits": [{"name": "train"}, {"name": "test"}]})
+    assert sources.available_split(source, "test", tmp_path) == "test"
+    write(tmp_path / "arc_easy/train.jsonl", RAW["arc_easy"])
+    assert sources.available_split(source, "test", tmp_path) == "test"
+    assert sources.available_split(source, "validation", tmp_path) == "train"
+    write(info, {"splits": [{"name": "validation"}]})
+    assert sources.available_split(source, "test", tmp_path) == "validation"
+    info.write_text("{")
+    with pytest.raises(ValueError, match=r"dataset_info\.json: damaged"):
+        sources.available_split(source, "test", tmp_path)
+
+
+def test_a_split_has_another_name_in_tfds(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    source = sources.Source(tfds="capitals", tfds_splits={"test": "held_out"})
+    write(tmp_path / "capitals/1.0.0/dataset_info.json", {"splits": [{"name": "held_out"}]})
+    assert sources.available_split(source, "test", None) == "test"
 
 
 @pytest.mark.slow
