@@ -51,6 +51,16 @@ def test_products_with_heads_have_the_gradients_of_jax(spec, dtype):
         assert error < bound * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("product", [dense, functools.partial(heads_product, "bm,md->bd")])
+def test_a_policy_that_keeps_products_finds_them(product, dtype):
+    x, weight = jnp.ones((3, 4), dtype), jnp.ones((4, 5), dtype)
+    policy = jax.checkpoint_policies.dots_saveable
+    layer = jax.checkpoint(lambda x, w: jnp.sin(product(x, w)).sum(), policy=policy)
+    _, backward = jax.vjp(layer, x, weight)
+    assert (3, 5) in [kept.shape for kept in jax.tree.leaves(backward)]
+
+
 @pytest.mark.parametrize("function", [jax.nn.gelu, jax.nn.silu], ids=["gelu", "silu"])
 def test_an_activation_in_bfloat16_is_rounded_once_on_cpus(function):
     x = jnp.linspace(-6, 6, 4001).astype(jnp.bfloat16)

@@ -17,6 +17,7 @@ from laser.attention import products
 from laser.training import flags
 from laser.training.program import Program
 from laser.training.sharding import make_mesh
+from models import products as model_products
 from models import stack
 from models.decoder import init_parameters
 from models.decoding import append, empty_cache, next_logits, unstack
@@ -83,7 +84,7 @@ def test_cpus_are_asked_for_products_of_bfloat16_in_float32(config, monkeypatch,
     attention = dataclasses.replace(config.model.attention, kind=kind)
     fields = {"dtype": "bfloat16", "attention": attention}
     assert not OF_BFLOAT16.search(lowered(config, **fields))
-    monkeypatch.setattr(products, "platform_of_program", lambda: "tpu")
+    monkeypatch.setattr(model_products, "platform_of_program", lambda: "tpu")
     assert OF_BFLOAT16.search(lowered(config, **fields))
 
 

@@ -234,7 +234,7 @@ def test_a_run_that_ends_without_a_number_has_failed(fake):
     assert len(started) == count
     text = (out / "report.md").read_text()
     assert "ended with a loss that is not finite" in text
-    assert _table(text, "Differences of the final validation loss")[0][2] == "2"  # pairs
+    assert _table(text, "Differences of the final validation loss")[0][2] == "2, 1 more failed"
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
