@@ -25,9 +25,13 @@ def in_own_dtype(product: Callable[..., Array], x: Array, y: Array) -> Array:
     Args:
       product: takes `preferred_element_type`, as `jax.lax.dot_general` and `jnp.matmul` do.
     """
-    if x.dtype == jnp.bfloat16 and platform_of_program() == "cpu":
+    if _is_bfloat16_on_cpu(x):
         return product(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
     return product(x, y)
+
+
+def _is_bfloat16_on_cpu(x: Array) -> bool:
+    return x.dtype == jnp.bfloat16 and platform_of_program() == "cpu"
 
 
 @jax.custom_vjp
@@ -94,7 +98,7 @@ def activation(function: Callable[[Array], Array], x: Array) -> Array:
     In bfloat16 on CPUs it is made in float32 and rounded once, and so is its gradient: left to XLA,
     all steps of both are rounded there, in a tenth of the time of a whole training step.
     """
-    if x.dtype == jnp.bfloat16 and platform_of_program() == "cpu":
+    if _is_bfloat16_on_cpu(x):
         return _rounded_once(function, x)
     return function(x)
 

@@ -3,6 +3,7 @@
 A run that failed has a result, too. Numbers are those of metrics.jsonl and of study/measure.py.
 """
 
+import functools
 import json
 import math
 import statistics
@@ -92,7 +93,7 @@ def changes(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     if "config" not in result:  # a run of before, which failed
         return []
     then, now = result["config"], comparable(config)
-    defaults = comparable(base.get_config().to_dict())
+    defaults = _defaults()
     lines = [
         f"{name}: {value} -> {now.get(name, '(absent)')}"
         for name, value in then.items()
@@ -103,6 +104,11 @@ def changes(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         for name, value in now.items()
         if name not in then and name in defaults and value != defaults[name]
     ]
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return comparable(base.get_config().to_dict())
 
 
 def write_failed(cell: Cell, folder: Path, reason: str, versions: Mapping[str, str]) -> dict:

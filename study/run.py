@@ -282,6 +282,7 @@ class Runner:
         folder = self._folder.path / cell.key
         said = _lines_from(folder / LOG, progress.log_from)
         reason = said[-1][:300] if said else "no message"
+        of_memory = [line[:300] for line in said if OUT_OF_MEMORY.search(line)]
         if code == DONE and (measures := self._measures(cell)) and not progress.measuring:
             if not self._stop:
                 self._begin(cell, [*measures, f"--run={folder}"], measuring=True)
@@ -297,8 +298,10 @@ class Runner:
             self._busy[cell.key] = time.monotonic() + WAIT
         elif code == MISTAKE or (progress.measuring and code > 0):
             raise ValueError(f"{cell.key}: {reason}")
-        elif code == DIVERGED or (code > 0 and any(map(OUT_OF_MEMORY.search, said))):
+        elif code == DIVERGED:
             self._failed(cell, reason)
+        elif code > 0 and of_memory:
+            self._failed(cell, of_memory[-1])
         else:
             self._ended_otherwise(cell, code, reason)
 

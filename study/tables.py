@@ -82,7 +82,7 @@ def differences(record: Record) -> str:
         delta = mean_interval([a - b for a, b in zip(ones, others)])
         base = statistics.fmean(others)
         reached = [step_at(a["curve"], b) for (a, _), b in zip(found, others)]
-        lost = failed_pairs(record, comparison)
+        lost = len(ended_pairs(record, comparison)) - len(found)
         count = f"{len(found)}, {lost} more failed" if lost else str(len(found))
         rows.append([
             comparison["stage"], f"{one} − {other}", count,
@@ -179,16 +179,12 @@ def sized(record: Record) -> dict[str, list[Record]]:
 
 
 def pairs(record: Record, comparison: Record) -> list[tuple[Record, Record]]:
-    """Finished runs of both sides that agree in what else their stages list, seeds above all."""
-    return [pair for pair in _all_pairs(record, comparison) if len(_done(pair)) == 2]
+    """Those of `ended_pairs` of which no side has failed."""
+    return [pair for pair in ended_pairs(record, comparison) if len(_done(pair)) == 2]
 
 
-def failed_pairs(record: Record, comparison: Record) -> int:
-    """How many pairs have ended of which a side has failed."""
-    return len(_all_pairs(record, comparison)) - len(pairs(record, comparison))
-
-
-def _all_pairs(record: Record, comparison: Record) -> list[tuple[Record, Record]]:
+def ended_pairs(record: Record, comparison: Record) -> list[tuple[Record, Record]]:
+    """Runs of both sides that agree in what else their stages list, seeds above all."""
     listed = {stage["name"]: stage["listed"] for stage in record["stages"]}
     names = comparison["stage"], comparison["other_stage"] or comparison["stage"]
     keys = pair_keys(Comparison(**comparison), [listed[name] for name in names])

@@ -300,7 +300,8 @@ def test_memory_that_does_not_suffice_is_a_result(fake):
     assert main(arguments) == 0
     assert started.count(key) == 1
     text = (out / "report.md").read_text()
-    assert key.partition("/")[2] in [row[1] for row in _table(text, "Failed runs")]
+    reason = "out of memory: RESOURCE_EXHAUSTED: 3 GiB"
+    assert _table(text, "Failed runs") == [["main", key.partition("/")[2], reason]]
     (row,) = _table(text, "Differences of the final validation loss")
     assert row[2] == "2, 1 more failed"
 
