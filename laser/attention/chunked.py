@@ -53,7 +53,7 @@ NOT_IN_USE = -(2**30)  # exponent of a key's values that no query of the chunk s
 
 
 class Extras(NamedTuple):
-    """What else says which keys a query sees, and how well; see `laser.attention.attention`.
+    """What else says which keys a query sees, and how well, of `dot_product_attention`.
 
     Attributes:
       bias: added to the logits, of a shape that broadcasts to (B, heads of queries, T, S).
@@ -163,8 +163,10 @@ def _cut(extras: Extras, length: int) -> Iterator[Extras]:
     sizes = [min(step, length - start) for start in range(0, length, step)]
 
     def chunks(x):
-        if x is None or x.shape[2] == 1:
+        if x is None:
             return itertools.repeat(x)
+        if x.shape[2] == 1:  # wide, as of a bias the chunks' gradients are added up
+            return itertools.repeat(x if x.dtype == bool else x.astype(jnp.float32))
         return jax.lax.split(x, sizes, axis=2)  # whose gradient is one array, not a sum of so many
 
     for bias, mask in zip(chunks(extras.bias), chunks(extras.mask)):
@@ -238,7 +240,7 @@ def _restricted(
     of_rows = functools.partial(_of_rows, heads=logits.shape[1], group=group, queries=queries)
     query, key = start + jnp.arange(queries)[:, None], first_key + jnp.arange(keys)
     if extras.bias is not None:
-        logits += of_rows(extras.bias).astype(jnp.float32)
+        logits += of_rows(extras.bias.astype(jnp.float32))
     seen = []
     if extras.mask is not None:
         seen.append(extras.mask)
@@ -322,7 +324,7 @@ def _laser_readout_fwd(logits, v, exp_v, reference):
     )
     out = jnp.where(certified, fast, exact)
     below = reference * LN_2 - out
-    range_nats = jnp.where(certified, below, jnp.abs(below)).max()
+    range_nats = jnp.maximum(jnp.where(certified, below, jnp.abs(below)).max(), 0)
     return (out, range_nats), (logits, v, exp_v, probs, y, certified, all_certified)
 
 

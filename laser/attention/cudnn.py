@@ -32,6 +32,7 @@ from laser.attention.kernels.fused import OUTPUT_NAME
 Array = jax.Array
 Library = Literal["cudnn", "xla"]
 
+SMALLEST_CAPABILITY = 8  # the major number; what fused attention in bfloat16 takes
 LARGEST_SIZE = 128
 LARGEST_SIZE_HOPPER = 256  # from compute capability 9.0 on
 
@@ -47,11 +48,16 @@ LARGEST_STANDARD_VALUE = 2.0**60  # leaves as much room for dO
 
 
 def largest_size() -> int:
-    """Head size up to which cuDNN serves this process's GPUs; without one, any GPU."""
+    """Head size up to which cuDNN serves this process's GPUs, 0 if it does not.
+
+    Without a GPU, that up to which it serves every GPU that it serves at all.
+    """
     if jax.default_backend() != "gpu":
         return LARGEST_SIZE
     major = str(jax.devices()[0].compute_capability).partition(".")[0]
-    return LARGEST_SIZE_HOPPER if major.isdecimal() and int(major) >= 9 else LARGEST_SIZE
+    if not major.isdecimal() or int(major) < SMALLEST_CAPABILITY:  # AMD's are such as gfx90a
+        return 0
+    return LARGEST_SIZE_HOPPER if int(major) >= 9 else LARGEST_SIZE
 
 
 def check(
@@ -68,6 +74,7 @@ def check(
     dtypes = {"standard": ("bfloat16", "float16"), "laser": ("bfloat16",)}[kind]
     found = sorted({str(x.dtype) for x in (query, key, value)})
     limits = {
+        f"an NVIDIA GPU of compute capability {SMALLEST_CAPABILITY}.0 or later": not largest,
         f"{kind} attention in {' or '.join(dtypes)}; got {' and '.join(found)}": (
             len(found) > 1 or found[0] not in dtypes
         ),

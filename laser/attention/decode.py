@@ -69,13 +69,19 @@ def cached_attention(
         head of keys and values serves H / K neighbouring heads of queries.
       value: (B, K, S, D_v).
       visible: (B, T, S) bool; every query sees one slot at least.
-      stop: () int; nobody sees this slot or a later one, and they cost nothing.
+      stop: () int, at most S; nobody sees this slot or a later one, and they cost nothing. One that
+        is larger, but known to the compiled program alone, counts as S.
       kind, logits_scale, logits_soft_cap: as in `attention`.
 
     Returns:
       (B, T, H, D_v) in the dtype of `value`.
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown `kind`, or a `stop` beyond the slots.
     """
-    _check(query, key, value, visible, kind)
+    _check(query, key, value, visible, stop, kind)
+    if isinstance(stop, jax.core.Tracer):  # a block beyond the slots would be the last one again
+        stop = jnp.minimum(stop, key.shape[2])
     scale = 1 / math.sqrt(query.shape[-1]) if logits_scale is None else logits_scale
     q_BHTD = query.transpose(0, 2, 1, 3)
     group = query.shape[2] // key.shape[1]
@@ -191,7 +197,7 @@ def _one_by_one(exact, q_BHTD: Array, visible_BTS: Array) -> Array:
     return out_TBHD.transpose(1, 2, 0, 3)
 
 
-def _check(query, key, value, visible, kind) -> None:
+def _check(query, key, value, visible, stop, kind) -> None:
     if kind not in ("standard", "laser"):
         raise ValueError(f"kind={kind!r}: must be 'standard' or 'laser'")
     batch, queries, heads, size = query.shape
@@ -208,3 +214,5 @@ def _check(query, key, value, visible, kind) -> None:
             f"a cache of {slots} slots, visible {visible.shape}: slots must be a multiple of "
             f"{BLOCK}, and visible (batch, queries, slots)"
         )
+    if not isinstance(stop, jax.core.Tracer) and stop > slots:
+        raise ValueError(f"stop={stop}: the cache has {slots} slots")

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from laser.attention.chunked import Extras
-from laser.attention.interface import Implementation, check_names, dispatch
+from laser.attention.interface import Implementation, check_arrays, check_names, dispatch
 
 Array = jax.Array
-DTYPES = ("float32", "bfloat16", "float16")  # float64 by the oracle alone
 
 
 def dot_product_attention(
@@ -48,7 +47,8 @@ def dot_product_attention(
     mean of all values, which the query may not see, or 0 for one beyond `query_seq_lengths`.)
 
     Args:
-      query: (B, T, N, D) or (T, N, D); float32, bfloat16 or float16.
+      query: (B, T, N, D) or (T, N, D); float32, bfloat16 or float16, as key and value (float64 by
+        `reference` alone).
       key: (B, S, K, D) or (S, K, D), where K divides N: each group of N / K neighbouring heads of
         queries shares a head of keys and values.
       value: (B, S, K, D_v) or (S, K, D_v).
@@ -117,14 +117,9 @@ def _check_arrays(query: Array, key: Array, value: Array, implementation: str) -
         raise ValueError(f"query and key must have one batch and one head size; {shapes}")
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(f"value must have the shape of key up to its size; {shapes}")
-    if 0 in (query.size, key.size, value.size):
-        raise ValueError(f"query, key and value must not be empty; {shapes}")
+    check_arrays(query, key, value, implementation)
     if query.shape[2] % key.shape[2]:
         raise ValueError(f"heads of keys must divide the heads of queries; {shapes}")
-    allowed = (*DTYPES, "float64") if implementation == "reference" else DTYPES
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if str(x.dtype) not in allowed:
-            raise ValueError(f"{name} must be of {', '.join(allowed)}; got {x.dtype}")
 
 
 def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

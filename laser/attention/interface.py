@@ -24,6 +24,7 @@ Array = jax.Array
 Implementation = Literal["auto", "pallas", "cudnn", "chunked", "reference", "paper"]
 FUSED = {"pallas": fused, "cudnn": cudnn}
 MODULES: dict[str, Any] = {**FUSED, "chunked": chunked}
+DTYPES = ("float32", "bfloat16", "float16")  # and float64 by the oracle alone
 
 
 def attention(
@@ -48,10 +49,13 @@ def attention(
     - A key that a query may not see, later or of another segment, has no part in its output and in
       no gradient through it, beyond their rounding. It may decide how that rounds: which reference
       or anchor the keys of its tile (`pallas`), chunk (`chunked`) or row (`cudnn`, by its first 128
-      positions) share, and whether the exact path runs. So earlier tiles (chunks) keep every bit of
-      their outputs, and within its own tile an output may move by the error that it has anyway:
-      that of float32 on the exact path, and of bfloat16 where an anchor falls. `pallas` chooses the
-      form by the whole row of the batch, all forms with the same bits where both are certified.
+      positions) share, and whether the exact path runs. Within its own tile an output may move by
+      the error that it has anyway: that of float32 on the exact path, and of bfloat16 where an
+      anchor falls. In earlier chunks outputs keep every bit, and in earlier tiles but for this: a
+      value above 60 nats, or an output 62 below the largest value or 0, gives its whole row of the
+      batch the wider form of the kernels. Then outputs below -40, and those of features of which
+      their tile or one before it has a value above 22, move by up to 1e-5 nats (float32) or 2^-8
+      (bfloat16: 3 % of an output of 0.1), and by the rounding of the output.
 
     V that is not finite shows: +inf or NaN makes the output of every query that sees it not finite
     in that feature, and so does -inf in standard attention (in LASER exp(-inf) counts as 0, or the
@@ -59,31 +63,34 @@ def attention(
     `cudnn` the row, and gradients, may be not finite as well; one that is finite is right.
 
     Args:
-      query: (B, T, H, D_qk), float32 or bfloat16.
+      query: (B, T, H, D_qk), float32, bfloat16 or float16, as key and value; float64 by `reference`
+        alone.
       key: (B, T, K, D_qk), where K divides H: with K below H, each group of H / K neighbouring
         heads of queries shares a head of keys and values (arXiv 2305.13245; K = 1: 1911.02150).
       value: (B, T, K, D_v); D_v may differ from D_qk.
       kind: which readout.
       logits_scale: factor of the logits; 1/√D_qk if None.
       causal: a query sees no later key.
-      segment_ids: (B, T) int; a query sees only keys with its own id.
+      segment_ids: (B, T) int32; a query sees only keys with its own id. The smallest int32 is
+        reserved: `pallas` gives it to padding.
       shared_segment: an id whose keys queries of every segment see: a common beginning with several
         continuations in one row. Not by `pallas` and `cudnn`.
       logits_soft_cap: c in c · tanh(logits / c), before masking; None or 0 for none.
       implementation: see the module's docstring.
       return_range: also return how far, in nats, an output lies below the reference that its values
-        were exponentiated with (float32 scalar, the largest): LASER's fast path is certified up to
-        `chunked.RANGE_LIMIT_NATS` (by `cudnn` half as far, and for values as far above 0), beyond
-        it the slower exact path is taken. 0 where there is no reference (standard attention, the
-        oracle).
+        were exponentiated with: a float32 scalar, the largest, not below 0. By `chunked` LASER's
+        slower exact path is taken beyond `RANGE_LIMIT_NATS` (62), and for outputs beyond 1,024; by
+        `pallas` never below 87, the largest range that it gives; by `cudnn` never up to 31, if no
+        value is above that. 0 where there is no reference (standard attention, the oracle).
 
     Returns:
       (B, T, H, D_v) in the dtype of `value`; with `return_range`, a pair of it and the range.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown or impossible `kind` or `implementation`;
-        where `pallas` or `cudnn` cannot serve, the message names the limit.
+      ValueError: shapes or dtypes that do not fit, or an unknown or impossible `kind` or
+        `implementation`; where `pallas` or `cudnn` cannot serve, the message names the limit.
     """
+    query, key, value = map(jnp.asarray, (query, key, value))
     _check(query, key, value, kind, segment_ids, implementation)
     options: dict[str, Any] = {
         "logits_scale": 1 / math.sqrt(query.shape[-1]) if logits_scale is None else logits_scale,
@@ -124,6 +131,21 @@ def check_names(kind: str, implementation: str) -> None:
         raise ValueError("implementation='paper' is a form of LASER; use kind='laser'")
 
 
+def check_arrays(query: Array, key: Array, value: Array, implementation: str) -> None:
+    """Raises ValueError, naming what there is, if they are empty or not of one known dtype."""
+    arrays = (query, key, value)
+    if not all(x.size for x in arrays):
+        shapes = ", ".join(str(x.shape) for x in arrays)
+        raise ValueError(f"query, key and value must not be empty; got {shapes}")
+    found = [str(x.dtype) for x in arrays]
+    allowed = (*DTYPES, "float64") if implementation == "reference" else DTYPES
+    if len(set(found)) > 1 or found[0] not in allowed:
+        raise ValueError(
+            f"query, key and value must be of one dtype, {', '.join(DTYPES)} or, by "
+            f"implementation='reference' alone, float64; got {', '.join(found)}"
+        )
+
+
 def _check(query, key, value, kind, segment_ids, implementation) -> None:
     check_names(kind, implementation)
     rest = (*query.shape[:2], *query.shape[3:])
@@ -136,7 +158,8 @@ def _check(query, key, value, kind, segment_ids, implementation) -> None:
         raise ValueError(
             f"value must have the shape of key up to its size; got {value.shape}, {key.shape}"
         )
-    if not key.shape[2] or query.shape[2] % key.shape[2]:
+    check_arrays(query, key, value, implementation)
+    if query.shape[2] % key.shape[2]:
         raise ValueError(
             f"{key.shape[2]} heads of keys must divide the {query.shape[2]} heads of queries"
         )

@@ -8,13 +8,28 @@ products are asked for in full float32, unless whoever calls has chosen a precis
 (`jax.default_matmul_precision`). CPUs know no other float32.
 """
 
+from typing import Any
+
 import jax
 
 
-def platform_of_program() -> str:
-    """Of the mesh in context, whose devices may only be described, else of this process."""
+def device_of_program() -> Any:
+    """One of those that the program is for: a jax.Device, or jax.sharding.AbstractDevice.
+
+    Of the mesh in context, whose devices may only be described, else `jax.default_device`, else of
+    this process. All have a `platform` and a `device_kind`.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    if device is None:
+        device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return device
+
+
+def platform_of_program() -> str:
+    """Such as "cpu", "gpu" or "tpu": of `device_of_program`."""
+    return device_of_program().platform
 
 
 def of_exponentials() -> jax.lax.Precision | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from laser.attention.kernels.blocks import block_sizes
+from laser.attention.kernels.blocks import block_sizes, vmem_limit
 from laser.planning.collectives import Collective
 from laser.planning.compile import GIB, Compiled, OutOfMemory, compile_step
 from laser.planning.schedule import Links, Schedule, read_schedule
@@ -172,18 +172,19 @@ def _schedule(config: RunConfig, topology: Topology, mesh: Mesh, compiled: Compi
     chip = CHIPS[topology.device_kind]
     cores = CORES_PER_CHIP[topology.chip]
     bundles = {name: count / cores for name, count in compiled.bundles.items()}
-    if not _one_block(config):
+    if not _one_block(config, topology):
         bundles = {}  # of which a causal mask leaves out some: their roofline counts right
     links = _links(topology, mesh)
     return read_schedule(compiled.module, dict(mesh.shape), chip, links, bundles)
 
 
-def _one_block(config: RunConfig) -> bool:
+def _one_block(config: RunConfig, topology: Topology) -> bool:
     """Whether the attention kernels take a row and head in one step."""
     model, length = config.model, config.data.seq_len
     itemsize = 2 if model.dtype == "bfloat16" else 4
     grouped = model.kv_heads != model.num_heads
-    sizes = block_sizes(length, model.query_dim, model.head_dim, itemsize, grouped)
+    limit = vmem_limit(topology.device_kind)
+    sizes = block_sizes(length, model.query_dim, model.head_dim, itemsize, grouped, limit)
     return length <= sizes.block
 
 

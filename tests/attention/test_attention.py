@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from laser.attention import attention, chunked
+from laser.attention.products import platform_of_program
 from tests.attention.closeness import NAMES, assert_close, errors
 from tests.attention.implementations import CHUNKED, PAPER, oracle, rounded
 
@@ -34,6 +35,7 @@ def test_range_is_reported_and_decides():
     np.testing.assert_array_equal(out, chosen[0])
     value[:, CHUNKED.early] = 120.0
     assert CHUNKED.run(inputs, kind="laser")[1] > chunked.RANGE_LIMIT_NATS
+    assert call(*(x[:, :1] for x in given))[1] == 0  # of one key, whose value is the output
 
 
 @pytest.mark.parametrize("value_std", [0.05, 0.3, 1.0, 3.0, 10.0])
@@ -77,12 +79,54 @@ def test_oracle_gradients_by_finite_differences(kind):
         ({"implementation": "flash"}, "implementation='flash'"),
         ({"kind": "standard", "implementation": "paper"}, "use kind='laser'"),
         ({"segment_ids": jnp.zeros((1, 3))}, "segment_ids must be"),
+        ({"key": jnp.zeros((1, 4, 1, 8), jnp.bfloat16)}, "got float32, bfloat16, float32"),
+        ({"value": jnp.zeros((1, 4, 1, 8), jnp.int32)}, "got float32, float32, int32"),
     ],
 )
 def test_mistakes_are_named(change, message):
     x = jnp.zeros((1, 4, 1, 8))
     with pytest.raises(ValueError, match=message):
-        attention(x, x, x, **{"kind": "laser", **change})
+        attention(**{"query": x, "key": x, "value": x, "kind": "laser", **change})
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float8_e4m3fn])
+def test_no_implementation_takes_other_dtypes(dtype):
+    x = jnp.zeros((1, 4, 1, 8), dtype)
+    for implementation in ("auto", "chunked", "reference"):
+        with pytest.raises(ValueError, match="must be of one dtype, float32, bfloat16"):
+            attention(x, x, x, implementation=implementation)
+
+
+def test_float64_is_the_oracles_alone():
+    with jax.enable_x64(True):
+        x = jnp.zeros((1, 4, 1, 8), jnp.float64)
+        assert attention(x, x, x, implementation="reference").dtype == jnp.float64
+        for implementation in ("auto", "chunked", "pallas", "cudnn"):
+            with pytest.raises(ValueError, match="'reference' alone, float64; got float64"):
+                attention(x, x, x, implementation=implementation)
+
+
+def test_nothing_is_named():
+    x = jnp.zeros((1, 0, 1, 8))
+    with pytest.raises(ValueError, match="query, key and value must not be empty"):
+        attention(x, x, x)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_platform_is_that_of_the_default_device(by_name, monkeypatch):
+    """Such as the host of a TPU, where a layer is initialised."""
+
+    class Device:
+        platform = "tpu"
+
+    devices = jax.local_devices
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(
+        jax, "local_devices", lambda backend=None: devices(backend=backend) if backend else [Device]
+    )
+    assert platform_of_program() == "tpu"
+    with jax.default_device("cpu" if by_name else devices()[0]):
+        assert platform_of_program() == "cpu"
 
 
 def test_shapes_that_do_not_fit_are_named():

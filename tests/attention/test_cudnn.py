@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from laser.attention import attention, chunked, cudnn
+from laser.attention import attention, chunked, cudnn, interface
 from models.stack import REMAT_POLICIES
 from tests.attention.closeness import assert_close, errors
 from tests.attention.implementations import CUDNN, OUTLIERS, B, H, compiled, oracle, rounded
+from tests.attention.test_kernels import described_mesh
 
 pytestmark = pytest.mark.usefixtures("own_programs")
 LATER = CUDNN.late
@@ -191,7 +192,8 @@ def test_what_cudnn_cannot_serve_names_its_limit(dtype, size, options, limit):
 
 
 @pytest.mark.parametrize(
-    ("capability", "largest"), [("8.0", 128), ("9.0", 256), ("10.3", 256), ("gfx90a", 128)]
+    ("capability", "largest"),
+    [("8.0", 128), ("9.0", 256), ("10.3", 256), ("7.5", 0), ("gfx90a", 0)],  # the last is AMD's
 )
 def test_the_largest_head_size_is_that_of_the_device(capability, largest, monkeypatch):
     class Device:
@@ -200,3 +202,9 @@ def test_the_largest_head_size_is_that_of_the_device(capability, largest, monkey
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
     assert cudnn.largest_size() == largest
+    x = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)
+    options = {"segment_ids": None, "logits_soft_cap": None}
+    with jax.sharding.use_abstract_mesh(described_mesh("gpu")):
+        chosen, why = interface._choose(x, x, x, "laser", options)
+    assert chosen == ("cudnn" if largest else "chunked")
+    assert largest or "an NVIDIA GPU of compute capability 8.0 or later" in why

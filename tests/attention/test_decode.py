@@ -1,5 +1,7 @@
 """Attention over a cache against the oracle, where values and probabilities are at their worst."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +89,19 @@ def test_blocks_without_a_visible_key_change_no_bit(kind, queries):
     np.testing.assert_array_equal(alone[0], beside_longer[0])
     assert np.any(alone[1] != beside_longer[1])
     np.testing.assert_array_equal(alone, run(visible, 3 * BLOCK))
+
+
+@pytest.mark.parametrize("kind", ["standard", "laser"])
+def test_a_stop_beyond_the_slots_counts_no_block_twice(kind):
+    query, key, value = arrays({})
+    caches = cached(key, 2 * BLOCK), cached(value, 2 * BLOCK)
+    visible = jnp.broadcast_to(jnp.arange(2 * BLOCK) < LENGTH, (B, 1, 2 * BLOCK))
+    call = functools.partial(cached_attention, query[:, -1:], *caches, visible, kind=kind)
+    run = jax.jit(call)
+    np.testing.assert_array_equal(run(2 * BLOCK + 1), run(2 * BLOCK))
+    for stop in (2 * BLOCK + 1, jnp.int32(3 * BLOCK)):
+        with pytest.raises(ValueError, match=f"stop={stop}: the cache has {2 * BLOCK} slots"):
+            call(stop)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -223,6 +223,26 @@ def test_no_query_is_changed_by_a_key_that_it_does_not_see(name, kind):
     assert not np.array_equal(before[~blind], after[~blind])
 
 
+@pytest.mark.parametrize(
+    ("length", "heads", "rows"), [(10 * CHUNK, 1, 1), (CHUNK, 16, CHUNK)], ids=["keys", "grouped"]
+)
+def test_the_gradient_of_a_broadcast_bias_is_rounded_once(length, heads, rows):
+    """All chunks, or heads of a group, pull it the same way: sums in bfloat16 drift."""
+    rng = np.random.default_rng(0)
+    query = jnp.ones((1, length, heads, D))
+    key, value = jnp.float32(rng.normal(size=(2, 1, 16, 1, D)))
+    bias = jnp.zeros((1, 1, rows, 16), jnp.bfloat16)
+
+    def loss(bias):
+        return dot_product_attention(query, key, value, bias).sum()
+
+    rounded, exact = (
+        np.float64(jax.jit(jax.grad(loss))(bias.astype(dtype)))
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    np.testing.assert_allclose(rounded, exact, rtol=2**-8, atol=1e-5)
+
+
 def test_arguments_are_those_of_jax():
     theirs = inspect.signature(jax.nn.dot_product_attention).parameters
     ours = inspect.signature(dot_product_attention).parameters
@@ -304,7 +324,8 @@ def test_nothing_as_large_as_lengths_times_size():
         ({"key_value_seq_lengths": np.ones(2)}, "key_value_seq_lengths must be.* float"),
         ({"key": np.ones((2, 6, 3, D), np.float32)}, "value must have the shape of key"),
         ({"key": np.ones((1, 6, 1, D), np.float32)}, "one batch and one head size"),
-        ({"value": np.ones((2, 6, 1, D), np.int32)}, "value must be of float32.*; got int32"),
+        ({"value": np.ones((2, 6, 1, D), np.int32)}, "of one dtype.*got float32, float32, int32"),
+        ({"query": np.ones((2, 4, 2, D), np.float16)}, "of one dtype.*got float16, float32"),
         ({"query": np.ones((2, D), np.float32)}, r"query must be \(batch, length, heads, size\)"),
         ({"query": np.ones((2, 0, 2, D), np.float32)}, "must not be empty"),
         ({"implementation": "pallas"}, "'pallas' has no keys of another length"),

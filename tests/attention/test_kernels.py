@@ -5,15 +5,28 @@ Blocks are small here, so that a short sequence has several of them and each has
 Shapes: (batch, length, heads, size).
 """
 
+import dataclasses
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from laser.attention import attention, chunked, interface
-from laser.attention.kernels import blocks, fused
+from laser.attention.kernels import backward, blocks, common, exact, forward, fused
 from tests.attention.closeness import assert_close, errors
-from tests.attention.implementations import PALLAS, PALLAS_ONE_BLOCK, oracle, rounded
+from tests.attention.implementations import (
+    PALLAS,
+    PALLAS_ONE_BLOCK,
+    PALLAS_ONE_TILE,
+    D,
+    meets_exact_path,
+    oracle,
+    rounded,
+)
 
 SEGMENTS = PALLAS.segments
 SIZES = pytest.mark.parametrize(
@@ -38,7 +51,8 @@ def test_a_shift_of_all_values_shifts_the_output(shift):
     inputs[2] = inputs[2] + shift
     actual, range_nats = PALLAS.run(inputs, jnp.float32, kind="laser")
     assert_close(actual, oracle(inputs, kind="laser"), 1e-5)
-    assert range_nats < chunked.RANGE_LIMIT_NATS  # without the exact path
+    assert range_nats < chunked.RANGE_LIMIT_NATS
+    assert not meets_exact_path(PALLAS, inputs, kind="laser")
 
 
 @pytest.mark.parametrize("large, others", [(55, -60), (110, 16)], ids=["narrow", "wide"])
@@ -80,6 +94,43 @@ def test_small_values_in_bfloat16(options):
     inputs = rounded(PALLAS.inputs(value_std=0.05))
     expected = oracle(inputs, kind="laser", **options)
     assert_close(PALLAS.run(inputs, jnp.bfloat16, kind="laser", **options)[0], expected, 6e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_wide_form_moves_earlier_tiles_by_no_more_than_it_says(dtype):
+    """A later value above 60 nats brings it; bits stay where values are up to 22 until then.
+
+    Features in turn: all values near 28; one of 30 with a weight of e^-60; and all near 0.
+    """
+    query, key, value, _ = PALLAS.inputs(value_std=0.3)
+    query[..., 0], key[..., 0], key[:, 5, :, 0] = 1, 0, -60 * D**0.5
+    value[..., ::4] += 28
+    value[:, 5, :, 1::4] = 30
+    changed, start = value.copy(), PALLAS.late // PALLAS.block * PALLAS.block
+    changed[:, start:] = 70
+    before, after = (
+        PALLAS.output((query, key, x, value), dtype, kind="laser")[:, :start]
+        for x in (value, changed)
+    )
+    np.testing.assert_array_equal(before[..., 2::4], after[..., 2::4])
+    np.testing.assert_array_equal(before[..., 3::4], after[..., 3::4])
+    moved = 1e-5 if dtype == jnp.float32 else 2**-8
+    rounding = float(jnp.finfo(dtype).eps)
+    for features in (np.s_[..., ::4], np.s_[..., 1::4]):
+        assert dtype == jnp.bfloat16 or (before[features] != after[features]).any()
+        np.testing.assert_allclose(before[features], after[features], rtol=rounding, atol=moved)
+
+
+@pytest.mark.parametrize("far", [39.0, 41.0])
+def test_the_exact_path_begins_40_nats_below_the_reference(far):
+    """Of 2^64 here: the first query sees one key alone, and all others a value of 61, too."""
+    inputs = PALLAS.inputs(value_std=0.01)
+    inputs[2][:, 0] = 64 * np.log(2) - far
+    inputs[2][:, 1] = 61
+    _, range_nats = PALLAS.run(inputs, gradients=False, kind="laser")
+    met = far > 40
+    np.testing.assert_allclose(range_nats, fused.LARGEST_RANGE if met else far, rtol=1e-5)
+    assert meets_exact_path(PALLAS, inputs, kind="laser") == met
 
 
 @SIZES
@@ -189,6 +240,119 @@ def test_heads_and_rows_over_a_mesh(kind):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_of_keys_left_to_the_exact_path_are_rounded_once():
+    """Every query of 16 blocks is uncertified, and adds to the same keys and values."""
+    options = common.Options(
+        laser=True, causal=True, scale=0.3, soft_cap=0.0, block=16, tile=16, backward_tile=16
+    )
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (
+        jnp.asarray(rng.normal(size=(1, heads, 256, D)), jnp.bfloat16) for heads in (2, 1, 1, 2)
+    )
+    run = jax.jit(functools.partial(exact.add_gradients, segment_ids=None, options=options))
+
+    def found(dtype):
+        arrays = [x.astype(dtype) for x in (q, k, v)]
+        y = jnp.zeros(d_out.shape, jnp.float32)
+        gradients = run([jnp.zeros_like(x) for x in arrays], y, d_out, *arrays)
+        return [x.astype(jnp.bfloat16) for x in gradients]
+
+    for rounded_at_the_end, given in zip(found(jnp.float32), found(jnp.bfloat16), strict=True):
+        np.testing.assert_array_equal(rounded_at_the_end, given)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_cost_counts_every_exponential(count):
+    """Of logits, half of them hidden; of values, once for each pair of blocks; and of outputs."""
+    options = common.Options(
+        laser=True, causal=True, scale=1.0, soft_cap=0.0, block=16, tile=16, backward_tile=16
+    )
+    shape = (2, 3, 16 * count, D)
+    heads, of_block, met = 2 * 3, 16 * D, {1: 1, 2: 3}[count]
+    logits = heads * (16 * count) ** 2 // 2
+    costs = [kernel.cost(shape, D, options, [], []) for kernel in (forward, backward)]
+    ends = heads * count * of_block  # log(y) of outputs; exp(V) that dV is multiplied with
+    of_pairs = heads * met * of_block
+    expected = [logits + of_pairs + ends, logits + 3 * of_pairs + ends]
+    assert [cost.transcendentals for cost in costs] == expected
+
+
+@pytest.mark.parametrize(
+    "tiles", [(1024, 256, 128), (1024, 512, 256)], ids=lambda tiles: "-".join(map(str, tiles))
+)
+@pytest.mark.slow
+def test_the_tables_own_tiles(tiles):
+    sizes = blocks.BlockSizes(*tiles)
+    assert tiles[1:] in [row[2:] for row in blocks.TILES]
+    tried = dataclasses.replace(
+        PALLAS, call=functools.partial(PALLAS.call.func, sizes), length=1024
+    )
+    inputs = tried.inputs()
+    actual, _ = tried.run(inputs, kind="laser")
+    assert_close(actual, oracle(inputs, kind="laser"), 3e-6)
+
+
+SHARDINGS = {
+    "whole": (P(), P(), P()),
+    "rows": (P("data"), P("data"), P("data")),
+    "heads": (P("data", None, "tensor"),) * 3,
+    "mixed": (P(None, "data", "tensor"), P(("data", "tensor")), P(None, None, None, "tensor")),
+}
+
+
+@pytest.mark.parametrize("specs", SHARDINGS.values(), ids=SHARDINGS)
+@pytest.mark.parametrize("types", ["explicit", "mixed"])
+def test_arrays_of_any_sharding_under_an_explicit_mesh(specs, types):
+    """The output is sharded as the query is, and each gradient as its array."""
+    axis_type = jax.sharding.AxisType
+    second = axis_type.Explicit if types == "explicit" else axis_type.Auto
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis_type.Explicit, second))
+    if types == "mixed":
+        specs = [P(*("data" if name == "data" else None for name in spec)) for spec in specs]
+
+    def check(query, key, value, segment_ids):
+        call = functools.partial(PALLAS_ONE_TILE.call, kind="laser", segment_ids=segment_ids)
+        out, vjp = jax.vjp(lambda *x: call(*x)[0], query, key, value)
+        given, found = (
+            [jax.typeof(x).sharding.spec for x in arrays]
+            for arrays in ((query, query, key, value), (out, *vjp(out)))
+        )
+        assert found == [P(*given[0][:3], None), *given[1:]]
+
+    shape = (4, 40, 4, D)
+    with jax.set_mesh(mesh):
+        arrays = [
+            jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+            for spec in specs
+        ]
+        segments = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=jax.NamedSharding(mesh, P()))
+        for segment_ids in (None, segments):
+            jax.eval_shape(check, *arrays, segment_ids)
+
+
+@pytest.mark.parametrize("name", ["whole", "heads"])
+@pytest.mark.slow
+def test_values_and_gradients_under_an_explicit_mesh(name):
+    inputs = [np.concatenate([x, x]) for x in PALLAS_ONE_TILE.inputs(length=40)]
+    arrays = [jnp.float32(x) for x in inputs[:3]]
+
+    def found(query, key, value):
+        out, vjp = jax.vjp(lambda *x: PALLAS_ONE_TILE.call(*x, kind="laser")[0], query, key, value)
+        return out, *vjp(jnp.sin(out))
+
+    alone = jax.jit(found)(*arrays)
+    axes = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=axes)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, jax.NamedSharding(mesh, spec))
+            for x, spec in zip(arrays, SHARDINGS[name], strict=True)
+        ]
+        spread = jax.jit(found)(*placed)
+    for a, b in zip(alone, spread, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [
@@ -211,8 +375,10 @@ def test_a_mesh_that_does_not_divide_the_heads_is_named():
         jax.eval_shape(lambda x: attention(x, x, x, implementation="pallas"), x)
 
 
-def described_mesh(platform):
-    device = jax.sharding.AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+def described_mesh(platform, kind=None):
+    device = jax.sharding.AbstractDevice(
+        device_kind=kind or platform, num_cores=None, platform=platform
+    )
     types = (jax.sharding.AxisType.Auto,)
     return jax.sharding.AbstractMesh((1,), ("data",), types, abstract_device=device)
 
@@ -239,6 +405,47 @@ def test_auto_takes_what_serves_the_devices_of_the_mesh(platform, kind, size, dt
         assert interface._choose(x, x, x, kind, options | {"shared_segment": 0})[0] == "chunked"
         wider = jax.ShapeDtypeStruct(x.shape, jnp.float64)
         assert interface._choose(x, wider, x, kind, options)[0] == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "length", "size", "chosen"),
+    [
+        ("TPU v5 lite", 8192, 720, ("pallas", "")),
+        ("TPU v4", 1024, 128, ("pallas", "")),
+        ("TPU v3", 1024, 256, ("pallas", "")),
+        ("TPU v4", 8192, 720, ("chunked", "the limit is 16")),
+        ("TPU v2", 2**15, 64, ("chunked", "the limit is 16")),
+    ],
+)
+def test_the_chips_memory_decides(device_kind, length, size, chosen):
+    x = jax.ShapeDtypeStruct((1, length, 2, size), jnp.bfloat16)
+    options = {"segment_ids": None, "logits_soft_cap": None}
+    with jax.sharding.use_abstract_mesh(described_mesh("tpu", device_kind)):
+        found, why = interface._choose(x, x, x, "laser", options)
+        call = functools.partial(attention, kind="laser", implementation=found)
+        jaxpr = str(jax.make_jaxpr(call)(x, x, x)) if found == "pallas" else ""
+    assert found == chosen[0]
+    assert chosen[1] in why
+    limit = 16 if device_kind in blocks.OLDER_VMEM_BYTES else 64
+    used = {int(number) for number in re.findall(r"vmem_limit_bytes=(\d+)", jaxpr)}
+    assert (found == "pallas") == bool(used)
+    assert max(used, default=0) <= limit * blocks.MEBI
+
+
+def test_the_tables_memory_is_the_estimate():
+    first, second = re.findall(r"(?:^\| \d+ \|.*\n)+", blocks.__doc__, re.MULTILINE)
+    for row in first.splitlines():
+        size, tiles, memory, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        sizes = blocks.BlockSizes(1024, *map(int, tiles.split(",")))
+        assert sizes == blocks.block_sizes(1024, int(size), int(size), 2)
+        needed = blocks.vmem_estimate(1024, int(size), int(size), sizes, 2)
+        assert memory == f"{needed / blocks.MEBI:.0f}", row
+    for row in second.splitlines():
+        size, block, memory = map(int, row.split("|")[1:4])
+        sizes = blocks.block_sizes(8192, size, size, 2)
+        assert (sizes.block, sizes.tile) == (block, 512)
+        needed = blocks.vmem_estimate(8192, size, size, sizes, 2)
+        assert memory == round(needed / blocks.MEBI), row
 
 
 @pytest.mark.parametrize("length", [1, 128, 129, 1000, 1024, 1025, 1536, 8192])

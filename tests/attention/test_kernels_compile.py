@@ -91,6 +91,38 @@ def test_grouped_heads_take_no_more_bundles_than_repeated_ones():
         assert 0 < grouped <= repeated
 
 
+# Prints the names of LASER's kernels on a chip of 16 MiB, by the default implementation.
+OLDER_CHIP = """
+import re
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from laser.attention import attention
+topology = topologies.get_topology_desc(
+    platform="tpu", topology_name="v4:2x2x1", chip_config_name="megacore"
+)
+mesh = jax.sharding.Mesh(topology.devices[:1], ("data",))
+with jax.set_mesh(mesh):
+    sharding = jax.NamedSharding(mesh, jax.P())
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16, sharding=sharding)
+    def run(q, k, v):
+        out, vjp = jax.vjp(lambda *x: attention(*x, kind="laser"), q, k, v)
+        return out, *vjp(out)
+    text = jax.jit(run).lower(x, x, x).compile().as_text()
+print(*sorted(set(re.findall("laser_(?:forward|backward)(?![_a-z])", text))))
+"""
+
+
+def test_compiles_for_a_chip_of_little_memory():
+    result = subprocess.run(
+        [sys.executable, "-c", OLDER_CHIP], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={
+            **os.environ, **NO_DEVICE, **QUICK_FOR_TPU, "XLA_FLAGS": "",
+            "JAX_ENABLE_COMPILATION_CACHE": "0",
+        },
+    )  # fmt: skip
+    assert result.stdout.split() == ["laser_backward", "laser_forward"], result.stderr[-3000:]
+
+
 def program(chip, heads, size, length, kind="laser", **options):
     return {
         "chip": chip, "heads": heads, "size": size, "length": length, "kind": kind, **options,

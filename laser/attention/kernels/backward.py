@@ -1,10 +1,11 @@
-"""The backward kernel: one pass over the blocks, five matrix products a tile, no second exp(V).
+"""The backward kernel: one pass over the blocks, five matrix products a tile.
 
 With w = P · exp(V - out), LASER's gradients are dV = Σ dO · w and dlogits = Σ_d dO · w - P Σ_d dO.
 No reference appears in them. G = dO · exp(-out) stands for dO, and E = exp(V) for V; all else is as
 in standard attention. Where these are too large or too small, `raw`, one power of two per feature
 and head serves all blocks, that of the largest value of the whole sequence: E = exp(V) / 2^c, and
-G = dO / y, where y is relative to it too.
+G = dO / y, where y is relative to it too. Each pair of blocks forms G and E anew: exponentials, but
+no transfers.
 
 What bfloat16 rounds must not hide the small differences that gradients are made of:
 
@@ -429,9 +430,11 @@ def cost(q_shape, d_v: int, options: Options, operands, results) -> pl.CostEstim
     """Work of the backward kernel for XLA's scheduler."""
     batch, heads, length, d_qk = q_shape
     pairs = common.pairs_of_positions(q_shape, options)
-    values = batch * heads * length * d_v
+    # exp(out), exp(-out) and exp(V) of each pair of blocks, and exp(V) for the sums of dV.
+    values = 3 * common.pairs_of_blocks(q_shape, options) * options.block * d_v
+    values += batch * heads * length * d_v
     return pl.CostEstimate(
         flops=2 * pairs * (3 * d_qk + 2 * d_v),
-        transcendentals=pairs + (3 * values if options.laser else 0),
+        transcendentals=pairs + (values if options.laser else 0),
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*operands, *results]),
     )

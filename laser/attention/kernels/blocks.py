@@ -9,16 +9,16 @@ memory:
 | 128 | 256, 256 | 13 | 9,922 | 10,188 | 10,270 | 10,373 |
 | 256 | 256, 256 | 20 | 17,381 | 17,592 | 17,609 | 17,757 |
 | 512 | 256, 128 | 36 | 31,097 | 32,431 | 31,347 | 32,631 |
-| 720 | 256, 128 | 51 | 45,583 | 47,753 | 45,947 | 48,202 |
+| 720 | 256, 128 | 52 | 45,583 | 47,753 | 45,947 | 48,202 |
 
-LASER at N = 8192 on v5e, in thousands, forward / backward, by rows of a tile:
+LASER at N = 8192 on v5e, in thousands, forward / backward, by rows of a tile (MiB with 512):
 
 | head size | block | MiB | 128 | 256 | 512 |
 |---|---|---|---|---|---|
 | 128 | 1024 | 22 | 287 / 492 | 269 / 387 | 235 / 392 |
 | 256 | 1024 | 33 | 429 / 827 | 384 / 711 | 369 / 736 |
 | 512 | 1024 | 56 | 701 / 1440 | 652 / 1332 | 623 / 1415 |
-| 720 | 512 | 54 | 1265 / 2879 | 1116 / 2819 | 1068 / 2903 |
+| 720 | 512 | 55 | 1265 / 2879 | 1116 / 2819 | 1068 / 2903 |
 
 A group of 4 heads of queries to one of keys takes 10,172 (LASER at size 128, N = 1024, v5e; 10,445
 in the same program with repeated keys), of size 256 17,938 (17,957), and a causal window of 256 at
@@ -33,8 +33,9 @@ import dataclasses
 import math
 
 MEBI = 2**20
-VMEM_BYTES = {"v5e": 128 * MEBI, "v5p": 64 * MEBI, "v6e": 128 * MEBI}
-SMALLEST_VMEM_BYTES = min(VMEM_BYTES.values())
+# On-chip memory of a core, as jax says (pallas/mosaic/tpu_info.py), of the chips before v5.
+OLDER_VMEM_BYTES = dict.fromkeys(("TPU v2", "TPU v3", "TPU v4 lite", "TPU v4"), 16 * MEBI)
+SMALLEST_VMEM_BYTES = 64 * MEBI  # of all others, which one table serves
 LANES = 128  # sizes are padded to it on the chip
 LARGEST_SIZE = 768
 SAMPLED_ROWS = 16  # of each step, in the backward kernel: the smallest tile of bfloat16
@@ -71,12 +72,23 @@ def padded_length(length: int, sizes: BlockSizes) -> int:
     return -(-length // sizes.block) * sizes.block
 
 
+def vmem_limit(device_kind: str) -> int:
+    """Bytes of on-chip memory that a kernel may use on a device of this kind, as jax names it."""
+    return OLDER_VMEM_BYTES.get(device_kind, SMALLEST_VMEM_BYTES)
+
+
 def block_sizes(
-    length: int, d_qk: int, d_v: int, itemsize: int, grouped: bool = False
+    length: int,
+    d_qk: int,
+    d_v: int,
+    itemsize: int,
+    grouped: bool = False,
+    limit: int = SMALLEST_VMEM_BYTES,
 ) -> BlockSizes:
     """The tiles of the table, in the block that pads the sequence least, the largest of them.
 
-    Blocks below 512 are for short sequences, and for when no other fits the on-chip memory.
+    Blocks below 512 are for short sequences, and for when no other fits the on-chip memory, of
+    which there are `limit` bytes. Where none does it is the smallest.
     """
     size = max(d_qk, d_v)
     tiles = next(row[2:] for row in TILES if length <= row[0] and size <= row[1])
@@ -89,7 +101,7 @@ def block_sizes(
     fitting = [
         sizes
         for sizes in candidates
-        if vmem_estimate(length, d_qk, d_v, sizes, itemsize, grouped) <= SMALLEST_VMEM_BYTES
+        if vmem_estimate(length, d_qk, d_v, sizes, itemsize, grouped) <= limit
     ]
     large = [sizes for sizes in fitting if sizes.block >= 512]
     if not large:

@@ -264,6 +264,16 @@ def pairs_of_positions(q_shape, options: Options) -> int:
     return batch * heads * length * length // (2 if options.causal else 1)
 
 
+def pairs_of_blocks(q_shape, options: Options) -> int:
+    """Of queries and keys that meet, of all heads; in a window at most so many."""
+    batch, heads, length, _ = q_shape
+    blocks = length // options.block
+    met = blocks * options.steps(blocks)[0]
+    if options.causal and options.window is None:
+        met = blocks * (blocks + 1) // 2
+    return batch * heads * met
+
+
 def log2_exponential(v: Array, exact: bool) -> Array:
     """log2 exp(v), float32; with `exact` bounded, and no compiler joins the product to others."""
     log2, limit = v.astype(jnp.float32) * LOG2_E, LARGEST_EXPONENTIATED * LOG2_E

@@ -8,6 +8,8 @@ could overflow.
 Shapes: B batch, H heads, N padded length, D size, M rows of a block.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -68,11 +70,7 @@ def _put(x_BHND: Array, rows: Array, at, options: Options) -> Array:
 
 def _keys(x_BKND: Array, at, q: Array) -> Array:
     """(N, D) keys or values of the head of queries at (batch, head, block)."""
-    return x_BKND[_head_of_keys(x_BKND, at, q)]
-
-
-def _head_of_keys(x_BKND: Array, at, q: Array) -> tuple[Array, Array]:
-    return at[0], head_of_keys(q, x_BKND)(at[1])
+    return x_BKND[at[0], head_of_keys(q, x_BKND)(at[1])]
 
 
 def _head_segments(segment_ids: Array | None, at) -> Array | None:
@@ -105,6 +103,9 @@ def repair(out, q, k, v, segment_ids, failed, options: Options) -> Array:
 def add_gradients(gradients, y, d_out, q, k, v, segment_ids, options: Options):
     """Adds what the backward kernel left out: the gradients through outputs without a certificate.
 
+    Those of keys and values, to which many blocks add, are summed in float32 and rounded once, one
+    head after the other, for the sake of memory.
+
     Args:
       gradients: of q, k and v, in their dtypes.
       y: (B, H, N, D_v) float32, the kernel's residual; an output was left out where it is small.
@@ -112,25 +113,35 @@ def add_gradients(gradients, y, d_out, q, k, v, segment_ids, options: Options):
       q, k, v, segment_ids: operands of the forward kernel.
     """
     batch, heads, length, size = y.shape
+    kv_heads, blocks = k.shape[1], length // options.block
+    group = heads // kv_heads
     small = ~(y >= SMALLEST_CERTIFIED)
-    blocks = length // options.block
-    failed = small.reshape(batch, heads, blocks, options.block * size).any(-1)
+    failed = small.reshape(batch, kv_heads, group, blocks, options.block * size).any(-1)
 
-    def body(state):
+    def add_head(state):  # of keys, and all blocks of the queries that meet it
         (dq, dk, dv), flags = state
-        at, flags = next_flag(flags)
-        head = _head_of_keys(k, at, q)
-        uncertified = ~(_block(y, at, options) >= SMALLEST_CERTIFIED)
-        d_rows = jnp.where(uncertified, _block(d_out, at, options).astype(jnp.float32), 0.0)
+        head, flags = next_flag(flags)
+        k_ND, v_ND = k[head].astype(jnp.float32), v[head].astype(jnp.float32)
 
-        def rows(q_MD, k_ND, v_ND):
-            return _rows(q_MD, k_ND, v_ND, at[2], _head_segments(segment_ids, at), options)
+        def rows(q_MD, k_ND, v_ND, block):
+            return _rows(q_MD, k_ND, v_ND, block, _head_segments(segment_ids, head), options)
 
-        q_MD = _block(q, at, options).astype(jnp.float32)
-        wide = (q_MD, k[head].astype(jnp.float32), v[head].astype(jnp.float32))
-        dq_MD, dk_ND, dv_ND = jax.vjp(rows, *wide)[1](d_rows)
-        dq = _put(dq, _block(dq, at, options) + dq_MD, at, options)
-        dk = dk.at[head].set((dk[head] + dk_ND).astype(dk.dtype))
-        return (dq, dk, dv.at[head].set((dv[head] + dv_ND).astype(dv.dtype))), flags
+        def add_block(state):
+            dq, dk_ND, dv_ND, flags = state
+            (member, block), flags = next_flag(flags)
+            at = (head[0], head[1] * group + member, block)
+            uncertified = ~(_block(y, at, options) >= SMALLEST_CERTIFIED)
+            d_rows = jnp.where(uncertified, _block(d_out, at, options).astype(jnp.float32), 0.0)
+            q_MD = _block(q, at, options).astype(jnp.float32)
+            pullback = jax.vjp(functools.partial(rows, block=block), q_MD, k_ND, v_ND)[1]
+            dq_MD, more_k_ND, more_v_ND = pullback(d_rows)
+            dq = _put(dq, _block(dq, at, options) + dq_MD, at, options)
+            return dq, dk_ND + more_k_ND, dv_ND + more_v_ND, flags
 
-    return lax.while_loop(lambda state: state[1].any(), body, (tuple(gradients), failed))[0]
+        start = (dq, dk[head].astype(jnp.float32), dv[head].astype(jnp.float32), failed[head])
+        dq, dk_ND, dv_ND, _ = lax.while_loop(lambda state: state[-1].any(), add_block, start)
+        dk, dv = dk.at[head].set(dk_ND.astype(dk.dtype)), dv.at[head].set(dv_ND.astype(dv.dtype))
+        return (dq, dk, dv), flags
+
+    start = (tuple(gradients), failed.any((2, 3)))
+    return lax.while_loop(lambda state: state[1].any(), add_head, start)[0]

@@ -4,8 +4,12 @@ A grid step holds one block of queries and one of keys of one head, and works th
 exp(V) is formed here, in VMEM. Where float32 holds its sums, which the statistics tell, they are
 taken as they are. Else the caller asks for the wide form: relative to a power of two per feature,
 that of the largest value in the key tiles that a query tile meets. What lies too far below it is
-marked with -inf for the exact path (exact.py). Neither form, nor which one it is, lets a later
-token change the outputs of an earlier tile: multiplying by a power of two rounds nothing.
+marked with -inf for the exact path (exact.py). In neither form does a later token change the
+outputs of an earlier tile: multiplying by a power of two rounds nothing. Which form it is, a token
+anywhere in the row of the batch decides. Both have the same bits where the reference is 1, of
+values up to 22 nats, and an output not below -40. Otherwise log2 exp(V) is rounded less the power,
+or the exact path computes what the narrow form still certifies: in float32 that is a matter of
+1e-5 nats, and of 2^-8 in bfloat16, whose rounding of exp(V) and of weights the exact path has not.
 
 In bfloat16, exp(V) near 1 would lose what distinguishes one key from another. There exp(V) - 1 is
 what is rounded and weighted (`common.anchor`), once for each tile of keys, and the weight of those
@@ -462,9 +466,11 @@ def cost(q_shape, d_v: int, options: Options, operands, results) -> pl.CostEstim
     """Work of the forward kernel for XLA's scheduler."""
     batch, heads, length, d_qk = q_shape
     pairs = common.pairs_of_positions(q_shape, options)
-    values = batch * heads * length * d_v
+    outputs = batch * heads * length * d_v
+    # Each block of queries forms exp(V) of the keys that it meets.
+    values = common.pairs_of_blocks(q_shape, options) * options.block * d_v
     return pl.CostEstimate(
         flops=2 * pairs * (d_qk + d_v),
-        transcendentals=pairs + (2 * values if options.laser else 0),
+        transcendentals=pairs + (values + outputs if options.laser else 0),
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*operands, *results]),
     )

@@ -13,7 +13,7 @@ Shapes: B batch, T length, N padded length, H heads of queries, K of keys and va
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,13 @@ from laser.attention.kernels.backward import backward
 from laser.attention.kernels.blocks import BlockSizes
 from laser.attention.kernels.common import STATISTICS, Options
 from laser.attention.kernels.forward import forward
+from laser.attention.products import device_of_program
 
 Array = jax.Array
 
 OUTPUT_NAME = "attention_output"  # for policies of jax.checkpoint: saves the forward kernel
 HEAD_AXES = ("tensor",)  # mesh axes that split heads; all others split the batch
-NO_SEGMENT = np.iinfo(np.int32).min  # of the padding
+NO_SEGMENT = np.iinfo(np.int32).min  # of the padding; callers may not use it
 
 # The output serves as the residual up to this size: 2^-9 (bfloat16) or 2^-24 (float32) of it is the
 # relative error of exp(-out), at most 1.6 % and 1e-6. With LARGEST_RISE it also leaves room for dO,
@@ -59,15 +60,13 @@ def check(query: Array, key: Array, value: Array) -> None:
             f"implementation='pallas' serves head sizes up to {blocks.LARGEST_SIZE}; got {d_qk} "
             f"and {d_v}; use 'chunked'"
         )
-    itemsize = query.dtype.itemsize
-    grouped = query.shape[2] > value.shape[2]
-    sizes = blocks.block_sizes(length, d_qk, d_v, itemsize, grouped)
-    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, itemsize, grouped)
-    if needed > blocks.SMALLEST_VMEM_BYTES:
+    limit = _vmem_limit()
+    needed = blocks.vmem_estimate(**_shapes(query, value), sizes=_block_sizes(query, value))
+    if needed > limit:
         raise ValueError(
             f"implementation='pallas' needs {needed / blocks.MEBI:.0f} MiB of on-chip memory at "
             f"length {length} and head sizes {d_qk} and {d_v}; the limit is "
-            f"{blocks.SMALLEST_VMEM_BYTES // blocks.MEBI}; use 'chunked'"
+            f"{limit // blocks.MEBI}; use 'chunked'"
         )
     for what, size, names in zip(("batch", "heads"), value.shape[::2], _mesh_axes(), strict=True):
         devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
@@ -76,6 +75,25 @@ def check(query: Array, key: Array, value: Array) -> None:
                 f"implementation='pallas': mesh axes {names} split {size} {what} over {devices} "
                 "devices, which do not divide it; use 'chunked'"
             )
+
+
+def _shapes(query: Array, value: Array) -> dict[str, Any]:
+    """What block sizes and the memory for them depend on, under the names that blocks.py has."""
+    return {
+        "length": query.shape[1],
+        "d_qk": query.shape[-1],
+        "d_v": value.shape[-1],
+        "itemsize": query.dtype.itemsize,
+        "grouped": query.shape[2] > value.shape[2],
+    }
+
+
+def _vmem_limit() -> int:
+    return blocks.vmem_limit(device_of_program().device_kind)
+
+
+def _block_sizes(query: Array, value: Array) -> BlockSizes:
+    return blocks.block_sizes(**_shapes(query, value), limit=_vmem_limit())
 
 
 def attention(
@@ -95,6 +113,8 @@ def attention(
     """The interface's contract; see `laser.attention.attention`.
 
     Under a mesh (jax.set_mesh) each device computes its own heads of its own rows of the batch.
+    Along Explicit axes the arrays may be sharded in any way, and the output is sharded as the query
+    is, but for its last dim, which is whole.
 
     Args:
       sizes: block sizes in place of those of the table, for tests and searches.
@@ -102,19 +122,17 @@ def attention(
 
     Returns:
       (B, T, H, D_v) in the dtype of `value`, and the float32 scalar range as of
-      `chunked.attention`; a range too large for a float32 exponent is given as 87 nats.
+      `chunked.attention`. A range too large for a float32 exponent is given as 87 nats, and so it
+      is wherever the exact path ran.
 
     Raises:
       ValueError: see `check`.
     """
-    length, d_qk, d_v = query.shape[1], query.shape[-1], value.shape[-1]
-    grouped = query.shape[2] > value.shape[2]
     if sizes is None:
         check(query, key, value)
-        sizes = blocks.block_sizes(length, d_qk, d_v, query.dtype.itemsize, grouped)
+        sizes = _block_sizes(query, value)
         if window is not None:
             sizes = blocks.in_window(sizes, window)
-    needed = blocks.vmem_estimate(length, d_qk, d_v, sizes, query.dtype.itemsize, grouped)
     options = Options(
         laser=kind == "laser",
         causal=causal,
@@ -124,10 +142,10 @@ def attention(
         tile=sizes.tile,
         backward_tile=sizes.backward_tile,
         window=window,
-        vmem_bytes=needed,
+        vmem_bytes=blocks.vmem_estimate(**_shapes(query, value), sizes=sizes),
         interpret=interpret,
     )
-    if segment_ids is None and not causal and length % sizes.block:
+    if segment_ids is None and not causal and query.shape[1] % sizes.block:
         segment_ids = jnp.zeros(query.shape[:2], jnp.int32)  # tells keys from padding
     run = _sharded(functools.partial(_padded, options=options), segment_ids is None)
     out, range_BH = run(query, key, value, segment_ids)
@@ -149,12 +167,29 @@ def _sharded(run, without_segments: bool):
     if batch is None and heads is None:
         return run
     arrays = PartitionSpec(batch, None, heads, None)
-    return jax.shard_map(
+    spread = jax.shard_map(
         run,
         in_specs=(arrays,) * 3 + (None if without_segments else PartitionSpec(batch, None),),
         out_specs=(arrays, PartitionSpec(batch, heads)),
         check_vma=False,  # kernels do not say over which axes their results vary
     )
+    return _resharded(spread) if jax.sharding.get_abstract_mesh().explicit_axes else spread
+
+
+def _resharded(spread):
+    """`spread` of arrays of any sharding: along Explicit axes jax moves nothing by itself."""
+    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+    batch, heads = (tuple(x for x in names if x in explicit) or None for names in _mesh_axes())
+
+    def run(query, key, value, segment_ids):
+        given = jax.typeof(query).sharding.spec
+        arrays = (jax.reshard(x, PartitionSpec(batch, None, heads)) for x in (query, key, value))
+        if segment_ids is not None:
+            segment_ids = jax.reshard(segment_ids, PartitionSpec(batch))
+        out, range_BH = spread(*arrays, segment_ids)
+        return jax.reshard(out, PartitionSpec(*given[:3])), range_BH
+
+    return run
 
 
 def _padded(query, key, value, segment_ids, *, options: Options):
@@ -242,7 +277,10 @@ def _certified(statistics: Array) -> Array:
 
 
 def _range(statistics: Array) -> Array:
-    """(B, H) float32, nats from the reference of the wide form down to the smallest output."""
+    """(B, H) float32, nats from the reference of the wide form down to the smallest output.
+
+    What that form leaves to the exact path counts as -inf here.
+    """
     power = common.reference_power(_row(statistics, "largest_value"))
     range_nats = power * LN_2 - _row(statistics, "smallest_out")
     return jnp.clip(range_nats, 0, LARGEST_RANGE).max((2, 3))
