@@ -42,7 +42,8 @@ tones: .venv/.runtime  ## a Conformer that learns to spell made-up words of tone
 		--validation=tones:100@1 --vocab_size=12 --output=stores/tones
 	.venv/bin/python train.py --config=configs/tones.py:attention=laser --workdir=runs/tones
 
-tpu: .venv/.tpu  ## install what training on this TPU VM needs
+# More lists by WITH="wandb images".
+tpu: .venv/.tpu $(WITH:%=.venv/.%)  ## install what training on this TPU VM needs
 
 # One worker more than cores, as tests also wait. A worker has up to 4 GB in memory.
 WORKERS := $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
@@ -112,7 +113,8 @@ EXTRAS := bucket images plan speech wandb
 	@$(PIP_INSTALL) -r requirements-docs.txt | $(ONLY_NEWS)
 	@touch $@
 
-.venv/.tpu: requirements-tpu.txt requirements-bucket.txt .venv/.runtime
-	@echo "Installing requirements-tpu.txt into .venv"
-	@$(PIP_INSTALL) -r requirements-tpu.txt | $(ONLY_NEWS)
+.venv/.tpu: requirements-bucket.txt
+.venv/.%: requirements-%.txt .venv/.runtime
+	@echo "Installing $< into .venv"
+	@$(PIP_INSTALL) -r $< | $(ONLY_NEWS)
 	@touch $@

@@ -8,21 +8,22 @@ usage() {
 Runs train.py on a TPU slice of Google Cloud, or on several, until the run is done.
 
     scripts/launch_tpu.sh run --name=laser --zone=us-west4-a --type=v5litepod-256 --spot \
-        --bucket=my-bucket -- --config=configs/c4.py:size=2p2b,attention=laser,slice=v5e-256 \
-        --config.data.store=bucket/c4 --workdir=bucket/runs/laser
+        -- --config=configs/c4.py:size=2p2b,attention=laser,slice=v5e-256 \
+        --config.data.store=gs://my-bucket/stores/c4 --workdir=gs://my-bucket/runs/laser
 
 Commands
   run      all of the following but delete: creates, installs, starts, follows the log, and starts again
            after a preemption, on a new slice if the old one is gone. Called again it goes on following.
   create   asks for a queued resource and waits until it is there
-  install  copies the committed files of this repository to all workers, and installs
-           requirements-tpu.txt there
-  start    starts train.py on all workers, where it goes on without this terminal; what follows `--`
-           are its arguments, --config and --workdir at least
+  install  waits until all workers can be reached, copies the committed files of this repository there,
+           and installs requirements-tpu.txt
+  start    starts train.py on all workers, where it goes on without this terminal; what follows `--` are its
+           arguments, --config and --workdir at least. Refused where it runs
   follow   shows the log of a worker until train.py ends; leaves with its exit code
-  stop     sends SIGTERM to one worker: all workers save the same step and end with exit code 75
+  stop     sends SIGTERM to one worker: all workers save the same step and end with exit code 75, and so does
+           a `run` that follows them; `run` called again goes on
   status   prints the state of the queued resource
-  delete   deletes it with all that is on its disks
+  delete   deletes it with all that is on its disks; a `run` that goes on would ask for it again
 
 Options
   --name=NAME      of the queued resource and its slices
@@ -33,42 +34,81 @@ Options
   --project=ID     default: gcloud's own
   --slices=N       so many slices of that type, which train as one [1]
   --spot           cheaper, and may be taken away at any time
+  --create-flag=FLAG, --ssh-flag=FLAG   for `queued-resources create` and for `tpu-vm ssh` and `scp` of gcloud,
+                   such as --create-flag=--reserved, --ssh-flag=--internal-ip or --ssh-flag=--tunnel-through-iap,
+                   which takes `gcloud alpha`; any number of them
   --bucket=NAME    mounted by gcsfuse as the folder `bucket` of the repository, on all workers
-  --restarts=N     how often to start again after a failure that is no preemption [3]
+  --extras=A,B     installs requirements-A.txt and requirements-B.txt, too, such as wandb,images
+  --env=NAME=VALUE   in the environment of train.py; --env=NAME takes the value from the environment here, so
+                   that a secret stands in no history of commands; any number of them
+  --restarts=N     how often to start again after a failure that is no preemption [3]; counted anew once
+                   train.py has run for an hour
   --slice=I --worker=N    whose log to follow [0 and 0, which speaks for all; the others tell of errors]
-  --delete         delete the queued resource when the run has ended, also where it failed
+  --delete         delete the queued resource when the run has ended, also where it failed or was stopped
   --dry-run        print the commands and run none
 
-All workers must see one workdir and one store: put both in a bucket in the region of the TPUs, and name
-them by gs:// addresses (docs/buckets.md). Or have it mounted by --bucket; then give it a hierarchical
-namespace, where renaming a folder is one operation.
+All workers must see one workdir and one store: put both in a bucket in the region of the TPUs, and name them by
+gs:// addresses (docs/buckets.md). Or have it mounted by --bucket, and name folders in `bucket/`; then give it a
+hierarchical namespace, where renaming a folder is one operation.
 
-`run` and `start` check the config first, as train.py does, and `run` that it fits the slices; where
-docs/plans.md has a plan of it, they say whether it fits in memory. That needs `.venv` here, as any command of make makes it.
+`run` and `start` check the config first, as train.py does, that it fits the slices, and that workers see workdir
+and store; where docs/plans.md has a plan of it, they say whether it fits in memory. That needs --type, and `.venv`
+here, as any command of make makes it.
 
-Exit codes: 0 done; 2 mistake in the arguments or in the config; 3 diverged; 1 anything else. `follow` alone leaves
-with the code of train.py.
+When train.py has failed, `run` leaves the last lines of all workers' logs here, in files NAME-TIME.log.
+
+Exit codes: 0 done; 2 mistake in the arguments or in the config; 3 diverged; 75 saved after `stop`; 1 anything else.
+`follow` alone leaves with the code of train.py.
 END
 }
 
 # What train.py would say of its arguments, and whether they fit the slices, before there are any.
 check_config() {
-  local root python said
-  root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
+  local python said
   python=${LAUNCH_TPU_PYTHON:-$root/.venv/bin/python}
   [[ $type && -x $(command -v "$python") ]] || { say "the config was not checked here"; return; }
-  if ! said=$(cd "$root" && "$python" scripts/check_launch.py "$type" "$slices" "${train[@]}" 2>&1); then
+  said=$(cd "$root" && "$python" scripts/check_launch.py "$type" "$slices" "$bucket" "$extras" "${train[@]}" 2>&1) ||
     fail "${said##*error: }"
-  fi
-  [[ ! $said ]] || say "$said"
+  [[ ! $said ]] || say "${said##*$'\n'}"
+}
+
+# gcloud copies nothing to several workers while an agent holds keys without its own, which it says only then.
+check_agent() {
+  local key=~/.ssh/google_compute_engine held print
+  [[ ! $dry && -f $key ]] && held=$(ssh-add -l 2>/dev/null) && print=$(ssh-keygen -lf "$key" 2>/dev/null) || return 0
+  print=${print#* }  # behind the length
+  [[ $held == *"${print%% *}"* ]] || fail "ssh-agent holds other keys, but not gcloud's: type 'ssh-add $key'"
 }
 
 fail() { echo "launch_tpu.sh: error: $*" >&2; exit 2; }
 say() { echo "launch_tpu.sh: $*" >&2; }
 
+# Its arguments as a shell reads them, in quotes where they need any.
+quoted() {
+  local argument space=""
+  for argument in "$@"; do
+    [[ $argument =~ ^[-A-Za-z0-9_./:=,@%+]+$ ]] || argument="'${argument//$MARK/$QUOTE}'"
+    printf '%s%s' "$space" "$argument"
+    space=" "
+  done
+}
+
+# set_variable NAME=VALUE, or NAME alone: for train.py.
+set_variable() {
+  local variable=${1%%=*} value=${1#*=}
+  [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "--env=$variable: no name of a variable"
+  if [[ $1 != *=* ]]; then value=$(printenv "$variable") || fail "--env=$variable: is not set here"; fi
+  environment+="export $(quoted "$variable=$value")"$'\n'
+}
+
 WORKER="laser/scripts/tpu_worker.sh"  # of the copy on every worker
 MARK="'" QUOTE="'\\''"  # a quote, and how it is written inside of quotes
 WAIT=${LAUNCH_TPU_WAIT:-30}  # seconds between two looks at the state
+PATIENCE=${LAUNCH_TPU_PATIENCE:-3600}  # seconds for which workers of a slice that is there may be out of reach
+# Seconds of train.py after which failures are counted anew: above training.step_timeout_seconds and a start, so
+# that a run that hangs each time ends.
+LONG=${LAUNCH_TPU_LONG:-3600}
+root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 command=${1:-}
 case $command in
   -h | --help | "") usage; exit 0 ;;
@@ -76,26 +116,25 @@ case $command in
   *) fail "unknown command '$command'; see --help" ;;
 esac
 
-name="" zone="" type="" version="" project="" bucket="" spot="" delete="" dry=""
-slices=1 slice=0 worker=0 restarts=3
+name="" zone="" type="" version="" project="" bucket="" extras="" spot="" delete="" dry=""
+slices=1 slice=0 worker=0 restarts=3 create_flags=() ssh_flags=() environment=""
 while (($#)); do
   case $1 in
-    --name=*) name=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --type=*) type=${1#*=} ;;
-    --version=*) version=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --slices=*) slices=${1#*=} ;;
-    --slice=*) slice=${1#*=} ;;
-    --worker=*) worker=${1#*=} ;;
-    --bucket=*) bucket=${1#*=} ;;
-    --restarts=*) restarts=${1#*=} ;;
+    --name=* | --zone=* | --type=* | --version=* | --project=* | --slices=* | --slice=* | --worker=* | --bucket=* | \
+      --extras=* | --restarts=*)
+      flag=${1%%=*}
+      printf -v "${flag#--}" %s "${1#*=}" ;;
+    --env=*) set_variable "${1#*=}" ;;
+    --create-flag=--[a-z]*) create_flags+=("${1#*=}") ;;
+    --ssh-flag=--[a-z]*) ssh_flags+=("${1#*=}") ;;
+    --create-flag=* | --ssh-flag=*) fail "$1: the flag must start with --, as in ${1%%=*}=--internal-ip" ;;
     --spot) spot=1 ;;
     --delete) delete=1 ;;
     --dry-run) dry=1 ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
-    --name | --zone | --type | --version | --project | --slices | --bucket | --restarts)
+    --name | --zone | --type | --version | --project | --slices | --bucket | --restarts | --extras | --env | \
+      --create-flag | --ssh-flag)
       fail "$1: write $1=VALUE" ;;
     *) fail "unknown option '$1'; options of train.py come after --" ;;
   esac
@@ -117,6 +156,10 @@ for flag in zone type version project bucket; do
   [[ ! ${!flag} || ${!flag} =~ ^[A-Za-z0-9][-A-Za-z0-9._:]*$ ]] ||
     fail "--$flag=${!flag}: letters, digits, '-', '_', '.' and ':' alone"
 done
+[[ $extras =~ ^([a-z]+(,[a-z]+)*)?$ ]] || fail "--extras=$extras: names with commas between, such as wandb,images"
+for extra in ${extras//,/ }; do
+  [[ -f $root/requirements-$extra.txt ]] || fail "--extras=$extras: there is no requirements-$extra.txt"
+done
 if [[ $command == run || $command == create ]]; then
   [[ $type ]] || fail "--type is missing, such as --type=v5litepod-256"
   type=${type/#v5e-/v5litepod-}  # its name in gcloud
@@ -132,7 +175,7 @@ if [[ $command == run || $command == create ]]; then
 fi
 if [[ $command == run || $command == start ]]; then
   for flag in config workdir; do
-    [[ " ${train[*]-}" =~ \ --?$flag[=\ ] ]] ||
+    [[ " ${train[*]-}" =~ \ --?${flag}[=\ ] ]] ||
       fail "--$flag is missing among the arguments of train.py, after --"
   done
   check_config
@@ -144,8 +187,12 @@ if [[ ($command == run || $command == create) && ! $project && ! $dry ]]; then
   [[ $(gcloud config get-value project 2>/dev/null) ]] ||
     fail "gcloud has no project: give --project=ID, or 'gcloud config set project ID' once"
 fi
+[[ $command != run && $command != install ]] || check_agent
 where=(--zone="$zone")
 [[ ! $project ]] || where+=(--project="$project")
+access=("${where[@]}" ${ssh_flags[@]+"${ssh_flags[@]}"})
+tpu_vm=(gcloud compute tpus tpu-vm)
+[[ " ${access[*]} " != *" --tunnel-through-iap "* ]] || tpu_vm=(gcloud alpha compute tpus tpu-vm)  # there alone
 nodes=("$name")
 if ((slices > 1)); then
   nodes=()
@@ -157,20 +204,38 @@ run() {
   if [[ $dry ]]; then quoted "$@"; echo; else "$@"; fi
 }
 
-# Its arguments as a shell reads them, in quotes where they need any.
-quoted() {
-  local argument space=""
-  for argument in "$@"; do
-    [[ $argument =~ ^[-A-Za-z0-9_./:=,@%+]+$ ]] || argument="'${argument//$MARK/$QUOTE}'"
-    printf '%s%s' "$space" "$argument"
-    space=" "
-  done
-}
-
 # remote NODE WORKER COMMAND: runs a line of shell in the home folder of a worker, or of all.
 remote() {
-  run gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" --worker="$2" --command="$3" \
-    -- -o ServerAliveInterval=15 -o ServerAliveCountMax=4
+  run "${tpu_vm[@]}" ssh "$1" "${access[@]}" --worker="$2" --command="$3" \
+    -- -o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=4
+}
+
+# copy NODE FILE: into the home folder of all workers.
+copy() { run "${tpu_vm[@]}" scp "${folder:+$folder/}$2" "$1:$2" "${access[@]}" --worker=all; }
+
+# on_all FUNCTION ARGUMENTS...: calls it for every slice, all at once. Fails where one fails.
+on_all() {
+  local node job jobs=() failed=0
+  for node in "${nodes[@]}"; do
+    if [[ $dry ]]; then "$1" "$node" "${@:2}"; else
+      "$1" "$node" "${@:2}" & jobs+=($!)
+    fi
+  done
+  for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job" || failed=1; done
+  return $failed
+}
+
+# patiently COMMAND...: until it succeeds; its output is in `answer`. Fails where slices are gone, or after PATIENCE.
+patiently() {
+  local deadline=$((SECONDS + PATIENCE)) told=""
+  if [[ $dry ]]; then "$@"; return; fi
+  until answer=$("$@" 2>&1 </dev/null); do
+    [[ $told ]] || say "waiting until workers can be reached: ${answer##*$'\n'}"
+    told=1
+    [[ $(state) == READY ]] || return 1
+    ((SECONDS < deadline)) || { say "they could not be reached for $PATIENCE seconds: $answer"; return 1; }
+    sleep "$WAIT"
+  done
 }
 
 describe=(gcloud compute tpus queued-resources describe "$name" "${where[@]}"
@@ -194,13 +259,9 @@ state() {
 create() {
   local request=(gcloud compute tpus queued-resources create "$name" "${where[@]}"
     --accelerator-type="$type" --runtime-version="$version")
-  if ((slices > 1)); then
-    request+=(--node-count="$slices" --node-prefix="$name")
-  else
-    request+=(--node-id="$name")
-  fi
+  if ((slices > 1)); then request+=(--node-count="$slices" --node-prefix="$name"); else request+=(--node-id="$name"); fi
   [[ ! $spot ]] || request+=(--spot)
-  run "${request[@]}"
+  run "${request[@]}" ${create_flags[@]+"${create_flags[@]}"}
 }
 
 delete_all() { run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet; }
@@ -226,35 +287,28 @@ ensure() {
 }
 
 install_all() {
-  local root folder archive=laser.tar.gz failed=0 jobs=() job node
-  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  if [[ ! $dry ]]; then
-    folder=$(mktemp -d)
-    archive=$folder/laser.tar.gz
-    [[ ! $(git -C "$root" status --porcelain -uno) ]] || say "changes that are not committed stay here"
-  fi
-  run git -C "$root" archive --format=tar.gz --output="$archive" HEAD || return 1
-  for node in "${nodes[@]}"; do
-    if [[ $dry ]]; then install_one "$node" "$archive"; else
-      install_one "$node" "$archive" & jobs+=($!)
-    fi
-  done
-  for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job" || failed=1; done
-  [[ $dry ]] || rm -r "$folder"
-  return $failed
+  local archive=${folder:+$folder/}laser.tar.gz
+  [[ $dry || ! $(git -C "$root" status --porcelain -uno) ]] || say "changes that are not committed stay here"
+  run git -C "$root" archive --format=tar.gz --output="$archive" HEAD && on_all install_one
 }
 
 install_one() {
-  local unpack="mkdir -p laser && tar xzf laser.tar.gz -C laser"
-  run gcloud compute tpus tpu-vm scp "$2" "$1:laser.tar.gz" "${where[@]}" --worker=all &&
-    remote "$1" all "$unpack && $WORKER install${bucket:+ $(quoted "$bucket")}"
+  local answer unpack="mkdir -p laser && tar xzf laser.tar.gz -C laser"
+  patiently remote "$1" all true && copy "$1" laser.tar.gz &&
+    remote "$1" all "$unpack && $WORKER install $(quoted "$bucket")${extras:+ ${extras//,/ }}"
 }
 
+# start_all COMMAND: `start`, or `restart`, which ends what still runs.
 start_all() {
-  local node
-  for node in "${nodes[@]}"; do
-    remote "$node" all "$WORKER start $(quoted "${train[@]}")" || return 1
-  done
+  [[ $dry || ! $environment ]] || (umask 077 && printf %s "$environment" >"$folder/laser.env") || return 1
+  on_all start_one "$1"
+}
+
+# The environment goes as a file: what stands in a command can be read in gcloud's logs and in lists of processes.
+start_one() {
+  local set=""
+  if [[ $environment ]]; then copy "$1" laser.env || return 1; set=". ./laser.env && rm laser.env && "; fi
+  remote "$1" all "$set$WORKER $2 $(quoted "${train[@]}")"
 }
 
 # Shows the log and leaves with the code of train.py; 255 where the connection ended first.
@@ -263,7 +317,7 @@ follow() {
   local line code=255
   while IFS= read -r line; do
     case $line in
-      "train.py: exit code unknown") ;;
+      "train.py: exit code unknown") code=1 ;;  # its shell was killed, too
       "train.py: exit code "+([0-9])) code=${line##* } ;;
       *) printf '%s\n' "$line" ;;
     esac
@@ -271,61 +325,101 @@ follow() {
   return "$code"
 }
 
-stop() { remote "${nodes[slice]}" "$worker" "$WORKER stop"; }
+stop() { remote "${nodes[0]}" 0 "$WORKER stop"; }
 
-running() { remote "${nodes[0]}" 0 "$WORKER running" </dev/null >/dev/null 2>&1; }
+# Prints what the first worker says of train.py: running, ended, stopped (by `stop`) or none. Else fails: an answer
+# that does not come says nothing.
+ask() {
+  local said line=$'\ntrain\\.py: (running|ended|stopped|none)\n'
+  local question="if [ -e $WORKER ]; then $WORKER state; else echo train.py: none; fi"
+  said=$(remote "${nodes[0]}" 0 "$question" 2>&1 </dev/null) &&
+    [[ $'\n'$said$'\n' =~ $line ]] || { echo "$said"; return 1; }
+  echo "${BASH_REMATCH[1]}"
+}
 
-# Of the run, as it should or not: returns the code, without the slice if --delete says so.
+# The end of all workers' logs, in files here: the next start replaces them, or they go with the slice.
+collect_logs() {
+  [[ $(state) != READY ]] || on_all collect_one "$(date +%Y%m%d-%H%M%S)"
+}
+
+collect_one() {
+  local file=$PWD/$1-$2.log
+  if remote "$1" all "$WORKER last" >"$file" 2>&1; then say "the last lines of all logs of $1: $file"; else
+    say "not all logs of $1 could be fetched: see $file"
+  fi
+}
+
+# ended CODE REASON: of the run, as it should or not. Returns the code, without the slice if --delete says so.
 ended() {
+  say "$2"
+  (($1 == 0)) || collect_logs
   [[ ! $delete ]] || delete_all
   return "$1"
 }
 
 run_until_done() {
-  local code started="" failures=0
-  if [[ $dry ]]; then create; install_all; start_all; follow; ended 0; return; fi
+  local made code=0 answer began="" accepted="" failures=0 stopped="stopped by 'launch_tpu.sh stop'; 'run' goes on with it"
+  if [[ $dry ]]; then create; install_all; start_all restart; follow; [[ ! $delete ]] || delete_all; return; fi
   while true; do
-    ensure; code=$?
-    ((code == 0 || code == 3)) || { say "no slice: see the message of gcloud above"; return 1; }
-    if ((code == 0)) && running; then
+    ensure; made=$?
+    ((made == 0 || made == 3)) || { say "no slice: see the message of gcloud above"; return 1; }
+    answer=none
+    if ((made == 0)) && ! patiently ask; then
+      [[ $(state) != READY ]] || { say "it may be training: nothing was changed"; return 1; }
+      continue
+    fi
+    if [[ $answer == stopped && $began ]]; then ended 75 "$stopped"; return; fi
+    if [[ $answer == running ]]; then
       say "train.py is running: following it"
-    else
-      say "${started:+starting again: }installing on ${#nodes[@]} slice(s)"
-      if install_all && start_all; then started=1; else
-        ((failures++ < restarts)) || { say "could not install or start"; ended 1; return; }
+    elif [[ $answer != ended || $code != 255 ]]; then  # else it ended unseen, and its log says how
+      [[ $answer == none || $began ]] || collect_logs
+      say "${began:+starting again: }installing on ${#nodes[@]} slice(s)"
+      if ! { install_all && start_all restart; }; then
+        if [[ $(state) == READY ]] && ((failures++ >= restarts)); then ended 1 "could not install or start"; return; fi
         sleep "$WAIT"
         continue
       fi
+      began=$SECONDS
     fi
+    began=${began:-$SECONDS}
     follow; code=$?
+    ((SECONDS - began <= LONG)) || failures=0
+    if ((code == 2)) && [[ ! $accepted ]]; then
+      ended 2 "train.py refused its arguments or config: see above"; return
+    fi
+    accepted=1  # from now on 2 is a store or a workdir that cannot be read, as for want of a network
     case $code in
-      0)
-        say "the run is done"
-        ended 0; return ;;
-      2) say "train.py refused its arguments or config: see above"; ended 2; return ;;
-      3) say "the run has diverged: see above"; ended 3; return ;;
-      75) say "saved on preemption" ;;
+      0) ended 0 "the run is done"; return ;;
+      3) ended 3 "the run has diverged: see above"; return ;;
       255) say "the connection or the slice is lost" ;;
+      75)
+        if [[ $(state) == READY && $(ask) == stopped ]]; then ended 75 "$stopped"; return; fi
+        say "saved on SIGTERM, as before a preemption"
+        collect_logs ;;
       *)
+        say "train.py left with exit code $code"
         sleep "$WAIT"  # a slice that is taken away without notice may show it late
         if [[ $(state) == READY ]]; then
           if ((failures++ >= restarts)); then
-            say "train.py failed $failures times, last with exit code $code"
-            ended 1; return
+            ended 1 "train.py failed $failures times, last with exit code $code"; return
           fi
-        fi
-        say "train.py left with exit code $code" ;;
+          collect_logs
+        fi ;;
     esac
-    started=1
     sleep "$WAIT"
   done
 }
 
+folder=""  # for what is copied to the workers
+if [[ ! $dry && $command =~ ^(run|install|start)$ ]]; then
+  folder=$(mktemp -d)
+  trap 'rm -r "$folder"' EXIT
+fi
 case $command in
   run) run_until_done ;;
   create) if [[ $dry ]]; then create; else ensure; code=$?; ((code == 0 || code == 3)); fi ;;
   install) install_all ;;
-  start) start_all ;;
+  start) start_all start ;;
   follow) follow ;;
   stop) stop ;;
   status) if [[ $dry ]]; then run "${describe[@]}"; else state; fi ;;

@@ -1,28 +1,37 @@
 #!/usr/bin/env bash
 # What scripts/launch_tpu.sh has every worker of a slice do, in the folder that it copied there.
 #
-#   install [BUCKET]     Python packages, and the bucket mounted as the folder `bucket`
-#   start ARGUMENTS...   train.py in the background, in a session of its own that outlives the caller
-#   running              whether it runs
-#   follow               its log from the beginning until it ends, then its exit code
-#   stop                 SIGTERM: it saves and leaves
+#   install BUCKET EXTRAS...   Python packages, and the bucket, if not '', mounted as the folder `bucket`
+#   start ARGUMENTS...         train.py in the background, in a session of its own that outlives the caller;
+#                              refused where it runs
+#   restart ARGUMENTS...       the same, after an end to what still runs
+#   state                      whether it runs, has ended, has been stopped by `stop`, or was never there
+#   follow                     its log from the beginning until it ends, then its exit code
+#   last                       the end of its log, with this host's name
+#   stop                       SIGTERM: it saves and leaves, and nobody is to start it again
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# A new machine updates itself at first, and holds apt's locks for minutes; `update` waits for none.
+packages() {
+  local tries=30
+  until sudo apt-get -q update; do
+    ((--tries)) || return 1
+    sleep 20
+  done
+  sudo apt-get -qy -o DPkg::Lock::Timeout=600 install "$@"
+}
+
 install() {
-  if ! command -v python3.11 >/dev/null; then
-    sudo apt-get -q update
-    sudo apt-get -qy install python3.11 python3.11-venv
-  fi
-  make -s tpu
-  [[ ${1:-} ]] || return 0
+  if ! command -v python3.11 >/dev/null; then packages python3.11 python3.11-venv; fi
+  make -s tpu WITH="${*:2}"
+  [[ $1 ]] || return 0
   if ! command -v gcsfuse >/dev/null; then
     local keys=/usr/share/keyrings/gcsfuse.asc packages=https://packages.cloud.google.com/apt
     curl -fsS $packages/doc/apt-key.gpg | sudo tee $keys >/dev/null
     echo "deb [signed-by=$keys] $packages gcsfuse-$(lsb_release -cs) main" |
       sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-    sudo apt-get -q update
-    sudo apt-get -qy install gcsfuse
+    packages gcsfuse
   fi
   mkdir -p bucket
   if mountpoint -q bucket; then
@@ -36,8 +45,16 @@ install() {
 }
 
 start() {
+  if [[ $(state) == *running ]]; then
+    echo "train.py runs on $(hostname): follow it, or stop it first" >&2
+    return 1
+  fi
+  restart "$@"
+}
+
+restart() {
   if [[ -f train.pid ]]; then kill -KILL -- "-$(cat train.pid)" 2>/dev/null || true; fi
-  rm -f train.pid train.exit
+  rm -f train.pid train.exit train.stopped
   if [[ -f train.log ]]; then mv train.log train.previous.log; fi
   # The shell's number is that of the session. It writes the exit code when train.py has ended.
   # shellcheck disable=SC2016
@@ -46,10 +63,16 @@ start() {
     .venv/bin/python train.py "$@" >train.log 2>&1
     echo $? >train.exit
   ' train "$@" </dev/null >/dev/null 2>&1 &
-  until [[ -s train.pid ]]; do sleep 0.1; done  # else `running` could say no
+  until [[ -s train.pid ]]; do sleep 0.1; done  # else `state` could say that there is none
 }
 
-running() { [[ -f train.pid && ! -f train.exit ]] && kill -0 "$(cat train.pid)" 2>/dev/null; }
+state() {
+  local word=none
+  if [[ -f train.pid && ! -f train.exit ]] && kill -0 "$(cat train.pid)" 2>/dev/null; then word=running
+  elif [[ -f train.stopped ]]; then word=stopped
+  elif [[ -f train.pid ]]; then word=ended; fi
+  echo "train.py: $word"
+}
 
 follow() {
   until [[ -s train.pid ]]; do sleep 0.2; done
@@ -57,6 +80,12 @@ follow() {
   echo "train.py: exit code $(cat train.exit 2>/dev/null || echo unknown)"
 }
 
-stop() { pkill -TERM -s "$(cat train.pid)" python; }
+last() { tail -n 60 train.log 2>&1 | sed "s/^/$(hostname): /"; }
+
+stop() {
+  touch train.stopped
+  if [[ $(state) != *running ]]; then echo "train.py does not run on $(hostname)" >&2; return 1; fi
+  pkill -TERM -s "$(cat train.pid)" python
+}
 
 "$@"

@@ -4,8 +4,9 @@ What the workers are sent is run for real there, by scripts/tpu_worker.sh; only 
 train.py of the copy are played.
 """
 
-import json
 import os
+import platform
+import re
 import shlex
 import shutil
 import stat
@@ -16,18 +17,21 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check_launch import chips_of, plan_of
-
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts" / "launch_tpu.sh")
 OPTIONS = ["--name=laser", "--zone=us-west4-a", "--type=v5litepod-16"]
+ONE_SLICE = ["create", "ssh", "scp", "ssh", "ssh", "ssh"]  # calls until train.py has ended
 TRAIN = ["--", "--config=configs/c4.py:size=2p2b,attention=laser", "--workdir=bucket/runs/it's a"]
 
-# $CLOUD/state holds the queued resource's state, $CLOUD/NODE-WORKER is a worker's home folder.
+# $CLOUD/state holds the queued resource's state, $CLOUD/NODE-WORKER is a worker's home folder. The
+# next $CLOUD/failing connections whose command has the words of $CLOUD/failing-words fail, and with
+# the last of them happens what $CLOUD/failed says. With $CLOUD/together two slices are started
+# together or not at all.
 GCLOUD = r"""#!/usr/bin/env bash
 set -eu
 [ "$*" != "config get-value project" ] || { [ -f "$CLOUD/projectless" ] || echo mine; exit 0; }
 echo "$*" >>"$CLOUD/calls"
+[ "$1" != alpha ] || shift
 shift 2
 for argument; do
   case $argument in
@@ -50,6 +54,21 @@ case "$1 $2" in
   "queued-resources delete") rm -r "$CLOUD/state" "$CLOUD"/laser*-[0-9] ;;
   "tpu-vm scp") for home in "$CLOUD/${4%%:*}"-[01]; do cp "$3" "$home/${4#*:}"; done ;;
   "tpu-vm ssh")
+    left=$(cat "$CLOUD/failing" 2>/dev/null || echo 0)
+    case $command in *"$(cat "$CLOUD/failing-words" 2>/dev/null)"*)
+      if [ "$left" -gt 0 ]; then
+        echo $((left - 1)) >"$CLOUD/failing"
+        [ "$left" -gt 1 ] || [ ! -f "$CLOUD/failed" ] || . "$CLOUD/failed"
+        echo "no route to host" >&2
+        exit 255
+      fi ;;
+    esac
+    case $command in *tpu_worker.sh\ *start\ *)
+      touch "$CLOUD/at-$3"
+      [ ! -f "$CLOUD/together" ] ||
+        timeout 30 bash -c \
+          'until [ -f $CLOUD/at-laser-0 -a -f $CLOUD/at-laser-1 ]; do sleep 0.1; done' ;;
+    esac
     [ "$worker" = all ] && worker="[01]"
     for home in "$CLOUD/$3"-$worker; do (cd "$home" && HOME=$home bash -c "$command"); done ;;
   *) exit 9 ;;
@@ -61,13 +80,16 @@ for argument; do case $argument in --output=*) output=${{argument#*=}} ;; esac; 
 [ -z "${{output:-}}" ] || tar czf "$output" -C {ROOT} scripts/tpu_worker.sh
 """
 
-# Stands for `make tpu`: train.py of this installation does what the next line of the play says.
+# Stands for `make tpu`: train.py of this installation does what the next line of the play says, and
+# that of all workers but the first what $CLOUD/others says.
 MAKE = r"""#!/usr/bin/env bash
+echo "$@" >>"$CLOUD/made"
 mkdir -p .venv/bin
 cat >.venv/bin/python <<'END'
 #!/bin/bash
-case $PWD in *-0/laser) ;; *) exit 0 ;; esac  # the first worker speaks
-case $PWD in */laser-1-0/*) exit 0 ;; esac
+case $PWD in
+  */laser-1-0/* | *-1/laser) [[ ! -f $CLOUD/others ]] || . "$CLOUD/others"; exit 0 ;;
+esac
 echo "$@" >>"$CLOUD/started"
 printf '%s\0' "$@" >"$CLOUD/arguments"
 number=$(wc -l <"$CLOUD/started")
@@ -89,23 +111,45 @@ class Cloud:
             path.write_text(text)
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
-    def launch(self, *arguments, play=()):
+    def launch(self, *arguments, play=(), **variables):
+        process = self.begin(*arguments, play=play, **variables)
+        stdout, stderr = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+    def begin(self, *arguments, play=(), **variables):
         (self.folder / "play").write_text("".join(line + "\n" for line in play))
         environment = {
             **os.environ,
+            "HOME": str(self.folder),
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "CLOUD": str(self.folder),
             "LAUNCH_TPU_WAIT": "0.2",
+            **variables,
         }
-        return subprocess.run(
+        return subprocess.Popen(
             [SCRIPT, *arguments],
             env=environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             cwd=self.folder,
-            timeout=60,
-            check=False,
         )
+
+    def fail(self, times, words="", then=""):
+        """The next connections whose command has the words."""
+        (self.folder / "failing").write_text(str(times))
+        (self.folder / "failing-words").write_text(words)
+        (self.folder / "failed").write_text(then)
+
+    def wait_for(self, name):
+        deadline = time.monotonic() + 60
+        while not (self.folder / name).exists():
+            assert time.monotonic() < deadline, name
+            time.sleep(0.05)
+
+    def logs(self):
+        """Text of the files in which `run` left the logs of workers, by name."""
+        return {path.name: path.read_text() for path in sorted(self.folder.glob("laser*.log"))}
 
     def calls(self):
         """What gcloud was asked for: "create", "scp" and so on, without the looks at the state."""
@@ -137,7 +181,7 @@ def dry_run(*arguments):
 
 def test_dry_run_prints_the_commands():
     where = "laser --zone=us-west4-a"
-    connection = "-- -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+    connection = "-- -o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
     ssh = f"gcloud compute tpus tpu-vm ssh {where}"
     worker = "laser/scripts/tpu_worker.sh"
     assert dry_run(
@@ -146,16 +190,30 @@ def test_dry_run_prints_the_commands():
         f"gcloud compute tpus queued-resources create {where} --accelerator-type=v5litepod-16 "
         "--runtime-version=v2-alpha-tpuv5-lite --node-id=laser --spot",
         f"git -C {ROOT} archive --format=tar.gz --output=laser.tar.gz HEAD",
+        f"{ssh} --worker=all --command=true {connection}",
         "gcloud compute tpus tpu-vm scp laser.tar.gz laser:laser.tar.gz --zone=us-west4-a "
         "--worker=all",
         f"{ssh} --worker=all '--command=mkdir -p laser && tar xzf laser.tar.gz -C laser && "
         f"{worker} install mine' {connection}",
-        f"{ssh} --worker=all '--command={worker} start "
+        f"{ssh} --worker=all '--command={worker} restart "
         "--config=configs/c4.py:size=2p2b,attention=laser "
         r"'\''--workdir=bucket/runs/it'\''\'\'''\''s a'\''' " + connection,
         f"{ssh} --worker=0 '--command={worker} follow' {connection}",
         f"gcloud compute tpus queued-resources delete {where} --force --quiet",
     ]
+
+
+def test_flags_for_gcloud_are_passed_on():
+    flags = ["--create-flag=--reserved", "--create-flag=--labels=a=b c", "--ssh-flag=--internal-ip"]
+    lines = dry_run("run", *OPTIONS, *flags, "--dry-run", *TRAIN)
+    assert lines[0].endswith("--node-id=laser --reserved '--labels=a=b c'")
+    connections = [line for line in lines if " tpu-vm " in line]
+    assert len(connections) == 5
+    assert all(" --zone=us-west4-a --internal-ip --worker=" in line for line in connections)
+    assert not any("--internal-ip" in line for line in lines if line not in connections)
+    # gcloud's own ssh to TPUs does not know this one.
+    tunnelled = dry_run("stop", *OPTIONS, "--ssh-flag=--tunnel-through-iap", "--dry-run")
+    assert tunnelled[0].startswith("gcloud alpha compute tpus tpu-vm ssh laser ")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +227,7 @@ def test_dry_run_prints_the_commands():
         ("--config.mesh.fsdp=64", "v5p-256", 2, "mesh of 64 devices, but there are 128"),
         ("--config.init_from=bucket/runs/a", "v5e-256", 0, "not checked: bucket/runs/a is not"),
         ("--config.init_from=nofs://runs/a", "v5e-256", 0, "not checked: nofs://runs/a is not"),
+        ("--config.data.store=stores/c4", "v5e-256", 2, "workers do not see this folder"),
     ],
 )  # fmt: skip
 def test_the_config_is_checked_before_a_slice_is_asked_for(
@@ -177,49 +236,14 @@ def test_the_config_is_checked_before_a_slice_is_asked_for(
     monkeypatch.setenv("LAUNCH_TPU_PYTHON", sys.executable)
     config = "--config=configs/c4.py:size=2p2b,attention=laser,slice=v5e-256"
     done = subprocess.run(
-        [SCRIPT, "run", *OPTIONS[:2], f"--type={slice_type}", "--dry-run", "--", config,
-         "--config.optimizer.warmup_steps=1", field, "--workdir=bucket/a"],
+        [SCRIPT, "run", *OPTIONS[:2], f"--type={slice_type}", "--bucket=mine", "--dry-run", "--",
+         config, "--config.data.store=bucket/c4", "--config.optimizer.warmup_steps=1", field,
+         "--workdir=bucket/a"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert ("queued-resources create" in done.stdout) == (code == 0)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "known"),
-    [
-        ("configs/c4.py:attention=laser,slice=v5e-256,size=2p2b", True),
-        ("configs/llama.py:slice=v5e-64,attention=laser", True),
-        ("configs/mine.py:attention=laser,slice=v5e-256,size=2p2b", False),
-    ],
-)
-def test_a_plan_is_of_one_config_file(recipe, known):
-    plans = json.loads((ROOT / "docs/plans.json").read_text())
-    slice_type = "v5e-64" if "v5e-64" in recipe else "v5e-256"
-    said = plan_of(plans, ["--workdir=a", f"--config={recipe}"], slice_type)
-    assert said.startswith("by docs/plans.md the recipe fits" if known else "no plan of it")
-
-
-def test_a_plan_is_of_one_kind_and_number_of_chips():
-    """Recipes without an argument for the slice have a plan for each of several."""
-    plans = json.loads((ROOT / "docs/plans.json").read_text())
-    for key, plan in plans.items():
-        if not key.startswith("model=bert"):
-            continue
-        recipe = "configs/bert.py:" + key.removeprefix("model=bert,").rpartition(",slice=")[0]
-        of_slice = key.rpartition("slice=")[2]
-        arguments = [f"--config={recipe}"]
-        said = plan_of(plans, arguments, of_slice.replace("v5e", "v5litepod"))
-        assert f"fits: {plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} GiB" in said
-        assert plan_of(plans, arguments, of_slice, slices=2).startswith("no plan of it")
-        for other in ("v5litepod-16", "v5litepod-1", "v6e-256"):
-            assert plan_of(plans, arguments, other).startswith("no plan of it")
-
-
-def test_chips_are_counted_as_jax_counts_its_devices():
-    types = {"v5litepod-16": 16, "v5e-16": 16, "v6e-16": 16, "v5p-16": 8, "v4-8": 4, "v3-8": 8}
-    assert {name: chips_of(name) for name in types} == types
 
 
 def test_the_short_name_of_a_type_is_taken_for_the_long_one():
@@ -231,7 +255,7 @@ def test_dry_run_of_several_slices_reaches_each():
     lines = dry_run("run", *OPTIONS, "--slices=2", "--project=p", "--dry-run", *TRAIN)
     assert "--project=p" in lines[0]
     assert lines[0].endswith("--node-count=2 --node-prefix=laser")
-    for what in (" scp ", " install", " start "):
+    for what in ("=true", " scp ", " install", " restart "):
         assert [f"laser-{i}" in line for line in lines for i in (0, 1) if what in line] == [
             True, False, False, True,
         ]  # fmt: skip
@@ -253,7 +277,7 @@ def test_a_worker_trains_in_the_bucket_that_was_named(tmp_path, mounted):
         (commands / name).write_text(f"#!/usr/bin/env bash\n{words}\n")
         (commands / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", str(repository / "scripts" / "tpu_worker.sh"), "install", "mine"],
+        ["bash", str(repository / "scripts" / "tpu_worker.sh"), "install", "mine", "wandb"],
         env={"PATH": f"{commands}:{os.environ['PATH']}", "MOUNTED": mounted},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
@@ -262,12 +286,41 @@ def test_a_worker_trains_in_the_bucket_that_was_named(tmp_path, mounted):
     assert ("bucket is another here, not mine" in done.stderr) == (mounted == "another")
 
 
+def test_a_worker_waits_for_the_locks_of_apt(tmp_path):
+    """A new machine updates itself, and `apt-get update` fails meanwhile."""
+    repository, commands = tmp_path / "laser", tmp_path / "bin"
+    (repository / "scripts").mkdir(parents=True)
+    commands.mkdir()
+    shutil.copy(ROOT / "scripts" / "tpu_worker.sh", repository / "scripts")
+    stand_ins = {
+        "sudo": 'echo "$*" >>../calls; [[ $1 != tee ]] || cat >/dev/null; [[ $* != *install* ]] || '
+        "touch ../bin/gcsfuse; [[ $* != *update || $(grep -c update ../calls) == 3 ]]",
+        "sleep": "true", "make": "true", "python3.11": "true", "curl": "true",
+        "lsb_release": "echo jammy", "mountpoint": "false", "gcsfuse": "true",
+    }  # fmt: skip
+    for name, words in stand_ins.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{words}\n")
+        (commands / name).chmod(0o755)
+    (commands / "gcsfuse").rename(commands / "not-there-yet")
+    script = (commands / "sudo").read_text().replace("touch", "cp ../bin/not-there-yet")
+    (commands / "sudo").write_text(script)
+    done = subprocess.run(
+        ["bash", str(repository / "scripts" / "tpu_worker.sh"), "install", "mine"],
+        env={"PATH": f"{commands}:{os.environ['PATH']}"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[-1] == "apt-get -qy -o DPkg::Lock::Timeout=600 install gcsfuse"
+    assert calls.count("apt-get -q update") == 3
+
+
 def test_every_shell_word_of_train_arrives_whole(cloud):
     done = cloud.launch("run", *OPTIONS, *TRAIN, play=["exit 0"])
     assert done.returncode == 0, done.stderr
     assert cloud.started() == [f"train.py {TRAIN[1]} {TRAIN[2]}"]
     assert "log of start 1" in done.stdout
-    assert cloud.calls() == ["create", "scp", "ssh", "ssh", "ssh"]
+    assert cloud.calls() == ONE_SLICE
     assert cloud.launch("status", *OPTIONS).stdout == "READY\n"
 
 
@@ -299,7 +352,7 @@ def test_hostile_arguments_of_train_arrive_as_they_are(cloud):
 
 @pytest.mark.parametrize(
     "flag", ["name", "zone", "type", "version", "project", "bucket", "slices", "slice", "worker",
-             "restarts"]
+             "restarts", "extras"]
 )  # fmt: skip
 def test_hostile_values_of_options_are_refused(cloud, flag):
     for value in (*HOSTILE, "a[$(touch X)]", "1+1", "08", "9" * 30):
@@ -325,10 +378,10 @@ def test_preempted_run_goes_on_on_a_new_slice(cloud):
     play = ["echo SUSPENDED >$CLOUD/state; exit 75", "exit 0"]
     done = cloud.launch("run", *OPTIONS, "--spot", "--delete", *TRAIN, play=play)
     assert done.returncode == 0, done.stderr
-    assert "saved on preemption" in done.stderr
+    assert "saved on SIGTERM" in done.stderr
     assert done.stdout.splitlines() == ["log of start 1", "log of start 2"]
-    one_slice = ["create", "scp", "ssh", "ssh", "ssh"]
-    assert cloud.calls() == [*one_slice, "delete", *one_slice, "delete"]
+    assert cloud.calls() == [*ONE_SLICE, "delete", *ONE_SLICE, "delete"]
+    assert cloud.logs() == {}  # the slice was gone
 
 
 def test_a_run_that_cannot_go_on_is_not_started_again_and_gives_its_slice_back(cloud):
@@ -336,7 +389,9 @@ def test_a_run_that_cannot_go_on_is_not_started_again_and_gives_its_slice_back(c
     assert done.returncode == 3
     assert "the run has diverged" in done.stderr
     assert len(cloud.started()) == 1
-    assert cloud.calls()[-1] == "delete"
+    assert cloud.calls()[-2:] == ["ssh", "delete"]
+    (log,) = cloud.logs().values()
+    assert "log of start 1" in log
 
 
 @pytest.mark.parametrize("code", [1, 2])
@@ -361,8 +416,18 @@ def test_slice_that_vanishes_without_a_word_is_made_again(cloud):
     play = ["echo FAILED >$CLOUD/state; kill -KILL $PPID $$", "exit 0"]
     done = cloud.launch("run", *OPTIONS, *TRAIN, play=play)
     assert done.returncode == 0, done.stderr
-    assert "the connection or the slice is lost" in done.stderr
+    assert "train.py left with exit code 1" in done.stderr
     assert cloud.calls().count("create") == 2
+
+
+def test_a_run_whose_connection_is_lost_is_followed_to_its_end(cloud):
+    """Also where it ended meanwhile: its exit code is there."""
+    cloud.fail(1, "follow", then="sleep 1")
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert "the connection or the slice is lost" in done.stderr
+    assert done.stdout == "log of start 1\n"
+    assert len(cloud.started()) == 1
 
 
 def test_saved_run_goes_on_where_the_slice_is_still_there(cloud):
@@ -372,15 +437,140 @@ def test_saved_run_goes_on_where_the_slice_is_still_there(cloud):
     assert len(cloud.started()) == 2
 
 
-def test_called_again_it_follows_the_run_that_is_there(cloud):
-    assert cloud.launch("create", *OPTIONS).returncode == 0
-    assert cloud.launch("install", *OPTIONS[:2]).returncode == 0
-    play = ["sleep 6; exit 0"]
+def started(cloud, play, **variables):
+    """Starts a run that goes on."""
+    for command in (["create", *OPTIONS], ["install", *OPTIONS[:2]]):
+        assert cloud.launch(*command).returncode == 0
+    done = cloud.launch("start", *OPTIONS[:2], *TRAIN, play=play, **variables)
+    assert done.returncode == 0, done.stderr
+    cloud.wait_for("started")
+
+
+UNTIL_END = "until [ -f $CLOUD/end ]; do sleep 0.1; done; exit 0"
+
+
+@pytest.mark.parametrize("silent", [0, 3])
+def test_called_again_it_follows_the_run_that_is_there(cloud, silent):
+    """Also where worker 0 does not answer at first: that says nothing of the run."""
+    started(cloud, [UNTIL_END])
+    cloud.fail(silent, "state")
+    follower = cloud.begin("run", *OPTIONS, *TRAIN, play=[UNTIL_END])
+    said = ""
+    while "is running: following it" not in said:
+        line = follower.stderr.readline()
+        assert line, said
+        said += line
+    (cloud.folder / "end").touch()
+    follower.communicate(timeout=120)
+    assert follower.returncode == 0
+    assert ("waiting until workers can be reached: no route to host" in said) == (silent > 0)
+    assert len(cloud.started()) == 1
+
+
+def test_a_run_that_never_answers_is_left_alone(cloud):
+    started(cloud, [UNTIL_END])
+    cloud.fail(99, "state")
+    done = cloud.launch(
+        "run", *OPTIONS, "--delete", *TRAIN, play=[UNTIL_END], LAUNCH_TPU_PATIENCE="0"
+    )
+    (cloud.folder / "end").touch()
+    assert done.returncode == 1
+    assert "it may be training: nothing was changed" in done.stderr
+    assert len(cloud.started()) == 1
+    assert "delete" not in cloud.calls()
+
+
+def test_start_ends_nothing_that_runs(cloud):
+    play = [UNTIL_END, "exit 0"]
+    started(cloud, play)
+    refused = cloud.launch("start", *OPTIONS[:2], *TRAIN, play=play)
+    assert refused.returncode == 1
+    assert "follow it, or stop it first" in refused.stderr
+    (cloud.folder / "end").touch()
+    assert cloud.launch("follow", *OPTIONS[:2], play=play).returncode == 0
+    assert len(cloud.started()) == 1
     assert cloud.launch("start", *OPTIONS[:2], *TRAIN, play=play).returncode == 0
+    assert "log of start 2" in cloud.launch("follow", *OPTIONS[:2], play=play).stdout
+
+
+def test_workers_that_hang_after_a_failure_are_ended_before_the_next_start(cloud):
+    (cloud.folder / "others").write_text(
+        "[ -f $CLOUD/hanging ] || "
+        "{ echo $$ >$CLOUD/number; mv $CLOUD/number $CLOUD/hanging; exec sleep 300; }\n"
+    )
+    fails = "until [ -f $CLOUD/hanging ]; do sleep 0.1; done; exit 1"
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=[fails, "exit 0"])
+    assert done.returncode == 0, done.stderr
+    words = Path("/proc") / (cloud.folder / "hanging").read_text().strip() / "cmdline"
+    deadline = time.monotonic() + 30
+    while words.exists() and b"sleep" in words.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_workers_that_cannot_be_reached_yet_cost_no_restart(cloud):
+    cloud.fail(3)
+    done = cloud.launch("run", *OPTIONS, "--restarts=0", *TRAIN, play=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("waiting until workers can be reached: no route to host") == 1
+    assert cloud.calls() == ["create", *["ssh"] * 3, *ONE_SLICE[1:]]
+
+
+def test_a_slice_that_goes_before_its_workers_were_reached_is_made_again(cloud):
+    cloud.fail(2, then="echo FAILED >$CLOUD/state")
+    done = cloud.launch("run", *OPTIONS, "--restarts=0", *TRAIN, play=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls() == ["create", "ssh", "ssh", "delete", *ONE_SLICE]
+
+
+def test_workers_that_are_never_reached_end_the_run(cloud):
+    cloud.fail(99)
+    done = cloud.launch(
+        "run", *OPTIONS, "--restarts=0", *TRAIN, play=["exit 0"], LAUNCH_TPU_PATIENCE="0"
+    )
+    assert done.returncode == 1
+    assert "they could not be reached for 0 seconds: no route to host" in done.stderr
+    assert "could not install or start" in done.stderr
+
+
+def test_slices_are_started_at_once(cloud):
+    """Their hosts wait for each other."""
+    (cloud.folder / "together").touch()
+    done = cloud.launch("run", *OPTIONS, "--slices=2", "--restarts=0", *TRAIN, play=["exit 0"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_logs_of_all_workers_are_kept_before_the_next_start(cloud):
+    (cloud.folder / "others").write_text("echo words of ${PWD%/laser}\n")
+    play = ["seq 100; sleep 1; exit 1", "exit 0"]
+    done = cloud.launch("run", *OPTIONS, "--slices=2", *TRAIN, play=play)
+    assert done.returncode == 0, done.stderr
+    (first, of_first), (second, of_second) = cloud.logs().items()
+    assert (first[:8], second[:8]) == ("laser-0-", "laser-1-")
+    host = platform.node()
+    numbers = [f"{host}: {i}" for i in range(41, 101)]
+    assert of_first.splitlines() == [*numbers, f"{host}: words of {cloud.folder}/laser-0-1"]
+    workers = [f"{host}: words of {cloud.folder}/laser-1-{i}" for i in (0, 1)]
+    assert of_second.splitlines() == workers
+    assert f"the last lines of all logs of laser-0: {cloud.folder}/{first}\n" in done.stderr
+
+
+def test_logs_that_cannot_be_fetched_stop_nothing(cloud):
+    cloud.fail(1, "tpu_worker.sh last")
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=["exit 1", "exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert "not all logs of laser could be fetched: see " in done.stderr
+    assert list(cloud.logs().values()) == ["no route to host\n"]
+
+
+def test_a_run_that_failed_unseen_leaves_its_logs_when_run_is_called_again(cloud):
+    play = ["exit 1", "exit 0"]
+    started(cloud, play)
+    assert cloud.launch("follow", *OPTIONS[:2], play=play).returncode == 1
     done = cloud.launch("run", *OPTIONS, *TRAIN, play=play)
     assert done.returncode == 0, done.stderr
-    assert "is running: following it" in done.stderr
-    assert len(cloud.started()) == 1
+    (log,) = cloud.logs().values()
+    assert "log of start 1" in log
 
 
 def test_mistake_in_the_config_ends_at_once(cloud):
@@ -390,10 +580,26 @@ def test_mistake_in_the_config_ends_at_once(cloud):
     assert len(cloud.started()) == 1
 
 
+def test_what_was_accepted_once_is_no_mistake_in_the_config(cloud):
+    """A bucket that does not answer at a start may look like one."""
+    play = ["exit 75", "exit 2", "exit 0"]
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=play)
+    assert done.returncode == 0, done.stderr
+    assert "train.py left with exit code 2" in done.stderr
+    assert len(cloud.started()) == 3
+
+
 def test_failures_are_tried_again_so_often_and_no_more(cloud):
     done = cloud.launch("run", *OPTIONS, "--restarts=2", *TRAIN, play=["exit 1"] * 9)
     assert done.returncode == 1
     assert "failed 3 times, last with exit code 1" in done.stderr
+    assert len(cloud.started()) == 3
+
+
+def test_failures_are_counted_anew_once_train_has_run_for_long(cloud):
+    play = ["sleep 1.2; exit 1"] * 2 + ["exit 0"]
+    done = cloud.launch("run", *OPTIONS, "--restarts=1", *TRAIN, play=play, LAUNCH_TPU_LONG="0")
+    assert done.returncode == 0, done.stderr
     assert len(cloud.started()) == 3
 
 
@@ -406,19 +612,113 @@ def test_log_of_any_worker_can_be_followed(cloud):
     assert (shown.returncode, shown.stdout) == (0, log.read_text())
 
 
+UNTIL_STOPPED = (
+    "trap 'exit 75' TERM; touch $CLOUD/ready; until [ -f $CLOUD/ended ]; do sleep 0.1; done; exit 9"
+)
+
+
 def test_stop_reaches_train_alone(cloud):
     """SIGTERM to the program and not to the shell that writes down its exit code."""
-    for command in (["create", *OPTIONS], ["install", *OPTIONS[:2]]):
-        assert cloud.launch(*command).returncode == 0
-    play = ["trap 'exit 75' TERM; while true; do sleep 0.1; done"]
-    cloud.launch("start", *OPTIONS[:2], *TRAIN, play=play)
-    deadline = time.monotonic() + 30
-    while not (cloud.folder / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    play = [UNTIL_STOPPED]
+    started(cloud, play)
+    cloud.wait_for("ready")
     stopped = cloud.launch("stop", *OPTIONS[:2], play=play)
     assert stopped.returncode == 0, stopped.stderr
     assert cloud.launch("follow", *OPTIONS[:2], play=play).returncode == 75
+    again = cloud.launch("stop", *OPTIONS[:2], play=play)
+    assert again.returncode != 0
+    assert "train.py does not run on" in again.stderr
+
+
+def test_stop_ends_the_run_that_follows_and_run_goes_on(cloud):
+    play = [UNTIL_STOPPED, "exit 0"]
+    follower = cloud.begin("run", *OPTIONS, *TRAIN, play=play)
+    cloud.wait_for("ready")
+    assert cloud.launch("stop", *OPTIONS[:2], play=play).returncode == 0
+    _, said = follower.communicate(timeout=120)
+    assert follower.returncode == 75, said
+    assert "stopped by 'launch_tpu.sh stop'" in said
+    assert len(cloud.started()) == 1
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=play)
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.started()) == 2
+
+
+def test_stop_between_two_starts_is_heard(cloud):
+    play = ["exit 1"] * 9
+    follower = cloud.begin("run", *OPTIONS, *TRAIN, play=play, LAUNCH_TPU_WAIT="3")
+    cloud.wait_for("laser-0/laser/train.exit")
+    cloud.launch("stop", *OPTIONS[:2], play=play)
+    _, said = follower.communicate(timeout=120)
+    assert follower.returncode == 75, said
+    assert len(cloud.started()) == 1
+
+
+def test_extras_are_installed_on_all_workers(cloud):
+    done = cloud.launch("run", *OPTIONS, "--extras=wandb,images", *TRAIN, play=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert (cloud.folder / "made").read_text() == "-s tpu WITH=wandb images\n" * 2
+
+
+def test_make_installs_the_lists_that_it_is_given():
+    done = subprocess.run(
+        ["make", "-n", "tpu", "WITH=wandb images"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in ("tpu", "wandb", "images"):
+        assert f"-r requirements-{name}.txt" in done.stdout or (ROOT / f".venv/.{name}").exists()
+
+
+def test_variables_arrive_as_they_are(cloud):
+    """One from the command line, and one from the environment, which stands nowhere else."""
+    argument = "a 'b' $(touch X) `touch X` \"c\" \\\n d;touch X"
+    options = ["--slices=2", f"--env=LIBTPU_INIT_ARGS={argument}", "--env=SECRET", "--env=EMPTY="]
+    print_all = 'printf \'%s|%s|%s\' "$LIBTPU_INIT_ARGS" "$SECRET" "${EMPTY-unset}"'
+    (cloud.folder / "others").write_text(f"{print_all} >$CLOUD/other\n")
+    play = [f"{print_all} >$CLOUD/variables; exit 0"]
+    done = cloud.launch("run", *OPTIONS, *options, *TRAIN, play=play, SECRET="it's s3cret")
+    assert done.returncode == 0, done.stderr
+    assert (cloud.folder / "variables").read_text() == f"{argument}|it's s3cret|"
+    cloud.wait_for("other")
+    assert not list(cloud.folder.rglob("X"))
+    assert not list(cloud.folder.rglob("laser.env"))
+    assert "s3cret" not in (cloud.folder / "calls").read_text()
+    again = cloud.launch("start", *OPTIONS[:2], "--slices=2", *TRAIN, play=[play[0]] * 2)
+    assert again.returncode == 0, again.stderr
+    assert cloud.launch("follow", *OPTIONS[:2], "--slices=2").returncode == 0
+    assert (cloud.folder / "variables").read_text() == "||unset"
+
+
+def test_a_dry_run_shows_no_secret(cloud):
+    done = cloud.launch("start", *OPTIONS, "--env=SECRET", "--dry-run", *TRAIN, SECRET="its value")
+    assert done.returncode == 0, done.stderr
+    assert "its value" not in done.stdout + done.stderr
+    copied, command = done.stdout.splitlines()
+    assert " scp laser.env laser:laser.env " in copied
+    assert (
+        "'--command=. ./laser.env && rm laser.env && laser/scripts/tpu_worker.sh start " in command
+    )
+
+
+@pytest.mark.parametrize(
+    ("held", "code"), [("256 SHA256:other a (RSA)", 2), ("256 SHA256:mine+/ b (RSA)", 0), ("", 0)]
+)
+def test_an_agent_without_gcloud_s_key_is_told_before_a_slice_is_asked_for(cloud, held, code):
+    for name, words in {
+        "ssh-add": f"echo '{held}'; [[ '{held}' ]]",
+        "ssh-keygen": "echo '3072 SHA256:mine+/ someone@here (RSA)'",
+    }.items():
+        (cloud.folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{words}\n")
+        (cloud.folder / "bin" / name).chmod(0o755)
+    key = cloud.folder / ".ssh" / "google_compute_engine"
+    key.parent.mkdir()
+    key.touch()
+    done = cloud.launch("run", *OPTIONS, *TRAIN, play=["exit 0"])
+    assert done.returncode == code, done.stderr
+    assert (f"type 'ssh-add {key}'" in done.stderr) == (code == 2)
+    assert (cloud.folder / "calls").exists() == (code == 0)
+    assert cloud.launch("run", *OPTIONS, "--dry-run", *TRAIN).returncode == 0
 
 
 def test_creation_that_is_refused_ends_with_the_reason(cloud):
@@ -460,6 +760,11 @@ def test_states_that_nobody_knows_are_not_waited_for(cloud):
         (["run", *OPTIONS, "--bucket=gs://a/b", *TRAIN], "--bucket=a/b: the name"),
         (["run", *OPTIONS, "--bucket", "a", *TRAIN], "--bucket: write --bucket=VALUE"),
         (["run", *OPTIONS, "--workdir=x"], "unknown option '--workdir=x'"),
+        (["run", *OPTIONS, "--create-flag=reserved", *TRAIN], "the flag must start with --"),
+        (["run", *OPTIONS, "--ssh-flag=-v", *TRAIN], "the flag must start with --"),
+        (["run", *OPTIONS, "--extras=wand", *TRAIN], "there is no requirements-wand.txt"),
+        (["run", *OPTIONS, "--env=NEVER_SET_X", *TRAIN], "--env=NEVER_SET_X: is not set here"),
+        (["run", *OPTIONS, "--env=a;touch X=b", *TRAIN], "--env=a;touch X: no name of a variable"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(cloud, arguments, message):
@@ -471,5 +776,8 @@ def test_mistakes_are_named_before_anything_runs(cloud, arguments, message):
 
 def test_help_names_every_option():
     text = "\n".join(dry_run("--help"))
-    for option in ("--slices", "--spot", "--bucket", "--dry-run", "--restarts", "--delete"):
+    reads = Path(SCRIPT).read_text().partition("while (($#))")[2].partition("\ndone")[0]
+    options = {*re.findall(r"--[a-z][a-z-]+", reads)} - {"--help"}
+    assert {"--spot", "--env", "--ssh-flag", "--extras"} <= options
+    for option in options:
         assert option in text
