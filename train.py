@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     tune_cpu(config.model.dtype)
 
     from eval.opening import open_run  # jax: only after the config was found to be right
-    from laser.training import hosts, loop
+    from laser.training import exits, hosts, loop
 
     with contextlib.ExitStack() as stack:
         try:
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         except ValueError as error:
             exit_with(argv[0], str(error))
         code = loop.train(run, evaluations, began)
-    if code in (loop.EXIT_FAILED, loop.EXIT_DIVERGED):
+    if code in (exits.FAILED, exits.DIVERGED):
         hosts.leave(code)
     return code
 

@@ -8,8 +8,9 @@ from eval.generation import finetuning
 from eval.likelihood import during_training
 from laser.training import hosts, loop
 from laser.training.config import RunConfig
+from laser.training.evaluation import Evaluation
 from laser.training.folders import folder_of
-from laser.training.loop import Evaluation, Run
+from laser.training.loop import Run
 from laser.training.open_rows import open_rows
 from laser.training.rows import ExampleRows, Rows
 from laser.training.speech_rows import SpeechRows

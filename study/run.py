@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from configs.study import Stage
+from laser.training import exits
 from laser.training.config import to_dict
 from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, format_duration, read_metrics
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY, LOG = "study.json", "train.log"
-DONE, MISTAKE, DIVERGED, PREEMPTED = 0, 2, 3, 75
 OTHER_TRAINS = "another process trains here"
 POLL, TELL, WAIT = 1.0, 60.0, 10.0  # seconds
 ENDS = 2  # of one run without a result: then nothing is tried any more
@@ -190,9 +190,9 @@ class Runner:
                 if not self._running:
                     if self._stop:
                         log.warning("%s: stopped; the same command goes on", self._stop)
-                        return PREEMPTED
+                        return exits.PREEMPTED
                     if not waiting:
-                        return DONE
+                        return exits.DONE
                     self._tell(f"waiting for {waiting}")
                 time.sleep(POLL)
         finally:
@@ -244,7 +244,7 @@ class Runner:
         elif how:
             self._failed(cell, how)
         else:
-            self._ended(Progress(cell), DONE)
+            self._ended(Progress(cell), exits.DONE)
 
     def _begin(self, cell: Cell, command: list[str], measuring: bool = False) -> None:
         path = self._folder.path / cell.key / LOG
@@ -283,22 +283,22 @@ class Runner:
         said = _lines_from(folder / LOG, progress.log_from)
         reason = said[-1][:300] if said else "no message"
         of_memory = [line[:300] for line in said if OUT_OF_MEMORY.search(line)]
-        if code == DONE and (measures := self._measures(cell)) and not progress.measuring:
+        if code == exits.DONE and (measures := self._measures(cell)) and not progress.measuring:
             if not self._stop:
                 self._begin(cell, [*measures, f"--run={folder}"], measuring=True)
-        elif code == DONE:
+        elif code == exits.DONE:
             measure = self._folder.plan.study.measure
             result = results.write_done(cell, folder, self._versions, measure)
             took = format_duration(time.monotonic() - progress.started)
             value = results.final(result, measure)
             log.info("%s: %s %.4f (%s)", cell.key, measure, value, took)
-        elif code == PREEMPTED or self._stop:
+        elif code == exits.PREEMPTED or self._stop:
             pass
-        elif code == MISTAKE and any(OTHER_TRAINS in line for line in said):
+        elif code == exits.MISTAKE and any(OTHER_TRAINS in line for line in said):
             self._busy[cell.key] = time.monotonic() + WAIT
-        elif code == MISTAKE or (progress.measuring and code > 0):
+        elif code == exits.MISTAKE or (progress.measuring and code > 0):
             raise ValueError(f"{cell.key}: {reason}")
-        elif code == DIVERGED:
+        elif code == exits.DIVERGED:
             self._failed(cell, reason)
         elif code > 0 and of_memory:
             self._failed(cell, of_memory[-1])

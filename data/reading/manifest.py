@@ -21,6 +21,13 @@ PREPARE_AGAIN = "delete the folder and run scripts/prepare_data.py again"
 Record = dict[str, Any]
 
 
+def fix_of(error: OSError, fix: str = PREPARE_AGAIN) -> str:
+    """What to do about a file that cannot be read: `fix` if it is not there. A bucket that does not
+    answer is no reason to prepare anything again."""
+    gone = isinstance(error, FileNotFoundError)
+    return fix if gone else "start again once it can be read: see network and rights"
+
+
 def read_sealed(path: Path | Address, fix: str) -> Record:
     """The content of a sealed file, without its checksum.
 
@@ -34,7 +41,8 @@ def read_sealed(path: Path | Address, fix: str) -> Record:
     try:
         content = unseal(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error.strerror}); {fix}") from error
+        line = f"{path}: can't be read ({error.strerror}); {fix_of(error, fix)}"
+        raise ValueError(line) from error
     except ValueError as error:
         raise ValueError(f"{path}: damaged or edited ({error}); {fix}") from error
     del content[SEAL]

@@ -14,9 +14,10 @@ other rows nor the end by a signal. Neither jax nor TensorFlow is imported.
 
 import bisect
 import itertools
+import logging
 import resource
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ from data.reading.files import (
     look_at,
     path_of,
 )
-from data.reading.manifest import PREPARE_AGAIN, fingerprint, read_manifest
+from data.reading.manifest import PREPARE_AGAIN, fingerprint, fix_of, read_manifest
 from data.reading.order import BLOCK_ROWS, Places, step_places
 from data.sealed import file_sha256
+
+log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.model"
 OFFSETS, OFFSET_DTYPE = ".offsets", np.dtype("<u8")
@@ -83,9 +86,14 @@ class TokenStore:
             self._temporary = tempfile.TemporaryDirectory(prefix="store-")  # as long as the store
             self.tokenizer_path = f"{self._temporary.name}/{TOKENIZER}"
             Path(self.tokenizer_path).write_bytes((self.path / TOKENIZER).read_bytes())
-        sizes = self._file_sizes()
+        sizes, listed = self._file_sizes(), _listed(self.path)
         with ThreadPoolExecutor(THREADS) as pool:
-            files = list(pool.map(lambda name: _found(self.path / name, sizes[name], cache), sizes))
+            files = list(
+                pool.map(
+                    lambda name: _found(self.path / name, sizes[name], cache, listed.get(name)),
+                    sizes,
+                )
+            )
         self._files = dict(zip(sizes, files))
         afar = isinstance(self.path, Address)
         if sum(sizes.values()) <= (VERIFIED_BYTES_OF_BUCKETS if afar else VERIFIED_BYTES):
@@ -285,12 +293,25 @@ class Shard:
         return np.append(starts.astype(np.int64), np.array(end, np.int64))
 
 
-def _found(path: Path | Address, size: int, cache: Cache | None) -> File:
+def _listed(folder: Path | Address) -> Mapping[str, Any]:
+    """What a bucket says of a store's files. C4 has 2,000, and every host of a slice asks."""
+    if not isinstance(folder, Address):
+        return {}
+    try:
+        return folder.list_files()
+    except OSError as error:  # as servers of HTTP, some of which list nothing
+        log.info("%s: asking for each file by itself (%s)", folder, error.strerror)
+        return {}
+
+
+def _found(
+    path: Path | Address, size: int, cache: Cache | None, info: Mapping[str, Any] | None
+) -> File:
     """A file of a store. Raises ValueError if it is missing or has another size."""
     try:
-        file = look_at(path)
+        file = look_at(path, info)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
+        raise ValueError(f"{path}: {error.strerror}; {fix_of(error)}") from error
     if file.size != size:
         raise ValueError(f"{path} has {file.size} bytes, expected {size}; {PREPARE_AGAIN}")
     if cache and isinstance(file, AddressFile):
@@ -318,7 +339,7 @@ def _check_sha256(path: Path | Address, expected: str) -> None:
     try:
         actual = file_sha256(path)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {PREPARE_AGAIN}") from error
+        raise ValueError(f"{path}: {error.strerror}; {fix_of(error)}") from error
     if actual != expected:
         raise ValueError(
             f"{path} is corrupt: SHA-256 is {actual}, expected {expected}; {PREPARE_AGAIN}"

@@ -74,7 +74,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._best = config.best
-        self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+        self._manager = _Manager(self._folder, options=self._options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -228,6 +228,18 @@ class Checkpoints:
                 log.error("checkpoint %d moved to %s", step, target.name)
         self._interim.difference_update(steps)
         self._manager.reload()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, without its questions to jax's preemption service.
+
+    The service counts calls by the number that it is given, and has all hosts stop at one to come.
+    Orbax gives the step, `laser.training.preemption` counts its own calls: after a mixture of both
+    hosts could agree on a number that never comes, and the signal would be lost.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def _free_place(workdir: Path, step: int) -> Path:

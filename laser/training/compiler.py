@@ -5,8 +5,15 @@ schedule, with libtpu 0.0.42.1; docs/plans.md has them all, and what did not hel
 changes what is computed.
 """
 
+import logging
+import os
+from pathlib import Path
+
 import jax
 
+log = logging.getLogger(__name__)
+
+COMPILED = "compiled"
 Options = dict[str, bool | int]
 
 # Without these no collective is asynchronous on v5p; with them some gathers of weights go on beside
@@ -37,6 +44,20 @@ SMALL_PART_BYTES_ELSEWHERE = 256 * 1024
 def options(device_kind: str, wanted: str) -> Options | None:
     """Compiler options of a chip's programs, for `jax.jit`; of mesh.compiler_options=none no."""
     return OPTIONS.get(device_kind) if wanted == "chip" else None
+
+
+def keep_programs(workdir: Path, backend: str) -> None:
+    """On TPUs, has jax keep what it compiles in the run's folder: minutes for each start after the
+    first. Host 0 writes, all read. Before the first compilation, or it has no effect.
+
+    Not elsewhere: CPUs of several kinds may share a folder, and GPUs tune while they compile, all
+    hosts together or none. JAX_COMPILATION_CACHE_DIR names another folder, for several runs.
+    """
+    if backend != "tpu":
+        return
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir / COMPILED)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    log.info("compiling takes minutes where %s does not have the program yet", folder)
 
 
 def small_part_bytes() -> int:

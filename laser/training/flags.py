@@ -20,11 +20,11 @@ from typing import Any, NoReturn, TypeVar
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from laser.training import exits
 from laser.training.config import RunConfig, load_config
 from laser.training.fields import nearest
 from laser.training.run_folder import load_record
 
-EXIT_BAD_CONFIG = 2
 ROOT = Path(__file__).resolve().parents[2]  # configs/ lies here, also where this is installed
 CONFIG_HELP = """\
   --config: file of a recipe, such as configs/c4.py:size=2p2b, with its arguments after the colon
@@ -49,7 +49,7 @@ def parse_or_exit(
 def exit_with(program: str, message: str) -> NoReturn:
     """Leaves the program with the exit code for mistakes of the command line or the config."""
     print(f"{Path(program).name}: error: {message}", file=sys.stderr)
-    sys.exit(EXIT_BAD_CONFIG)
+    sys.exit(exits.MISTAKE)
 
 
 def parse(argv: Sequence[str], define_flags: DefineFlags) -> tuple[RunConfig, flags.FlagValues]:

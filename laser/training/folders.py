@@ -21,6 +21,7 @@ from typing import cast
 from data.errors import first_line
 
 ADDRESS = "gs://"
+MOUNTS = Path("/proc/self/mounts")  # of Linux
 # The libraries behind it, whose errors are of as many types as there are libraries.
 LIBRARIES = frozenset({"aiohttp", "fsspec", "gcsfs", "google", "requests"})
 
@@ -59,6 +60,18 @@ def is_address(path: Path) -> bool:
 def absolute(path: Path) -> Path:
     """The same wherever the process goes."""
     return path if is_address(path) else path.absolute()
+
+
+def is_in_bucket(folder: Path) -> bool:
+    """Whether files there are written as a whole: behind an address, or in a bucket that gcsfuse
+    has mounted, which shows what was written when the file is closed."""
+    if is_address(folder):
+        return True
+    mounts = [line.split() for line in MOUNTS.read_text().splitlines()] if MOUNTS.exists() else []
+    types = {mount[1]: mount[2] for mount in mounts}
+    here = folder.resolve()
+    place = next((str(x) for x in (here, *here.parents) if str(x) in types), "")
+    return types.get(place) == "fuse.gcsfuse"
 
 
 def url_of(folder: Path) -> str:

@@ -105,6 +105,17 @@ def together(what: str) -> Iterator[None]:
         raise ValueError("\n".join(lines))
 
 
+def tell(news: str) -> None:
+    """Says this with this host's next signs of life, in place of what it said before."""
+    if _here is not None:
+        _here.news = news
+
+
+def told() -> list[str]:
+    """What every host said last by `tell`, by host; "" of those that said nothing yet."""
+    return [] if _here is None else list(_here.told)
+
+
 def end_the_others(reason: str) -> None:
     """Tells the other hosts that this one ends with an error; they end, too."""
     if _here is not None:
@@ -170,6 +181,8 @@ class _Connection:
         self._names: list[str] = []
         self._names = self.exchange("names", socket.gethostname())
         self.all_were_told = False  # of a mistake that ends them all
+        self.news = ""
+        self.told = [""] * self.count
         self._failed = False
         self._left = threading.Event()
         self._looked = time.monotonic()  # when the store last answered
@@ -240,14 +253,15 @@ class _Connection:
         heard: dict[int, tuple[str, float]] = {}  # host → its last sign of life, and when it came
         for number in itertools.count():
             try:
-                alive = f"laser/alive/{self.index}"
-                self._store.key_value_set(alive, str(number), allow_overwrite=True)
+                alive, sign = f"laser/alive/{self.index}", f"{number} {self.news}"
+                self._store.key_value_set(alive, sign, allow_overwrite=True)
                 beats, ended = self._read("laser/alive/"), self._read("laser/ended/")
             except JaxRuntimeError as error:
                 if not self._left.is_set():
                     self._follow(0, f"cannot be reached ({first_line(error)})")
                 return
             self._looked = time.monotonic()
+            self.told = [beats.get(i, "").partition(" ")[2] for i in range(self.count)]
             for i, reason in ended.items():
                 if i != self.index and not self._left.is_set():
                     self._follow(i, f"ended: {reason}")

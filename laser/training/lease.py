@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import first_line
+from laser.training import exits
 from laser.training.folders import url_of
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 BEAT_SECONDS, SILENCE_SECONDS = 5.0, 20.0
 PATIENCE_SECONDS = 10.0  # with a bucket that does not answer, at the end
-EXIT_TAKEN_OVER = 1
 
 
 class Lease:
@@ -111,7 +111,7 @@ class Lease:
                 continue
             if not kept:
                 log.error("%s: another process trains here now, so this one ends", self._folder)
-                os._exit(EXIT_TAKEN_OVER)
+                os._exit(exits.FAILED)
 
 
 @contextlib.contextmanager

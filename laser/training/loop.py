@@ -7,22 +7,30 @@ skipped nothing is saved, so that good checkpoints stay. An evaluation that a si
 owed: the checkpoint says so, and the run that goes on from there begins with it.
 """
 
-import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from data.errors import first_line
 from data.sealed import SEAL
-from laser.training import hardware, hosts, preemption, roofline, sharding, wandb_writer
+from laser.training import (
+    compiler,
+    exits,
+    hardware,
+    hosts,
+    preemption,
+    roofline,
+    sharding,
+    versions,
+    wandb_writer,
+)
 from laser.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -31,7 +39,8 @@ from laser.training.checkpoint import (
 )
 from laser.training.config import RunConfig, to_dict
 from laser.training.devices import check_devices
-from laser.training.folders import folder_of, told_as_os_errors
+from laser.training.evaluation import Evaluation, on_validation
+from laser.training.folders import absolute, folder_of, told_as_os_errors
 from laser.training.goodput import Goodput
 from laser.training.incidents import TooManySkippedSteps, record_skipped, record_spike
 from laser.training.init_from import check_init
@@ -61,19 +70,6 @@ from models.families import train_flops_per_token
 
 log = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_FAILED, EXIT_DIVERGED, EXIT_PREEMPTED = 0, 1, 3, 75
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Metrics of a state, wanted every so many steps and after the last one.
-
-    On several hosts all of them call `metrics`, and process 0 writes what it returns.
-    """
-
-    every: int
-    metrics: Callable[[TrainState], dict[str, float]]
-
 
 def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: bool) -> "Run":
     """Checks that config, devices and workdir fit together, and makes the run's folder.
@@ -91,6 +87,14 @@ def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: b
         program = Program(complete, sharding.make_mesh(complete))
     tensors = tensor_types(program.abstract_state)
     record = open_run_folder(workdir, config, rows, init_step, allow_config_change, tensors)
+    shape = [f"{name} {size}" for name, size in program.mesh.shape.items() if size > 1]
+    chips = program.mesh.devices.flat
+    of_packages = [f"{name} {version}" for name, version in versions.packages().items()]
+    log.info(
+        "on %d x %s%s, with %s", len(chips), chips[0].device_kind,
+        f" as {' x '.join(shape)}" if shape else "", ", ".join(of_packages),
+    )  # fmt: skip
+    compiler.keep_programs(absolute(folder_of(workdir)), jax.default_backend())
     return Run(program, workdir, rows, record)
 
 
@@ -111,28 +115,28 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
     try:
         with (
             told_as_os_errors(run.workdir),
+            run.watchdog,
             Checkpoints(run.workdir, run.config.checkpoint) as checkpoints,
         ):
-            state = checkpoints.restore_latest(run.program.abstract_state)
-            if state is None:
-                log.info("starting a new run in %s", run.workdir)
-                state = run.init_state()
-            elif not run.owes_evaluation(checkpoints) and int(state.step) >= steps:
-                log.info("%s: nothing left to do after step %d", run.workdir, int(state.step))
-                return EXIT_DONE
-            else:
+            with run.watchdog.off_the_steps():
+                state = run.first_state(checkpoints)
+            if checkpoints.restored:
+                if not run.owes_evaluation(checkpoints) and int(state.step) >= steps:
+                    log.info("%s: nothing left to do after step %d", run.workdir, int(state.step))
+                    return exits.DONE
                 log.info("resuming %s after step %d", run.workdir, int(state.step))
             run.goodput = Goodput(checkpoints.restored.get("time"), began)
-            every = Evaluation(run.config.training.eval_every, run.evaluate)
+            validation = functools.partial(on_validation, run.program, run.rows)
+            every = Evaluation(run.config.training.eval_every, validation)
             return _train_from(run, state, checkpoints, [every, *evaluations])
     except TooManySkippedSteps as error:
-        problem, code = str(error), EXIT_DIVERGED
+        problem, code = str(error), exits.DIVERGED
     except (OSError, CheckpointError) as error:
-        problem, code = str(error), EXIT_FAILED
+        problem, code = str(error), exits.FAILED
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        problem, code = f"out of memory: {first_line(error, 300)}", EXIT_FAILED
+        problem, code = f"out of memory: {first_line(error, 300)}", exits.FAILED
     log.error("%s", problem)
     hosts.end_the_others(problem)
     return code
@@ -164,8 +168,15 @@ class Run:
         self.watchdog = Watchdog(self.config.training.step_timeout_seconds, this)
         self._config_sha256 = record[SEAL]
 
-    def init_state(self) -> TrainState:
-        """The state before the first step, with the parameters of init_from if there is one."""
+    def first_state(self, checkpoints: Checkpoints) -> TrainState:
+        """That of the newest checkpoint; where there is none the one before the first step, with
+        the parameters of init_from if there is one. Raises CheckpointError."""
+        restored = checkpoints.restore_latest(self.program.abstract_state)
+        if restored is not None:
+            here = versions.packages()
+            versions.tell_changes(checkpoints.restored.get("packages", here), here)
+            return restored
+        log.info("starting a new run in %s", self.workdir)
         state = self.program.init_state()
         if not self.config.init_from:
             return state
@@ -181,7 +192,7 @@ class Run:
         losses = list(self.spikes.recent)
         return {
             "config": self._config_sha256, "owed": owed, "metrics": mark, "losses": losses,
-            "time": self.goodput.note(),
+            "time": self.goodput.note(), "packages": versions.packages(),
         }  # fmt: skip
 
     def owes_evaluation(self, checkpoints: Checkpoints) -> bool:
@@ -205,40 +216,11 @@ class Run:
     @contextlib.contextmanager
     def off_the_steps(self, kind: str) -> Iterator[None]:
         """For what is not a step: its time is of a kind of its own, and no watchdog looks on."""
-        with self.goodput.during(kind), self.watchdog.not_watching():
+        with self.goodput.during(kind), self.watchdog.off_the_steps():
             yield
 
     def train_batches(self, start_step: int):
         return self.rows.train_batches(self.config, start_step, self.program.batch_sharding)
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Loss in nats per token, the objective's shares, and bits per byte of text, on the
-        validation split.
-
-        Of several parts, of each and their mean by the parts' shares. Bits per byte is there only
-        where the whole of every split was read.
-        """
-        metrics: dict[str, float] = {}
-        means: dict[str, float] = collections.defaultdict(float)
-        bits = 0.0
-        for part in self.rows.validation_parts(self.config, self.program.batch_sharding):
-            total: dict[str, float] = collections.defaultdict(float)
-            for batch in part.batches:
-                preemption.between_batches()
-                sums = self.program.eval_step(state.params, batch)
-                for name, x in {"loss": sums.nll, **sums.shares, "": sums.tokens}.items():
-                    total[name] += float(x)
-            tokens, nll = total.pop(""), total["loss"]
-            whole = part.bytes > 0 and tokens == part.tokens
-            bits += part.share * nll / math.log(2) / part.bytes if whole else math.nan
-            for name, x in total.items():
-                means[name] += part.share * x / tokens
-                if part.name:
-                    metrics[f"eval/{name}/{part.name}"] = x / tokens
-        metrics |= {f"eval/{name}": mean for name, mean in means.items()}
-        if math.isfinite(bits):
-            metrics["eval/bits_per_byte"] = bits
-        return metrics
 
 
 def _train_from(
@@ -267,7 +249,7 @@ def _train_from(
         of_the_run=lambda step: run.rows.metrics(config, step) | run.goodput.metrics(),
     )
     try:
-        with preemption.watch() as preempted, run.watchdog:
+        with preemption.watch(run.watchdog.alive) as preempted:
             due = _Evaluations(evaluations, run, writer, report)
             return _run_steps(run, state, checkpoints, due, report, preempted)
     finally:
@@ -304,7 +286,7 @@ def _run_steps(
         scores, owed = evaluations.after(start, state)
         if owed:
             log.warning("%s: left in the evaluation of step %d", preempted.name, start)
-            return EXIT_PREEMPTED
+            return exits.PREEMPTED
         checkpoints.add_score(start, scores)
     profile = Profile(run.records, config.training.profile_steps)
     run.goodput.steps_begin()
@@ -333,11 +315,11 @@ def _run_steps(
                     checkpoints.save(done, state, scores, interim=not due, note=note)
                 due = False
             if leave and (owed or done < steps):
-                with run.watchdog.not_watching():
+                with run.watchdog.off_the_steps():
                     checkpoints.wait()
                 what = "steps were skipped, so not saved," if report.skipping else "saved"
                 log.warning("%s: %s step %d; start again to go on", preempted.name, what, done)
-                return EXIT_PREEMPTED
+                return exits.PREEMPTED
     with run.off_the_steps("checkpoints"):
         checkpoints.wait()
     times = run.goodput.metrics()
@@ -347,7 +329,7 @@ def _run_steps(
     )  # fmt: skip
     if best := checkpoints.best():
         log.info("best checkpoint: step %d, %s %.4f", best[0], config.checkpoint.best, best[1])
-    return EXIT_DONE
+    return exits.DONE
 
 
 class _Evaluations:

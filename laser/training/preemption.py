@@ -29,12 +29,15 @@ class Interrupted(Exception):
 
 
 class Preemption:
-    """Whether a signal has come; `name` says which. A second Ctrl-C is for `at_once`."""
+    """Whether a signal has come; `name` says which. A second Ctrl-C is for `at_once`.
+
+    `alive` is called between two batches of an evaluation.
+    """
 
     name = ""
 
-    def __init__(self, at_once: Callable[[int, FrameType | None], Any]):
-        self.at_once = at_once
+    def __init__(self, at_once: Callable[[int, FrameType | None], Any], alive: Callable[[], None]):
+        self.at_once, self.alive = at_once, alive
         self._stops = self._ctrl_c = False
         self._calls = itertools.count(1)
 
@@ -59,16 +62,20 @@ class Preemption:
 
 def between_batches() -> None:
     """For evaluations, between two batches. Raises Interrupted if the run is to save and leave."""
-    if _watching is not None and _watching.stops():
+    if _watching is None:
+        return
+    _watching.alive()
+    if _watching.stops():
         raise Interrupted(_watching.name)
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Preemption]:
+def watch(alive: Callable[[], None] = lambda: None) -> Iterator[Preemption]:
     """Catches the signals while the context is open; main thread only."""
     global _watching
     ctrl_c = signal.getsignal(signal.SIGINT)
-    preemption = Preemption(ctrl_c if callable(ctrl_c) else signal.default_int_handler)
+    at_once = ctrl_c if callable(ctrl_c) else signal.default_int_handler
+    preemption = Preemption(at_once, alive)
     numbers = [signal.SIGINT] if hosts.several() else [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         numbers.append(signal.SIGHUP)

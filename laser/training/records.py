@@ -1,6 +1,6 @@
 """Files of a run that grow line by line, where nothing can be added to a file.
 
-On a disk they are written in the run's folder. Behind an address they are written in a folder of
+On a disk they are written in the run's folder. Of a run in a bucket they are written in a folder of
 this machine, and from there to the run's as a whole: before each checkpoint, so that a run which
 goes on from one finds all that it keeps; at the end; and now and then for those who watch.
 """
@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from laser.training.folders import is_address, told_as_os_errors, write_atomically
+from laser.training.folders import is_address, is_in_bucket, told_as_os_errors, write_atomically
 
 BETWEEN_SECONDS = 30.0
 SHARE = 0.02  # of the time at most goes into what is written now and then
@@ -32,7 +32,7 @@ class Records:
         self.workdir, self.folder = workdir, workdir
         self._written: dict[Path, tuple[int, int]] = {}
         self._due = time.monotonic() + BETWEEN_SECONDS
-        if not is_address(workdir):
+        if not is_in_bucket(workdir):
             return
         self._temporary = tempfile.TemporaryDirectory(prefix="records-")  # as long as this lives
         self.folder = Path(self._temporary.name)
@@ -57,6 +57,8 @@ class Records:
             if path.is_file() and self._written.get(path) != state:
                 target = self.workdir / path.relative_to(self.folder).as_posix()
                 with told_as_os_errors(target):
+                    if not is_address(target):  # of a bucket there are no folders to make
+                        target.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(target, path.read_bytes())
                 self._written[path] = state
         ended = time.monotonic()

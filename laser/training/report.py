@@ -5,14 +5,20 @@ keeps the device busy and keeps the host at most one step ahead.
 """
 
 import contextlib
+import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from laser.training import hardware
+from laser.training import hardware, hosts
 from laser.training.metrics import MetricsWriter
+
+log = logging.getLogger(__name__)
+
+LONG_WAIT = 0.1  # of a step, for data: then the log says which host waits
 
 
 class Report:
@@ -105,12 +111,28 @@ class Report:
             "perplexity": float(np.exp(np.minimum(metrics["loss"], 700.0))),
             "seconds_per_step": seconds_per_step,
             "tokens_per_second": tokens_per_second,
-            "data_wait_seconds": (waited - self._seconds_waited) / self._window_steps,
-            "memory_gib": hardware.memory_gib(),
-        }
+        } | self._of_the_worst_host(waited, seconds_per_step)
         if self._peak_flops:
             derived["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
         if self._bound_seconds:
             derived["of_bound"] = self._bound_seconds / seconds_per_step
         self._window_start, self._window_steps, self._seconds_waited = now, 0, waited
         return derived
+
+    def _of_the_worst_host(self, waited: float, seconds_per_step: float) -> dict[str, float]:
+        """Seconds that a step waited for data, and memory: all hosts wait for the one that waits
+        longest. Of the others it is what they said a few seconds ago."""
+        own = {
+            "data_wait_seconds": (waited - self._seconds_waited) / self._window_steps,
+            "memory_gib": hardware.memory_gib(),
+        }
+        hosts.tell(json.dumps(own))
+        said = [json.loads(news) if news else {} for news in hosts.told()]
+        waits = [news.get("data_wait_seconds", 0.0) for news in said]
+        if waits and max(waits) > LONG_WAIT * seconds_per_step:
+            longest = max(waits)
+            log.warning(
+                "%s waits %.2g s a step for data, of %.2g s",
+                hosts.name(waits.index(longest)), longest, seconds_per_step,
+            )  # fmt: skip
+        return {name: max([x, *(news.get(name, x) for news in said)]) for name, x in own.items()}

@@ -35,6 +35,7 @@ from laser.training import hosts
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
 from laser.training.folders import folder_of, is_address, told_as_os_errors, write_atomically
 from laser.training.lease import Lease
+from laser.training.versions import changed_packages, packages
 
 if TYPE_CHECKING:  # imports jax; what reads a config must not
     from laser.training.rows import Rows
@@ -44,8 +45,9 @@ log = logging.getLogger(__name__)
 # May differ when a run goes on: where the same data lie, how they are read, and how it is watched.
 OF_NO_MATTER = (
     "data.store", "data.tasks_dir", "data.prefetch", "data.read_ahead", "data.requests",
-    "data.cache_dir", "data.cache_gb", "training.wandb_project",
-    "training.profile_steps", "training.step_timeout_seconds",
+    "data.cache_dir", "data.cache_gb", "images.source", "images.test", "images.workers",
+    "images.max_broken", "training.wandb_project", "training.profile_steps",
+    "training.step_timeout_seconds",
 )  # fmt: skip
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of some file systems
 # Of this process. An open file is a lock, and to close it is to give it back.
@@ -56,14 +58,14 @@ UNREADABLE = "unreadable"  # ending of the folder that a damaged checkpoint is m
 
 
 def check_hosts_agree(config: RunConfig, rows: "Rows", init_step: int | None) -> None:
-    """Raises ValueError, on all hosts, if one was started with another config or other data."""
-    text = json.dumps(_record(config, rows, init_step))
+    """Raises ValueError, on all hosts, if one was started with another config, other data or other
+    versions of packages."""
+    text = json.dumps([_record(config, rows, init_step), packages()])
     records = [json.loads(other) for other in hosts.exchange("describe config and data", text)]
-    lines = [
-        f"{hosts.name(i)}: {line}"
-        for i, record in enumerate(records)
-        for line in _changes(records[0], record)
-    ]
+    (first, of_first), lines = records[0], []
+    for i, (record, installed) in enumerate(records):
+        changes = [*_changes(first, record), *changed_packages(of_first, installed)]
+        lines += [f"{hosts.name(i)}: {line}" for line in changes]
     if lines:
         raise ValueError("not all hosts run the same as host 0:\n  " + "\n  ".join(lines))
 

@@ -351,3 +351,14 @@ def test_failed_write_leaves_the_older_checkpoint(tmp_path):
     """A limit on the size of files stands in for a full disk: writing fails in the same call."""
     assert_second_save_fails(FULL_DISK, tmp_path, seconds=120)
     assert_equal(restore(tmp_path), make_state(5))
+
+
+def test_a_save_asks_nothing_of_the_preemption_service(tmp_path, monkeypatch):
+    """It counts calls: one with another number, and a signal may be lost."""
+
+    def asked(step):
+        raise AssertionError(f"asked at {step}")
+
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", asked)
+    save(tmp_path, 3)
+    assert saved_steps(tmp_path) == [3]

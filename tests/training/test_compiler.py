@@ -1,6 +1,10 @@
 """Compiler options: of the chip, in every program that trains, and only there."""
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -13,6 +17,7 @@ from laser.training.program import Program
 from laser.training.rows import StoreRows
 from laser.training.sharding import make_mesh
 from scripts import benchmark_train
+from tests.training import runs
 
 
 @pytest.fixture
@@ -64,3 +69,33 @@ def test_another_word_is_refused(arguments):
             ["train.py", *arguments, "--config.mesh.compiler_options=fast"],
             lambda values: absl_flags.FlagValues(),
         )
+
+
+KEEP = """
+import sys
+from pathlib import Path
+import jax
+from laser.training import compiler
+compiler.keep_programs(Path(sys.argv[1]), sys.argv[2])
+jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8)))
+"""
+
+
+def test_programs_for_tpus_are_kept_in_the_runs_folder(tmp_path):
+    def compile_for(backend, **variables):
+        environment = {**os.environ, **variables}
+        if not variables:
+            del environment["JAX_COMPILATION_CACHE_DIR"]
+        start = [sys.executable, "-c", KEEP, str(tmp_path / "run"), backend]
+        subprocess.run(start, cwd=runs.ROOT, env=environment, check=True, timeout=120)
+
+    kept = tmp_path / "run" / "compiled"
+    compile_for("cpu")
+    assert not kept.exists()
+    compile_for("tpu")
+    assert list(kept.iterdir())
+    other = tmp_path / "of several runs"
+    shutil.rmtree(kept)
+    compile_for("tpu", JAX_COMPILATION_CACHE_DIR=str(other))
+    assert list(other.iterdir())
+    assert not kept.exists()

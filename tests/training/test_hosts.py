@@ -16,6 +16,7 @@ from data.reading.order import step_places
 from data.reading.store import TokenStore
 from eval.run import open_model
 from laser.training import hosts
+from laser.training.metrics import read_metrics
 from tests.once import once
 from tests.training import runs
 
@@ -49,6 +50,13 @@ def whole(over_hosts, tmp_path_factory):
 
     folder = once(tmp_path_factory, "whole-run-of-hosts", make)
     return folder / "run", folder / "record"
+
+
+MORE_ON_HOST_1 = """
+from laser.training import hardware, hosts
+hosts.BEAT_SECONDS = 0.5
+hardware.memory_gib = lambda: 1 + this
+"""
 
 
 def assert_ended_by_the_silence_of(host, survivor):
@@ -113,12 +121,14 @@ def test_killed_run_goes_on_on_other_hosts(whole, killed, over_hosts, tmp_path, 
 
 @pytest.mark.slow
 def test_signal_to_one_host_stops_all_after_the_same_step(over_hosts, tmp_path):
-    finished = runs.train_on_hosts(
-        over_hosts, tmp_path, hosts=2, devices=4, event=runs.SIGTERM_TO_HOST_1_AFTER_3
-    )
+    """Host 1 has more in memory, and host 0 writes that down."""
+    event = MORE_ON_HOST_1 + runs.SIGTERM_TO_HOST_1_AFTER_3
+    finished = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=4, event=event)
     assert [process.returncode for process in finished] == [75, 75], finished[0].stderr
     steps = sorted(runs.losses(tmp_path))
     assert 3 <= steps[-1] < STEPS
+    records = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert records[-1]["memory_gib"] == 2
     for process in finished:
         assert f"SIGTERM on one of the hosts: saved step {steps[-1]};" in process.stdout
     assert (tmp_path / "checkpoints" / str(steps[-1])).is_dir()

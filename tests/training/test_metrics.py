@@ -7,6 +7,7 @@ import math
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from laser.training import folders
 from laser.training.metrics import (
     JsonlWriter,
     TerminalLine,
@@ -197,3 +198,22 @@ def test_a_fresh_run_in_a_folder_with_metrics_starts_them_anew(tmp_path):
     writer.close()
     assert _steps(tmp_path / "metrics.jsonl") == [1]
     assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_in_a_mounted_bucket_files_that_grow_are_written_as_a_whole(tmp_path, monkeypatch):
+    """gcsfuse shows what was written to a file when it is closed."""
+    mounts = tmp_path / "mounts"
+    monkeypatch.setattr(folders, "MOUNTS", mounts)
+    workdir = tmp_path / "bucket" / "runs" / "mine"
+    workdir.mkdir(parents=True)
+    mounts.write_text(f"/dev/sda1 / ext4 rw 0 0\nname {tmp_path}/bucket fuse.gcsfuse rw 0 0\n")
+    (workdir / "metrics.jsonl").write_text('{"step": 1}\n')
+    records = Records(workdir, ["metrics.jsonl"])
+    writer = make_writer(records, 10, resume_step=1, enabled=True)
+    writer.write(2, {"loss": 1.0})
+    assert len(read_metrics(workdir / "metrics.jsonl")) == 1
+    records.write()
+    assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == [1, 2]
+    writer.close()
+    mounts.write_text("/dev/sda1 / ext4 rw 0 0\n")
+    assert Records(workdir).folder == workdir

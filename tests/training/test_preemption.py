@@ -41,9 +41,11 @@ def test_each_signal_asks_to_save_and_leave(stopped, name):
 
 
 def test_an_evaluation_is_given_up(stopped):
+    signs = []
     preemption.between_batches()
-    with preemption.watch():
+    with preemption.watch(lambda: signs.append("alive")):
         preemption.between_batches()
+        assert signs == ["alive"]
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(preemption.Interrupted, match="SIGTERM"):
             preemption.between_batches()

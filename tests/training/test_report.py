@@ -1,7 +1,10 @@
 """The report: one step behind, each step once, speeds over training time alone."""
 
+import json
+
 import pytest
 
+from laser.training import hosts
 from laser.training.report import Report
 
 
@@ -109,3 +112,26 @@ def test_skipped_steps_are_told_whether_or_not_they_are_logged(clock):
         report.push(step, metrics(float("nan"), step in (2, 4)), 0.0)
     report.flush()
     assert skipped == [2, 4]
+
+
+def test_the_host_that_waits_longest_for_data_is_told_and_named(clock, monkeypatch, caplog):
+    said = []
+    monkeypatch.setattr(hosts, "tell", said.append)
+    others = ["", '{"data_wait_seconds": 0.3, "memory_gib": 7.5}', ""]
+    monkeypatch.setattr(hosts, "told", lambda: others)
+    recorder = Recorder()
+    report = make_report(recorder, [])
+    clock.now += 1
+    report.push(1, metrics(), 0.05)
+    report.flush()
+    assert json.loads(said[0])["data_wait_seconds"] == pytest.approx(0.05)
+    _, record = recorder.records[0]
+    assert record["data_wait_seconds"] == 0.3
+    assert record["memory_gib"] == 7.5
+    assert "host 0 waits 0.3 s a step for data, of 1 s" in caplog.text.replace("host 1", "host 0")
+    others[1] = '{"data_wait_seconds": 0.08, "memory_gib": 7.5}'
+    caplog.clear()
+    clock.now += 1
+    report.push(2, metrics(), 0.05)
+    report.flush()
+    assert "waits" not in caplog.text

@@ -17,6 +17,7 @@ import ctypes, logging, sys, time
 from laser.training import watchdog
 from laser.training.watchdog import Watchdog
 watchdog.GRACE_SECONDS = 0.5
+watchdog.OFF_THE_STEPS_SECONDS = 3.0
 def never_returns():
     ctypes.PyDLL(None).sleep(60)  # and no other thread runs
 def waits_for_ever():
@@ -31,8 +32,13 @@ with Watchdog(0.5, "host 3 (there)") as watchdog:
     if sys.argv[1] == "hold":
         time.sleep(0.2)
         never_returns()
-    with watchdog.not_watching():
+    with watchdog.off_the_steps():
         takes_its_time()
+        if sys.argv[1] == "evaluate":
+            waits_for_ever()
+        for _ in range(3):  # beyond the limit in all
+            watchdog.alive()
+            takes_its_time()
 """
 
 
@@ -40,13 +46,16 @@ def test_what_hangs_ends_with_its_stacks_and_what_takes_its_time_does_not():
     start = [sys.executable, "-c", HANGS]
     processes = [
         subprocess.Popen([*start, how], cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
-        for how in ("hang", "save", "hold")
+        for how in ("hang", "save", "hold", "evaluate")
     ]
-    hung, saved, held = [process.communicate(timeout=50)[0] for process in processes]
-    assert [process.returncode for process in processes] == [1, 0, 1], (hung, saved, held)
+    outputs = [process.communicate(timeout=50)[0] for process in processes]
+    hung, saved, held, evaluated = outputs
+    assert [process.returncode for process in processes] == [1, 0, 1, 1], outputs
     assert "host 3 (there): no step has ended for 0.5 s, since step 7" in hung
     assert "in waits_for_ever" in hung
     assert "in never_returns" in held
+    assert "host 3 (there): what is no step has not ended for 3 s, since step 7" in evaluated
+    assert "in waits_for_ever" in evaluated
     assert saved == ""
 
 
@@ -88,6 +97,8 @@ def test_all_time_is_of_one_kind_over_restarts():
 
 HANG_AT_12 = """
 import threading
+from laser.training import versions
+versions.packages = lambda: {"jax": "0.0.1"}
 push = Report.push
 def push_and_hang(self, done, *rest):
     push(self, done, *rest)
@@ -98,7 +109,7 @@ Report.push = push_and_hang
 
 
 def test_a_step_that_hangs_ends_the_run_which_then_goes_on(arguments, tmp_path):
-    """With a trace of two steps, and its time over both processes."""
+    """With a trace of two steps, and its time over both processes, of which one had another jax."""
     workdir = tmp_path / "run"
     watched = ["--config.checkpoint.every=5", "--config.training.profile_steps=3,4"]
     limit = "--config.training.step_timeout_seconds=8"
@@ -120,6 +131,7 @@ def test_a_step_that_hangs_ends_the_run_which_then_goes_on(arguments, tmp_path):
 
     resumed = runs.train(arguments, workdir, *watched)  # and without the limit
     assert resumed.returncode == 0, resumed.stderr
+    assert "so steps may differ in their last bits: jax: 0.0.1 -> " in resumed.stdout
     assert list(runs.losses(workdir)) == list(range(1, 21))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     times = [{kind: line[f"time/{kind}"] for kind in KINDS} for line in lines if "loss" in line]

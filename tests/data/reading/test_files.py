@@ -157,3 +157,31 @@ def test_a_bucket_that_is_gone_ends_the_run_in_one_line(store, bucket, arguments
     assert done.returncode == 2
     assert f"{bucket}/other: no finished token store" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_store_is_listed_and_not_asked_for_file_by_file(shown, address, monkeypatch, caplog):
+    asked = []
+    info = files.Address.info
+    monkeypatch.setattr(files.Address, "info", lambda self: asked.append(str(self)) or info(self))
+    store = TokenStore(address)
+    assert len(asked) == (1 if address.startswith("gs://") else 7)  # of the manifest alone
+    monkeypatch.setattr(files, "CHECKED_AGAIN_SECONDS", 0.0)
+    store.split("train").piece(0, 3, 5)  # a listing tells versions as a look at the file does
+
+    def nothing(self):
+        raise OSError(5, "no listing here")
+
+    monkeypatch.setattr(files.Address, "list_files", nothing)
+    with caplog.at_level("INFO"):
+        assert TokenStore(address).fingerprint == store.fingerprint
+    assert "asking for each file by itself (no listing here)" in caplog.text
+
+
+def test_a_bucket_that_does_not_answer_is_no_reason_to_prepare_again(shown, address, monkeypatch):
+    def dies(self):
+        raise OSError(5, "cannot be read (timed out)")
+
+    monkeypatch.setattr(files.Address, "read_bytes", dies)
+    with pytest.raises(ValueError, match=r"\(timed out\)\); start again once it can be") as error:
+        TokenStore(address)
+    assert "prepare_data" not in str(error.value)
