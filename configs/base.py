@@ -112,7 +112,8 @@ def get_config() -> ConfigDict:
     checkpoint = config.checkpoint
     checkpoint.every = 1000  # steps, 0 = an epoch; the last step is always saved
     checkpoint.keep = 3  # newest ones kept
-    # none | loss | decoding_accuracy: also keep the best by it of those evaluated at their step
+    # none | loss | error | wer | decoding_accuracy: also keep the best by it of those evaluated at
+    # their step
     checkpoint.best = "none"
     checkpoint.keep_period = 0  # also keep every step that is a multiple of it; 0 = none
 

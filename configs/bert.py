@@ -50,8 +50,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.seq_len = 512  # MLPerf's, whose Wikipedia the paper trains on
     config.data.segment_ids = True  # tokens see their own document
 
-    # The paper states no optimizer, steps or batch for BERT. These are PAX's defaults, with the
-    # cosine of configs/c4.py in the place of an exponential decay, and the batch of that file.
+    # The paper states no optimizer, steps or batch for BERT. These numbers are PAX's defaults but
+    # for steps and batch. The cosine in the place of its exponential decay, eps=1e-24, the decay of
+    # matrices alone and the batch are as in configs/c4.py.
     config.optimizer.learning_rate = 1e-3
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 1e-3

@@ -34,9 +34,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.kernel_size = 5  # positions of the depthwise convolution, of 40 ms each
     model.dropout = 0.1
     model.bin_masks = 2  # SpecAugment: blocks of neighbouring mel bins at 0 ...
-    model.max_masked_bins = 27  # ... and how many a block may have
+    model.max_masked_bins = 27  # ... of which each has fewer
     model.time_masks = 10  # blocks of neighbouring frames at 0 ...
-    model.max_masked_time = 0.05  # ... and what share of a recording a block may have
+    model.max_masked_time = 0.05  # ... of which each has a smaller share of the recording
     model.batch_norm_momentum = 0.999  # of the moments that evaluation uses
     model.dtype = "float32"  # as in configs/base.py, and so are the next three
     model.matmul_precision = "highest"
@@ -47,6 +47,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.data.store = "stores/librispeech"  # of scripts/prepare_speech.py
     config.data.seq_len = 2000  # frames of 10 ms, at most; AlgoPerf cuts the last two
+    config.data.block_rows, config.data.read_ahead = 1, 0  # recordings are read one by one
 
     # One of the five points that AlgoPerf has published of NAdamW. The paper's space (table 8) has
     # a warm-up of 5 % of the steps and b2 of 0.9, 0.99 or 0.999 instead.

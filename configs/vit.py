@@ -69,6 +69,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.data.seq_len = (image // patch) ** 2  # patches of an image
     config.data.block_rows = 1  # files of a folder lie by class
+    config.data.read_ahead = 0  # of token stores alone
 
     # The one of AlgoPerf's five published points that has the paper's warm-up.
     optimizer = config.optimizer

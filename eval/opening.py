@@ -57,6 +57,7 @@ def _of_rows(run: Run, rows: Rows, texts: Sequence) -> list[Evaluation]:
         every = rows.steps_per_epoch(config)
         return [Evaluation(every, lambda state: decode(state.params, int(state.step)))]
     if isinstance(rows, SpeechRows):
-        transcribe = speech.make_evaluation(config, mesh, rows.store.validation)
+        store = rows.store
+        transcribe = speech.make_evaluation(config, mesh, store.validation, store.test)
         return [Evaluation(config.evaluation.every, lambda state: transcribe(state.params))]
     return []

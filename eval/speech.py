@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from data.reading.examples import eval_ids
 from data.speech.batches import eval_batches
 from data.speech.store import Split
 from laser.training import preemption, sharding
@@ -54,16 +55,18 @@ def edit_distance(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
 
 
 def make_evaluation(
-    config: RunConfig, mesh: Mesh, split: Split
+    config: RunConfig, mesh: Mesh, validation: Split, test: Split | None = None
 ) -> Callable[[Parameters], dict[str, float]]:
     """A function from parameters on `mesh` to {"eval/wer": word error rate} of greedy decoding.
+
+    With further recordings, a test split, also to their rate as "eval/wer/test".
 
     All hosts call it, and each has the paths of all rows.
 
     Args:
       config: of the run, a resolved one.
       mesh: of the run.
-      split: what is transcribed; its first training.eval_batches batches, if there are any.
+      validation, test: what is transcribed; of each so many batches as training.eval_batches says.
     """
 
     def paths(params, batch):
@@ -74,20 +77,20 @@ def make_evaluation(
         sharding.on_mesh(mesh, paths), out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
-    def evaluate(params: Parameters) -> dict[str, float]:
+    def rate(params: Parameters, split: Split) -> float:
         hypotheses: list[str] = []
+        rows, limit = shape(config), config.training.eval_batches
+        ids = eval_ids(len(split), rows.rows, limit)
         batches = eval_batches(
-            split,
-            shape(config),
-            sharding=sharding.batch_sharding(mesh),
-            max_batches=config.training.eval_batches,
+            split, rows, sharding=sharding.batch_sharding(mesh), max_batches=limit
         )
         for batch in batches:
             preemption.between_batches()
             found = np.asarray(transcribe(params, batch))
             hypotheses += [split.tokenizer.decode(collapse(path)) for path in found]
-        count = min(len(hypotheses), len(split))  # the last batch is filled up
-        references = [split.text(number) for number in range(count)]
-        return {"eval/wer": word_errors(references, hypotheses[:count]).rate}
+        references = [split.text(number) for number in ids]
+        # The last batch is filled up.
+        return word_errors(references, hypotheses[: len(ids)]).rate
 
-    return evaluate
+    splits = {"eval/wer": validation} | ({"eval/wer/test": test} if test is not None else {})
+    return lambda params: {name: rate(params, split) for name, split in splits.items()}

@@ -318,8 +318,9 @@ class ConformerConfig(SplitHeads):
         )
         self.check_differential()
         require(
-            self.kernel_size % 2 == 1,
-            f"model.kernel_size={self.kernel_size}: must be odd, to be centred on its frame",
+            self.kernel_size > 0 and self.kernel_size % 2 == 1,
+            f"model.kernel_size={self.kernel_size}: must be at least 1 and odd, to be centred on "
+            "its frame",
         )
         for name in ("bin_masks", "max_masked_bins", "time_masks"):
             value = getattr(self, name)

@@ -9,8 +9,8 @@ In training batch norm goes by the mean and variance of all rows of all devices,
 which they were. In evaluation it goes by those that lie among the parameters, which no gradient
 reaches: whoever trains moves them (`moved`).
 
-Dropout lies on the input and on every residual branch, drawn as in vit.py. AlgoPerf has none on the
-attention's probabilities either; within its feed-forwards some of its versions have it.
+Dropout lies on the input and on the residual branches of the feed-forwards and the attention, drawn
+as in vit.py. There is none on the convolution's branch, whose rate is 0 in AlgoPerf's config.
 
 Shapes: B batch, F frames, C mel bins, T positions (F / 4 rounded up), M model dim, V vocabulary,
 L blocks.
@@ -29,7 +29,7 @@ from laser import attention as attn
 from models import stack
 from models.config import ConformerConfig
 from models.decoder import Parameters, sinusoidal
-from models.layers import Attention
+from models.layers import Attention, with_bias
 from models.vit import dropped
 
 Array = jax.Array
@@ -87,9 +87,11 @@ class Dense(nnx.Module):
         self.kernel = nnx.Param(kernel.reshape(*inputs, outputs))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, dtype: Any = None) -> Array:
+        """In `dtype`, by default that of x."""
         kernel = self.kernel[...].astype(x.dtype)
-        return jnp.tensordot(x, kernel, kernel.ndim - 1) + self.bias[...].astype(x.dtype)
+        out = jnp.tensordot(x, kernel, kernel.ndim - 1, preferred_element_type=dtype)
+        return with_bias(out, self.bias)
 
 
 class OffsetNorm(nnx.Module):
@@ -185,7 +187,7 @@ class Block(nnx.Module):
         """(B, T, M) to (B, T, M), and the moments of batch norm and the attention range."""
 
         def drop(x, place):
-            return dropped(x, self.dropout, context.noise_B, 4 * layer + place)
+            return dropped(x, self.dropout, context.noise_B, 3 * layer + place)
 
         x_BTM += 0.5 * drop(self.first(x_BTM), 1)
         out_BTM, range_nats = self.attention(
@@ -193,8 +195,8 @@ class Block(nnx.Module):
         )
         x_BTM += drop(out_BTM, 2)
         out_BTM, moments = self.convolution(x_BTM, context)
-        x_BTM += drop(out_BTM, 3)
-        x_BTM += 0.5 * drop(self.second(x_BTM), 4)
+        x_BTM += out_BTM
+        x_BTM += 0.5 * drop(self.second(x_BTM), 3)
         return self.norm(x_BTM), (moments, range_nats)
 
 
@@ -215,7 +217,7 @@ class HalvingConvolution(nnx.Module):
             padding=(time_padding, (x.shape[2] % 2, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return jax.nn.relu(x + self.bias[...].astype(x.dtype))
+        return jax.nn.relu(with_bias(x, self.bias))
 
 
 class Subsampling(nnx.Module):
@@ -284,7 +286,7 @@ class Conformer(nnx.Module):
             return block(x, layer, context)
 
         x_BTM, (moments, ranges_L) = stack.run(config, self.blocks, x_BTM, call, whole)
-        logits_BTV = module("head")(self.final_norm(x_BTM)).astype(jnp.float32)
+        logits_BTV = module("head")(self.final_norm(x_BTM), jnp.float32)
         return Outputs(logits_BTV, positions_B, moments, ranges_L)
 
 

@@ -49,8 +49,11 @@ def layer_param(
 
 
 def with_bias(x: Array, bias: nnx.Param | None) -> Array:
-    """x + bias over the last dims, in the dtype of `x`; x if there is none."""
-    return x if bias is None else x + bias[...].astype(x.dtype)
+    """x + bias over the last dims, in the dtype of `x`; x if there is none.
+
+    Added in float32, so that the bias' gradient, a sum over all positions, is summed in it.
+    """
+    return x if bias is None else (x.astype(jnp.float32) + bias[...]).astype(x.dtype)
 
 
 class Norm(nnx.Module):

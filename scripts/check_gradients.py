@@ -3,20 +3,22 @@
     python scripts/check_gradients.py --config=configs/c4.py:size=2p2b,attention=laser
     python scripts/check_gradients.py --config=... --layers=4 --tokens=65536
 
-The model is cut to --layers and has its initial parameters; the batch is made up, its tokens as
-frequent as the words of a language (Zipf's law), since sums over many tokens are what bfloat16
-loses. Both gradients are made by the code that train.py runs, on this machine's devices and the
-config's mesh; the float32 one with products of the highest precision. An error is the norm of the
-difference over the norm of the float32 gradient. Rows of the embedding are listed by frequency.
-Two gradients nearly cancel, and what is left is measured by another one. An offset that all keys
-share changes nothing: key_norm.bias, by query_norm.bias. Before training a wide model predicts the
-token that it reads, and so a token is added once as a target and taken away once as an input:
-final_norm.bias, by final_norm.scale.
+The model is cut to --layers and has its initial parameters, but for a vision transformer's head,
+which starts at 0 and would leave nothing to compare. The batch is made up, its tokens as frequent
+as the words of a language (Zipf's law), since sums over many tokens are what bfloat16 loses; pixels
+and features are noise. Both gradients are made by the code that train.py runs, on this machine's
+devices and the config's mesh; the float32 one with products of the highest precision. An error is
+the norm of the difference over the norm of the float32 gradient. Rows of the embedding are listed
+by frequency; what no gradient reaches, as batch norm's moments, is left out.
+Some gradients nearly cancel, and what is left is measured by another one. An offset that all keys
+share changes nothing: key_bias and key_norm.bias, by those of queries. Before training a wide model
+predicts the token that it reads, and so a token is added once as a target and taken away once as an
+input: final_norm.bias, by final_norm.scale.
 """
 
 import dataclasses
-import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -54,12 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def cut(config: RunConfig, layers: int, tokens: int, devices: int) -> RunConfig:
-    """The config with that many layers and rows for that many tokens, in one micro-batch.
-
-    Raises ValueError unless it is of a decoder.
-    """
-    if config.model.kind != "decoder":
-        raise ValueError(f"model.kind={config.model.kind}: gradients of a decoder are compared")
+    """The config with that many layers and rows for that many tokens, in one micro-batch."""
     rows = -(-tokens // config.data.seq_len)
     return dataclasses.replace(
         config,
@@ -70,16 +67,64 @@ def cut(config: RunConfig, layers: int, tokens: int, devices: int) -> RunConfig:
     )
 
 
-def batch(config: RunConfig) -> dict[str, np.ndarray]:
-    """Rows of tokens whose frequency is 1 / (rank + 1); a token is its rank."""
+Rows = dict[str, np.ndarray]
+
+
+def batch(config: RunConfig) -> Rows:
+    """Made-up rows to train on, as the model's objective reads them."""
+    return BATCHES[config.model.kind](config, np.random.default_rng(0))
+
+
+def _tokens(config: RunConfig, draws: np.random.Generator) -> Rows:
+    """Tokens whose frequency is 1 / (rank + 1); a token is its rank."""
     frequency = 1 / np.arange(1, config.model.vocab_size + 1)
     shape = (config.training.batch_size, config.data.seq_len + 1)
-    tokens = np.random.default_rng(0).choice(
-        config.model.vocab_size, shape, p=frequency / frequency.sum()
-    )
+    tokens = draws.choice(config.model.vocab_size, shape, p=frequency / frequency.sum())
     tokens = tokens.astype(np.int32)
     weights = np.ones((shape[0], shape[1] - 1), np.float32)
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+def _masked_tokens(config: RunConfig, draws: np.random.Generator) -> Rows:
+    """The same with 15 % of them masked, by the last token, and each row one document."""
+    tokens = _tokens(config, draws)["inputs"]
+    chosen = draws.random(tokens.shape) < 0.15
+    mask = np.int32(config.model.vocab_size - 1)
+    return {
+        "inputs": np.where(chosen, mask, tokens), "targets": tokens,
+        "weights": chosen.astype(np.float32), "segment_ids": np.ones_like(tokens),
+    }  # fmt: skip
+
+
+def _images(config: RunConfig, draws: np.random.Generator) -> Rows:
+    assert config.images is not None
+    count, side = config.training.batch_size, config.model.image_size
+    images = draws.integers(0, 256, (count, side, side, 3), np.uint8)
+    labels = draws.integers(0, config.model.num_classes, count, np.int32)
+    rows = {"images": images, "labels": labels, "weights": np.ones(count, np.float32)}
+    rows["noise"] = draws.integers(0, 2**32, count, np.uint32)
+    if config.images.mixup:
+        rows |= {"partners": np.roll(images, 1, axis=0), "partner_labels": np.roll(labels, 1)}
+        rows["shares"] = np.full(count, 0.9, np.float32)
+    return rows
+
+
+def _recordings(config: RunConfig, draws: np.random.Generator) -> Rows:
+    """Without padding, and with a label for every fourth position."""
+    count, frames = config.training.batch_size, config.data.seq_len
+    positions = -(-frames // config.model.subsampling)
+    targets = draws.integers(1, config.model.vocab_size, (count, positions), np.int32)
+    return {
+        "inputs": draws.standard_normal((count, frames, config.model.mel_bins), np.float32),
+        "frames": np.full(count, frames, np.int32), "targets": targets,
+        "labels": np.full(count, positions // 4, np.int32),
+        "noise": draws.integers(0, 2**32, count, np.uint32),
+    }  # fmt: skip
+
+
+BATCHES: dict[str, Callable[[RunConfig, np.random.Generator], Rows]] = {
+    "decoder": _tokens, "bert": _masked_tokens, "vit": _images, "conformer": _recordings,
+}  # fmt: skip
 
 
 def errors(config: RunConfig, rows, devices=None) -> dict[str, float]:
@@ -94,11 +139,15 @@ def errors(config: RunConfig, rows, devices=None) -> dict[str, float]:
 
     def error(name, row=...):
         measure = name.replace("key_norm.bias", "query_norm.bias")
-        measure = measure.replace("final_norm.bias", "final_norm.scale")
+        measure = measure.replace("key_bias", "query_bias")
+        if "embedding" in exact:
+            measure = measure.replace("final_norm.bias", "final_norm.scale")
         difference = np.float64(rounded[name][row]) - exact[name][row]
         return float(np.linalg.norm(difference) / np.linalg.norm(exact[measure][row]))
 
-    result = {name: error(name) for name in exact}
+    result = {name: error(name) for name in exact if exact[name].any()}
+    if "embedding" not in exact:
+        return result
     counts = np.bincount(rows["inputs"].ravel(), minlength=config.model.vocab_size)
     for rank in (rank for rank in RANKS if rank < len(counts) and counts[rank]):
         result[f"embedding[{rank}], {counts[rank]} times"] = error("embedding", rank)
@@ -111,10 +160,16 @@ def gradients(config: RunConfig, rows, dtypes, devices=None) -> list[dict]:
 
     from laser.training import sharding
     from laser.training.step import make_gradient
-    from models.decoder import init_parameters
+    from models.families import init_parameters
+
+    def make():
+        params = init_parameters(config.model, config.training.seed)
+        if config.model.kind == "vit":
+            shape = params["head"]["kernel"].shape
+            params["head"]["kernel"] = jax.random.normal(jax.random.key(0), shape) / shape[0] ** 0.5
+        return params
 
     mesh = sharding.make_mesh(config, devices)
-    make = functools.partial(init_parameters, config.model, config.training.seed)
     shardings = sharding.state_shardings(mesh, jax.eval_shape(make))
     params = jax.jit(make, out_shardings=shardings)()
     results = []

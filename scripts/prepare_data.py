@@ -51,7 +51,8 @@ flags.DEFINE_string(
 flags.DEFINE_float(
     "validation_fraction",
     None,
-    "held-out part of a folder that has no files named validation; default: 0.05",
+    "held-out part of a folder without files named validation (default: 0.05), or of a set of "
+    "TensorFlow Datasets that has a train split alone",
     flag_values=VALUES,
 )
 flags.DEFINE_bool(

@@ -10,7 +10,8 @@ LibriSpeech comes, with all folders in it (needs requirements-speech.txt), or
 `tfds:librispeech:VERSION@SPLIT`, prepared before; several are separated by commas. Recordings above
 20 seconds and transcripts above 256 characters are left out, as in AlgoPerf. The vocabulary is
 trained on the transcripts, or --tokenizer names a SentencePiece model, as of
-scripts/train_tokenizer.py. The same command goes on where it was stopped.
+scripts/train_tokenizer.py. --test adds recordings that a run scores beside the validation split.
+The same command goes on where it was stopped.
 Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by Ctrl-C, 1 anything
 else.
 """
@@ -35,6 +36,7 @@ from data.speech.prepare import SpeechConfig, prepare
 VALUES = flags.FlagValues()
 flags.DEFINE_string("train", None, "sources, as a,b", flag_values=VALUES, required=True)
 flags.DEFINE_string("validation", None, "sources, as a,b", flag_values=VALUES, required=True)
+flags.DEFINE_string("test", "", "further ones to evaluate on, as a,b", flag_values=VALUES)
 flags.DEFINE_string("output", None, "folder to write", flag_values=VALUES, required=True)
 flags.DEFINE_integer("vocab_size", None, "train a tokenizer of this size", flag_values=VALUES)
 flags.DEFINE_string("tokenizer", None, "use this SentencePiece model", flag_values=VALUES)

@@ -1,6 +1,6 @@
 """From an encoded image to pixels: crops, flip and RandAugment, as AlgoPerf's ImageNet pipeline.
 
-For training a random part of the image (area 8 to 100 %, sides 3:4 to 4:3), or the central one
+For training a random part of the image (area 10 to 100 %, sides 3:4 to 4:3), or the central one
 where ten draws do not fit, scaled to a square; mirrored half of the time; then RandAugment (arXiv
 1909.13719). For evaluation the central square of 224/256 of the short side. Scaling is bicubic
 between the nearest four pixels of each side, without a filter for what becomes smaller, as
@@ -23,6 +23,7 @@ Image = np.ndarray[Any, np.dtype[np.uint8]]
 cv2.setNumThreads(0)  # the threads that call it are as many as there are cores
 
 AREA, ASPECT, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
+LEAST_AREA = 0.1  # TensorFlow's min_object_covered, the object being the whole image
 CENTRE = 224 / 256
 FILL = (128, 128, 128)  # what comes in from beyond the border
 START, SCAN, END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # of a JPEG
@@ -53,14 +54,23 @@ def decode(data: bytes) -> Image:
 
 
 def random_crop(image: Image, size: int, draws: Draws) -> Image:
-    """A random part of the image as a square of `size`."""
+    """A random part of the image as a square of `size`.
+
+    Drawn as by TensorFlow's kernel sample_distorted_bounding_box: for an aspect the height is
+    uniform between those of the least and the largest area, as far as they fit the image.
+    """
     height, width = image.shape[:2]
     for _ in range(ATTEMPTS):
-        area = draws.uniform(*AREA) * height * width
         aspect = draws.uniform(*ASPECT)
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            top, left = draws.below(height - h + 1), draws.below(width - w + 1)
+        low, high = (round((area * height * width / aspect) ** 0.5) for area in AREA)
+        high = min(high, height, int((width + 0.5) / aspect))
+        h = min(low, high)
+        h += draws.below(high - h + 1)
+        w = round(h * aspect)
+        # As in AlgoPerf, the whole image is taken for a failure.
+        if LEAST_AREA * height * width <= h * w < height * width and w <= width:
+            # The kernel's places end one short of the border.
+            top, left = draws.below(max(height - h, 1)), draws.below(max(width - w, 1))
             return resize(image[top : top + h, left : left + w], size)
     return centre_crop(image, size)
 

@@ -22,6 +22,7 @@ from jax.sharding import Sharding
 from data.images import augment
 from data.images.draws import Draws
 from data.images.sources import Broken, Example, Images
+from data.reading.examples import eval_ids, steps_per_epoch
 from data.reading.loader import Arrays, Batch, Prefetcher, global_batch, host_ranges, parts_of
 from data.reading.order import step_places
 
@@ -152,16 +153,17 @@ def eval_batches(
     workers: int,
     max_batches: int = 0,
 ) -> Iterator[Batch]:
-    """All images in order, each once; the last batch is filled up with black ones of weight 0.
+    """Each image once, or some of them; the last batch is filled up with black ones of weight 0.
 
-    Arguments are those of `train_batches`, and `max_batches`: stop after so many; 0 = all.
+    Arguments are those of `train_batches`, and `max_batches` of `data.reading.examples.eval_ids`.
     """
-    count = -(-len(images) // batch_size)
+    ids = eval_ids(len(images), batch_size, max_batches)
     ranges = host_ranges((batch_size,), sharding)
     own = np.concatenate([np.arange(*part) for part in ranges])
 
     def begin(step: int) -> Callable[[], Arrays]:
-        rows = [int(row) for row in step * batch_size + own if row < len(images)]
+        places = step * batch_size + own
+        rows = ids[places[places < len(ids)]].tolist()
 
         def make(k: int) -> tuple[augment.Image, int]:
             example = images.read(rows[k])
@@ -170,7 +172,7 @@ def eval_batches(
         return crew.begin(rows, make, len(own))
 
     crew = _Crew(images, augmentation.size, broken, workers)
-    steps = min(count, max_batches or count)
+    steps = steps_per_epoch(len(ids), batch_size)
     work = _Ahead(begin, 0, steps)
     try:
         for step in range(steps):

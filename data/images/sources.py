@@ -7,8 +7,8 @@
                                     classes itself, as ImageNet-v2's 0 to 999
 
 A folder of the class's name holds its images, and classes are numbered in the order of the names of
-the training folders: those of numbers by their value. Neither TensorFlow nor TFDS is imported but
-to find a prepared set.
+the training folders: those of numbers by their value. Other folders may have their labels for
+names. Neither TensorFlow nor TFDS is imported but to find a prepared set.
 """
 
 import csv
@@ -18,7 +18,7 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -49,11 +49,11 @@ class Images(Protocol):
     """Examples by number.
 
     Attributes:
-      num_classes: labels are below it.
+      classes: their names, by the labels.
       fingerprint: hex digits, equal for equal content.
     """
 
-    num_classes: int
+    classes: Sequence[str]
     fingerprint: str
 
     def __len__(self) -> int: ...
@@ -83,7 +83,8 @@ class Broken:
             some = "; ".join(f"{name}: {why}" for name, why in list(self.names.items())[:SHOWN])
             raise TooManyBroken(
                 f"{count} broken images or empty classes, more than "
-                f"images.max_broken={self._limit}: {some}; mend or remove them, or raise the limit"
+                f"images.max_broken={self._limit}: {some}; raise the limit, or mend or remove "
+                "them: a run that has begun takes those other data by --allow_config_change"
             )
         log.warning("left out, %d of at most %d: %s: %s", count, self._limit, name, why)
 
@@ -104,7 +105,11 @@ def open_images(name: str, broken: Broken) -> tuple[Images, Images]:
     if name.startswith(TFDS):
         source, _, split = name.removeprefix(TFDS).partition("@")
         return TfdsImages(source, "train"), TfdsImages(source, split or "validation")
-    root = _folder(name)
+    root = Path(name).expanduser()
+    if not name or not root.is_dir():
+        raise ValueError(
+            f"images.source={name!r}: no such folder; give one, {DIGITS}, or {TFDS}NAME:VERSION"
+        )
     train = ImageFolder(root / "train", broken)
     held_out = [root / folder for folder in VALIDATION if (root / folder).is_dir()]
     if not held_out:
@@ -113,27 +118,31 @@ def open_images(name: str, broken: Broken) -> tuple[Images, Images]:
 
 
 def open_test_images(name: str, train: Images, broken: Broken) -> Images:
-    """Further images with the classes of those of training. Raises as `open_images`."""
-    if name.startswith(TFDS):
-        source, _, split = name.removeprefix(TFDS).partition("@")
-        images: Images = TfdsImages(source, split or "test")
-    else:
-        classes = train.classes if isinstance(train, ImageFolder) else None
-        images = ImageFolder(_folder(name), broken, classes, train.num_classes)
-    if images.num_classes > train.num_classes:
+    """Further images of the classes of training, with its labels. Raises as `open_images`."""
+    if not name.startswith(TFDS):
+        root = Path(name).expanduser()
+        if not root.is_dir():
+            raise ValueError(
+                f"images.test={name!r}: no such folder; give one that has a folder for each class, "
+                f"{TFDS}NAME:VERSION, or nothing"
+            )
+        return ImageFolder(root, broken, train.classes)
+    source, _, split = name.removeprefix(TFDS).partition("@")
+    images = TfdsImages(source, split or "test")
+    ours, theirs = train.classes, images.classes
+    if len(theirs) > len(ours):
         raise ValueError(
-            f"{name}: {images.num_classes} classes, and training has {train.num_classes}"
+            f"images.test={name}: {len(theirs)} classes, and training has {len(ours)}; give a set "
+            "of the classes of training"
+        )
+    other = [i for i, (x, y) in enumerate(zip(ours, theirs)) if x != y]
+    if other and not (_are_numbers(ours) or _are_numbers(theirs)):
+        i = other[0]
+        raise ValueError(
+            f"images.test={name}: label {i} is {theirs[i]!r} there and {ours[i]!r} in training; "
+            "give a set of the classes of training, in their order"
         )
     return images
-
-
-def _folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    if not name or not folder.is_dir():
-        raise ValueError(
-            f"images.source={name!r}: no such folder; give one, {DIGITS}, or {TFDS}NAME:VERSION"
-        )
-    return folder
 
 
 class ImageFolder:
@@ -148,15 +157,14 @@ class ImageFolder:
         root: Path,
         broken: Broken,
         classes: Sequence[str] | None = None,
-        num_classes: int = 0,
     ):
         """Lists the files.
 
         Args:
           root: has the folders.
           broken: is told of empty ones.
-          classes: those there may be; None for those there are.
-          num_classes: in place of `classes`, where folders are named by their numbers below it.
+          classes: by their labels, those there may be: folders have these names, or all of them
+            the labels. None for those there are, in their order.
 
         Raises:
           ValueError: no images, or a class that is not known.
@@ -164,14 +172,19 @@ class ImageFolder:
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder of classes")
         there = _in_order(entry.name for entry in os.scandir(root) if entry.is_dir())
-        self.root, self.classes = root, list(classes or there)
+        self.root = root
+        self.classes: Sequence[str] = there if classes is None else classes
         numbers = {name: i for i, name in enumerate(self.classes)}
         if unknown := [name for name in there if name not in numbers]:
-            count = num_classes or len(self.classes)
-            if not all(name.isdecimal() and int(name) < count for name in there):
-                raise ValueError(f"{root / unknown[0]}: no class of training has this name")
+            count = len(self.classes)
+            may_be_labels = _are_numbers(there) and not _are_numbers(self.classes)
+            if not (may_be_labels and all(int(name) < count for name in there)):
+                raise ValueError(
+                    f"{root / unknown[0]}: no class of training has this name, as "
+                    f"{self.classes[0]!r} is one; name folders as there, or where those are no "
+                    f"numbers, all of them by labels below {count}"
+                )
             numbers = {name: int(name) for name in there}
-        self.num_classes = max(num_classes, len(self.classes))
         digest = hashlib.sha256()
         self._files: list[str] = []
         labels: list[int] = []
@@ -202,9 +215,13 @@ class ImageFolder:
         return str(self.root / self._files[index])
 
 
-def _in_order(names) -> list[str]:
+def _in_order(names: Iterable[str]) -> list[str]:
     names = sorted(names)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+    return sorted(names, key=int) if _are_numbers(names) else names
+
+
+def _are_numbers(names: Iterable[str]) -> bool:
+    return all(name.isdecimal() for name in names)
 
 
 class TfdsImages:
@@ -229,7 +246,7 @@ class TfdsImages:
                 f"TFDS_DATA_DIR to where it is, or build it with `tfds build {source}`"
             )
         found = info.splits[split]
-        self.num_classes = info.features["label"].num_classes
+        self.classes: Sequence[str] = info.features["label"].names  # numbers where it has none
         self.fingerprint = hashlib.sha256(
             f"{info.full_name} {split} {found.shard_lengths}".encode()
         ).hexdigest()
@@ -310,7 +327,7 @@ class Digits:
     A fifth is held out, by a hash of its place: the file has an order of classes and of writers.
     """
 
-    num_classes = 10
+    classes: Sequence[str] = tuple("0123456789")
 
     def __init__(self, split: str):
         """Raises ValueError where the package is not installed."""

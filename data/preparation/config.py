@@ -18,7 +18,8 @@ class StoreConfig:
       vocab_size: trains a tokenizer of this size on the train split. Either this or `tokenizer`.
       tokenizer: an existing SentencePiece model.
       text_field: of JSON lines, Parquet files or Hugging Face datasets; default "text".
-      validation_fraction: of a folder without validation files; see data/sources/text_files.py.
+      validation_fraction: of a folder without validation files, see data/sources/text_files.py, or
+        of a TFDS set without a validation split.
       drop_duplicates: keep the first of equal documents; reads the source twice.
       max_broken: records that may be broken; they are counted and skipped.
     """

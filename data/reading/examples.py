@@ -107,6 +107,20 @@ def example_ids(seed: int, step: int, batch_size: int, num_examples: int) -> np.
     ]
 
 
+def eval_ids(num_examples: int, batch_size: int, max_batches: int) -> np.ndarray:
+    """Examples that an evaluation reads, one after the other: (n,) int64.
+
+    Args:
+      num_examples: of the split.
+      batch_size: of the evaluation.
+      max_batches: 0 for all examples in their order. Else so many batches of an order at random
+        that is always the same: the first examples may all be of one class, or of one speaker.
+    """
+    if not max_batches:
+        return np.arange(num_examples)
+    return shuffled(0, 0, num_examples)[: max_batches * batch_size]
+
+
 def train_example_batches(
     examples: Examples,
     *,

@@ -3,8 +3,8 @@
 Of the tokens that are no padding and no EOS each is chosen with probability 0.15. Of the chosen, 80
 % become the mask, 10 % any token, 10 % stay; they alone have weight. What is drawn for a row
 follows from the seed, the step and the row's place in the global batch, so neither hosts nor
-resuming change it; a validation row's follows from the seed and its number, the same at every
-evaluation. Padding becomes a segment of its own, 0, so that no token sees it.
+resuming change it; a validation row's follows from its number alone, the same at every evaluation
+of runs of any seed. Padding becomes a segment of its own, 0, so that no token sees it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Masking:
     """How tokens are masked.
 
     Attributes:
-      seed: of the draws.
+      seed: of the draws of training.
       vocab_size: of the tokenizer; a token at random is any below it.
       mask_id: in the place of a masked token.
       eos_id: of the tokenizer.
@@ -54,8 +54,9 @@ class Masking:
 
     def _draw(self, step: int | None, place: int, length: int) -> tuple[np.ndarray, ...]:
         """Two of [0, 1) and a token for every position of a row."""
-        kind = step is None
-        counter = [0, place, step or 0, kind]  # the first counts the draws
-        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=counter))
+        is_validation = step is None
+        counter = [0, place, step or 0, is_validation]  # the first counts the draws
+        key = 0 if is_validation else self.seed
+        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
         choice, what = generator.random((2, length), np.float32)
         return choice, what, generator.integers(self.vocab_size, size=length, dtype=np.int32)

@@ -36,7 +36,8 @@ def open_source(
     Args:
       name: see the top of this file.
       text_field: of JSON lines, Parquet files and Hugging Face datasets; default "text".
-      validation_fraction: of a folder without validation files.
+      validation_fraction: of a folder without validation files, or of a set of TFDS without a
+        validation split.
 
     Raises:
       ValueError: there is no such source here, or an argument is not for it.
@@ -44,9 +45,10 @@ def open_source(
     is_task = name in ("bible", "c4") or name.startswith(TFDS)
     if is_task and text_field is not None:
         raise ValueError(f"text_field={text_field}: {name} has its own; leave it out")
-    if (is_task or name.startswith(HUGGING_FACE)) and validation_fraction is not None:
+    has_splits = name == "bible" or name.startswith(HUGGING_FACE)
+    if has_splits and validation_fraction is not None:
         raise ValueError(
-            f"validation_fraction={validation_fraction}: {name} has its own validation split; "
+            f"validation_fraction={validation_fraction}: of {name} the split 'validation' is read; "
             "leave it out"
         )
     if name == "bible":
@@ -54,7 +56,7 @@ def open_source(
     if name == "c4" or name.startswith(TFDS):
         from data.sources.tfds_files import C4, TfdsSource
 
-        return TfdsSource(C4 if name == "c4" else name)
+        return TfdsSource(C4 if name == "c4" else name, validation_fraction)
     if name.startswith(HUGGING_FACE):
         return HuggingFaceSource(name, text_field or DEFAULT_FIELD)
     return TextFolder(name, text_field or DEFAULT_FIELD, validation_fraction)

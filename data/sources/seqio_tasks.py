@@ -61,8 +61,8 @@ def register(
     """
     opened = open_source(source, text_field, validation_fraction)
     provider: seqio.DataSource = PartsSource(opened)
-    # SeqIO's own source can't read array_record.
-    if isinstance(opened, TfdsSource) and not opened.is_array_record:
+    # SeqIO's own source can't read array_record, nor split by a hash.
+    if isinstance(opened, TfdsSource) and not (opened.is_array_record or opened.by_hash):
         provider = seqio.TfdsDataSource(
             opened.dataset,
             opened.data_dir,

@@ -32,20 +32,42 @@ class TfdsSource:
     Attributes:
       dataset: NAME/CONFIG:VERSION.
       splits: what the set calls "train" and "validation".
+      by_hash: whether the set has a train split alone, of which some documents are validation.
       data_dir: where sets are; None is TFDS's own place.
       is_array_record: or else TFRecord.
     """
 
-    def __init__(self, name: str):
-        """Reads what TFDS says of the set. Raises ValueError where it is not on this machine."""
+    def __init__(self, name: str, validation_fraction: float | None = None):
+        """Reads what TFDS says of the set.
+
+        Args:
+          name: as in registry.py.
+          validation_fraction: of the documents, chosen by a hash of each, where the set has no
+            validation split.
+
+        Raises:
+          ValueError: the set is not on this machine, or the fraction is of no use.
+        """
         self.dataset, _, language = name.removeprefix(TFDS).partition("@")
         self.splits = (language, f"{language}-validation") if language else SPLITS
         self.data_dir = os.environ.get("TFDS_DATA_DIR")
-        info = _info(self.dataset, self.splits, self.data_dir)
+        self.by_hash = validation_fraction is not None
+        self._fraction = validation_fraction or 0.0
+        if self.by_hash and not 0 < self._fraction < 1:
+            raise ValueError(f"validation_fraction={self._fraction}: must be between 0 and 1")
+        info = _info(self.dataset, self.splits[: 1 if self.by_hash else 2], self.data_dir)
+        if self.by_hash and self.splits[1] in info.splits:
+            raise ValueError(
+                f"validation_fraction={self._fraction}: {name} has its own validation split, "
+                f"{self.splits[1]!r}; leave it out"
+            )
         self.is_array_record = info.file_format == tfds.core.FileFormat.ARRAY_RECORD
         self._description: dict[str, Any] = {"kind": "TFDS", "name": info.full_name, "splits": {}}
         contents: list[tuple[tuple[str, ...], int, str]] = []
-        for split, theirs in zip(SPLITS, self.splits):
+        if self.by_hash:
+            self._description["validation"] = self._fraction
+        groups = [SPLITS] if self.by_hash else [(split,) for split in SPLITS]
+        for ours, theirs in zip(groups, self.splits):
             files = info.splits[theirs].file_instructions  # those with an example in them
             sizes = [file.examples_in_shard for file in files]
             listing = [*sizes, info.splits[theirs].num_bytes]
@@ -54,7 +76,7 @@ class TfdsSource:
                 "files": len(sizes),
                 "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
             }
-            contents += [((split,), size, f.filename) for size, f in zip(sizes, files)]
+            contents += [(ours, size, f.filename) for size, f in zip(sizes, files)]
         self.parts = number_parts(contents)
 
     def description(self) -> dict[str, Any]:
@@ -76,18 +98,23 @@ class TfdsSource:
         Raises:
           ValueError: the file is damaged, or has fewer or more examples than the set says.
         """
-        (split,) = part.shards
         file, read = part.content, 0
         records = _array_records(file) if self.is_array_record else _tfrecords(file)
         for record in islice(records, part.size + 1):
             read += 1
             try:
-                yield Document(split, _text(record), read)
+                text = _text(record)
+                split = self._split_of(text) if self.by_hash else next(iter(part.shards))
+                yield Document(split, text, read)
             except UnicodeDecodeError as error:
                 yield Broken("not UTF-8", f"{file}, example {read - 1}: {error}")
         if read != part.size:
             found = "more" if read > part.size else f"only {read}"
             raise ValueError(f"{file}: {part.size} examples expected, {found} found; {REBUILD}")
+
+    def _split_of(self, text: str) -> str:
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()  # as in text_files.py
+        return SPLITS[int.from_bytes(digest) < self._fraction * 2**64]
 
 
 REBUILD = "damaged or cut off: copy or build the set again"
@@ -147,7 +174,8 @@ def _info(dataset: str, splits: tuple[str, ...], data_dir: str | None) -> tfds.c
             f"source={TFDS}{dataset}: no split {missing[0]!r} in {info.data_dir}, {has}; point "
             f"TFDS_DATA_DIR to where it is, build it with `tfds build {dataset}`, or give a folder "
             "with the .json.gz files of C4; splits of other names are given as in "
-            "tfds:c4/multilingual:3.1.0@af"
+            "tfds:c4/multilingual:3.1.0@af, and of a set with a train split alone a part becomes "
+            "validation by --validation_fraction=0.01"
         )
     fields = info.features
     is_dict = isinstance(fields, tfds.features.FeaturesDict)

@@ -15,9 +15,9 @@ class SpecAugment:
 
     Attributes:
       bin_masks: blocks of neighbouring bins, over all frames.
-      max_bins: of such a block, below it or equal.
+      max_bins: a block has fewer.
       time_masks: blocks of neighbouring frames, over all bins.
-      max_time_ratio: of such a block, as a share of the recording's frames.
+      max_time_ratio: of the recording's frames; a block has a smaller share of them.
     """
 
     bin_masks: int

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Sharding
 
-from data.reading.examples import example_ids, steps_per_epoch
+from data.reading.examples import eval_ids, example_ids
 from data.reading.loader import Arrays, Batch, Prefetcher, global_batch
 from data.speech.augment import SpecAugment, draws_of_row
 from data.speech.features import MEL_BINS
@@ -67,11 +67,11 @@ def train_batches(
 def eval_batches(
     split: Split, shape: Shape, *, sharding: Sharding | None = None, max_batches: int = 0
 ) -> Iterator[Batch]:
-    """Each recording once, in order; the last batch is filled up with rows without frames."""
-    count = steps_per_epoch(len(split), shape.rows)
+    """The recordings of `eval_ids`; the last batch is filled up with rows without frames."""
+    all_ids = eval_ids(len(split), shape.rows, max_batches)
     with ThreadPoolExecutor(THREADS) as pool:
-        for first in range(0, min(count, max_batches or count) * shape.rows, shape.rows):
-            ids = np.arange(first, min(first + shape.rows, len(split)))
+        for first in range(0, len(all_ids), shape.rows):
+            ids = all_ids[first : first + shape.rows]
 
             def read(start: int, stop: int, ids: np.ndarray = ids) -> Arrays:
                 return _arrays(split, ids, range(start, stop), shape, pool, None)

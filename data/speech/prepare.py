@@ -55,6 +55,7 @@ class SpeechConfig:
 
     Attributes:
       train, validation: sources as in recordings.py, several separated by commas.
+      test: further ones to evaluate on; "" for none.
       vocab_size: trains a tokenizer of this size on the train split. Either this or `tokenizer`.
       tokenizer: an existing SentencePiece model.
       max_seconds: of a recording; longer ones are left out.
@@ -64,6 +65,7 @@ class SpeechConfig:
 
     train: str
     validation: str
+    test: str = ""
     vocab_size: int | None = None
     tokenizer: str | None = None
     max_seconds: float = 20.0
@@ -79,12 +81,17 @@ class SpeechConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Split → its sources."""
+        named = {name: getattr(self, name) for name in SPLITS}
+        return {name: sources for name, sources in named.items() if sources or name != "test"}
+
     def request(self, parts: dict[str, list[recordings.Part]]) -> Record:
         """What a store must have been asked for to be the same as this one."""
-        source = {name: getattr(self, name) for name in SPLITS}
-        content = {name: checksum([part.content for part in parts[name]]) for name in SPLITS}
+        content = {name: checksum([part.content for part in parts[name]]) for name in parts}
         return {
-            "source": source | {f"content of {name}": said for name, said in content.items()},
+            "source": self.sources | {f"content of {name}": said for name, said in content.items()},
             "vocab_size": self.vocab_size,
             "tokenizer_sha256": Tokenizer(self.tokenizer).sha256 if self.tokenizer else None,
             "max_seconds": self.max_seconds,
@@ -94,10 +101,8 @@ class SpeechConfig:
     def parts(self) -> dict[str, list[recordings.Part]]:
         """Of the sources of each split. Raises ValueError where one is none."""
         return {
-            name: list(
-                itertools.chain.from_iterable(map(recordings.parts, getattr(self, name).split(",")))
-            )
-            for name in SPLITS
+            name: list(itertools.chain.from_iterable(map(recordings.parts, sources.split(","))))
+            for name, sources in self.sources.items()
         }
 
 
@@ -137,7 +142,7 @@ def prepare(config: SpeechConfig, output: str | Path) -> dict[str, Any]:
 
 
 def _seen(parts: dict[str, list[recordings.Part]]) -> dict[str, str]:
-    return {f"{name}: {part.name}": part.seen for name in SPLITS for part in parts[name]}
+    return {f"{name}: {part.name}": part.seen for name in parts for part in parts[name]}
 
 
 def _finished(folder: Path, request: Record, max_broken: int) -> Record:
@@ -193,7 +198,7 @@ def _begin(partial: Path, request: Record, seen: dict[str, str]) -> None:
 
 def _write(config: SpeechConfig, parts: dict[str, list[recordings.Part]], partial: Path) -> Record:
     """All files but the manifest, which it returns."""
-    splits = {name: _Split(partial, name) for name in SPLITS}
+    splits = {name: _Split(partial, name) for name in parts}
     for name, split in splits.items():
         split.write_audio(parts[name], config)
     (partial / TOKENIZER).unlink(missing_ok=True)
@@ -219,7 +224,7 @@ def _write(config: SpeechConfig, parts: dict[str, list[recordings.Part]], partia
         "mean": mean.tolist(),
         "deviation": deviation.tolist(),
         "splits": {name: split.summary() for name, split in splits.items()},
-        **checksums(partial),
+        **checksums(partial, splits),
     }
 
 

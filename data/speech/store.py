@@ -7,8 +7,11 @@ train.labels     int32, little-endian: token ids of one transcript after the oth
 train.index      int64, little-endian, four of a recording: first sample, samples, first label,
                  labels
 validation.*     the same
+test.*           the same, if there are further recordings to evaluate on
 """
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,9 @@ from data.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "test")  # the last one where there is one
 DTYPES = {"audio": "<i2", "labels": "<i4", "index": "<i8"}
+VERIFIED_BYTES = 2**34  # of audio; more would keep every host busy for minutes at every start
 AGAIN = "delete the folder and run scripts/prepare_speech.py again"
 
 
@@ -75,11 +79,20 @@ class SpeechStore:
       fingerprint: equal for equal recordings, transcripts and tokenizer, as hex digits.
       tokenizer, tokenizer_path: of the labels.
       train, validation: the splits.
+      test: further recordings, or None.
     """
 
     def __init__(self, path: str | Path):
-        """Opens a folder. Raises ValueError if it is none, or its files are not of the right size;
-        their content is not read."""
+        """Opens a folder: checks the sizes of all files, and the content of tokenizer, labels and
+        index, and that of the audio where it has up to 16 GiB.
+
+        Raises ValueError if there is no finished store, or a file differs from the manifest.
+        """
+        if "://" in str(path):
+            raise ValueError(
+                f"data.store={str(path)!r}: speech is read from folders alone; copy the store to a "
+                "disk, or mount the bucket"
+            )
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
             raise ValueError(
@@ -95,17 +108,36 @@ class SpeechStore:
         for name, size in manifest["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise ValueError(f"{folder / name}: is not of {size} bytes; {AGAIN}")
+        _verify(folder, manifest)
         self.tokenizer_path = str(folder / TOKENIZER)
         self.tokenizer = Tokenizer(self.tokenizer_path)
         self.fingerprint = checksum([manifest[key] for key in ("sha256s", "mean", "deviation")])
-        self.train, self.validation = (
-            Split(folder, name, manifest, self.tokenizer) for name in SPLITS
-        )
+        splits = {
+            name: Split(folder, name, manifest, self.tokenizer) for name in manifest["splits"]
+        }
+        self.train, self.validation = splits["train"], splits["validation"]
+        self.test = splits.get("test")
 
 
-def checksums(folder: Path) -> dict[str, dict[str, Any]]:
+def _verify(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError for a file whose content is not that of its checksum."""
+    sizes, expected = manifest["sizes"], manifest["sha256s"]
+    audio = {name for name in sizes if name.endswith(".audio")}
+    is_large = sum(sizes[name] for name in audio) > VERIFIED_BYTES
+    names = sorted(sizes.keys() - (audio if is_large else set()))
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        found = list(pool.map(lambda name: file_sha256(folder / name), names))
+    for name, sha256 in zip(names, found, strict=True):
+        if sha256 != expected[name]:
+            raise ValueError(
+                f"{folder / name} is corrupt: SHA-256 is {sha256}, expected {expected[name]}; "
+                f"{AGAIN}"
+            )
+
+
+def checksums(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Sizes and SHA-256 of a store's files, for its manifest."""
-    paths = [folder / f"{split}.{part}" for split in SPLITS for part in DTYPES]
+    paths = [folder / f"{split}.{part}" for split in splits for part in DTYPES]
     paths.append(folder / TOKENIZER)
     return {
         "sizes": {path.name: path.stat().st_size for path in paths},

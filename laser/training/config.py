@@ -176,7 +176,7 @@ class CheckpointConfig:
 
     every: int
     keep: int
-    best: Literal["none", "loss", "decoding_accuracy"]
+    best: Literal["none", "loss", "error", "wer", "decoding_accuracy"]
     keep_period: int
 
     def __post_init__(self):
@@ -272,6 +272,11 @@ class RunConfig:
             self.checkpoint.best != "decoding_accuracy" or bool(self.data.tasks),
             "checkpoint.best=decoding_accuracy: only runs on data.tasks have it; use loss",
         )
+        kind, best = self.model.kind, self.checkpoint.best
+        require(
+            kind in SCORED.get(best, (kind,)),
+            f"checkpoint.best={best}: a model of model.kind={kind} has no eval/{best}; use loss",
+        )
         for key, names in (("data", self.data.tasks), ("evaluation", self.evaluation.tasks)):
             require(
                 not names or self.model.kind == "decoder",
@@ -286,13 +291,13 @@ class RunConfig:
             self.model.kind != "conformer" or self.optimizer.name != "muon",
             "optimizer.name=muon with model.kind=conformer: Muon knows no convolutions; use nadamw",
         )
-        for name in UNUSED.get(self.model.kind, ()):
+        for name, unused in UNUSED.get(self.model.kind, {}).items():
             section, _, field = name.partition(".")
             value = getattr(getattr(self, section), field)
             require(
-                not value,
+                value == unused,
                 f"{name}={value}: a model of model.kind={self.model.kind} has no use for it; "
-                "leave it out",
+                f"use {unused!r}",
             )
         check_tensor_axis(self.model, self.mesh.tensor)
 
@@ -317,11 +322,14 @@ MODELS: dict[str, type] = {
 }
 
 
-# Fields that other kinds of models have a use for.
-UNUSED = {
-    "vit": ("data.segment_ids",),
-    "conformer": ("data.segment_ids", "training.z_loss"),
+# Fields that other kinds of models have a use for, and what they are where they have none.
+_OF_TOKENS = {"data.segment_ids": False, "data.read_ahead": 0, "data.cache_dir": ""}
+UNUSED: dict[str, dict[str, Any]] = {
+    "vit": _OF_TOKENS | {"data.store": ""},
+    "conformer": _OF_TOKENS | {"data.block_rows": 1, "training.z_loss": 0.0},
 }
+# Scores of checkpoint.best that some kinds of models have alone.
+SCORED = {"error": ("bert", "vit"), "wer": ("conformer",)}
 
 
 def load_config(config: ConfigDict | Mapping[str, Any]) -> RunConfig:

@@ -42,7 +42,8 @@ def on_validation(program: Program, rows: Rows, state: TrainState) -> dict[str, 
         whole = part.bytes > 0 and tokens == part.tokens
         bits += part.share * nll / math.log(2) / part.bytes if whole else math.nan
         for name, value in total.items():
-            means[name] += part.share * value / tokens
+            if part.share:  # else what is not finite there would count all the same
+                means[name] += part.share * value / tokens
             if part.name:
                 metrics[f"eval/{name}/{part.name}"] = value / tokens
     metrics |= {f"eval/{name}": mean for name, mean in means.items()}

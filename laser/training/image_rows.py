@@ -36,10 +36,11 @@ class ImageRows:
             )
         except sources.TooManyBroken as error:
             raise ValueError(str(error)) from error
-        if self._train.num_classes > config.model.num_classes:
+        count = len(self._train.classes)
+        if count > config.model.num_classes:
             raise ValueError(
                 f"model.num_classes={config.model.num_classes}: images.source={images.source} has "
-                f"{self._train.num_classes}; set it to that"
+                f"{count}; set it to that"
             )
         self._augmentation = Augmentation(
             config.model.image_size, images.crop, images.operations, images.magnitude, images.mixup

@@ -5,7 +5,8 @@ metrics.jsonl is the record that scripts read: one JSON object per line, as
 evaluation, also after kills and resumes. A value that is not finite is written as null, because NaN
 is not JSON.
 
-    loss, perplexity            mean over target tokens, nats
+    loss, perplexity            mean over targets (tokens, images, labels), nats
+    error                       share of wrong answers: of BERT's masked tokens, of images
     gradient_norm               before clipping          parameter_norm, learning_rate
     tokens_per_second           all devices              seconds_per_step
     mfu                         model FLOPs utilisation, 0 to 1; causal attention counted half
@@ -14,9 +15,12 @@ is not JSON.
     data_wait_seconds           per step, of the loop    memory_gib    most in use on a device
     skipped_steps               so far, in the run       attention_range    largest, nats
     share/STORE                 of the rows so far, of each store of a mixture
+    broken_images               named and left out by this host since it started, if any
     goodput, time/KIND          see laser/training/goodput.py: a fraction, and seconds so far
     eval/loss, eval/bits_per_byte                    eval/TASK/METRIC    a fraction
-    eval/loss/STORE             of a mixture; eval/loss and bits are the means by its shares
+    eval/error, eval/wer        as error, on the validation split; the Conformer's word error rate
+    eval/loss/PART, eval/error/PART, eval/wer/PART    of each store of a mixture, or of `test`:
+                                other images or recordings, which have no share in those without
 """
 
 import hashlib

@@ -11,6 +11,8 @@ from laser.training.config import CheckpointConfig
 from laser.training.folders import is_address
 from laser.training.run_folder import COMMITTED
 
+LOWEST_WINS = ("loss", "error", "wer")
+
 
 class _NewestInTurn(checkpoint_managers.PreservationPolicy):
     """Keeps the newest of those that were saved in turn, and the newest of all."""
@@ -46,7 +48,7 @@ def score(best: str, metrics: Mapping[str, float]) -> float:
     value = metrics.get(f"eval/{best}", math.nan)
     if not math.isfinite(value):
         return -math.inf
-    return -value if best == "loss" else value
+    return -value if best in LOWEST_WINS else value
 
 
 def write_score(folder: Path, text: str) -> None:

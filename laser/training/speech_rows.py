@@ -9,7 +9,7 @@ from data.speech import batches
 from data.speech.augment import SpecAugment
 from data.speech.batches import Shape
 from data.speech.features import MEL_BINS, num_frames
-from data.speech.store import SpeechStore
+from data.speech.store import SpeechStore, Split
 from laser.training.config import RunConfig
 from laser.training.rows import Validation
 from models.config import ConformerConfig
@@ -39,8 +39,8 @@ class SpeechRows:
             )
         if config.model.mel_bins != MEL_BINS:
             raise ValueError(f"model.mel_bins={config.model.mel_bins}: speech has {MEL_BINS}")
-        splits = (self.store.train, self.store.validation)
-        self._longest = max(num_frames(split.longest[0]) for split in splits)
+        splits = (self.store.train, self.store.validation, self.store.test)
+        self._longest = max(num_frames(split.longest[0]) for split in splits if split is not None)
         if config.data.seq_len < self._longest:
             raise ValueError(
                 f"data.seq_len={config.data.seq_len}: a recording of {config.data.store} has "
@@ -79,13 +79,18 @@ class SpeechRows:
         )
 
     def validation_parts(self, config: RunConfig, sharding: Sharding) -> list[Validation]:
-        parts = batches.eval_batches(
-            self.store.validation,
-            shape(config),
-            sharding=sharding,
-            max_batches=config.training.eval_batches,
-        )
-        return [Validation("", 1.0, parts)]
+        """The validation split, and as `test` the store's split of this name, without a share."""
+
+        def part(name: str, share: float, split: Split) -> Validation:
+            rows, limit = shape(config), config.training.eval_batches
+            return Validation(
+                name, share, batches.eval_batches(split, rows, sharding=sharding, max_batches=limit)
+            )
+
+        parts = [part("", 1.0, self.store.validation)]
+        if self.store.test is not None:
+            parts.append(part("test", 0.0, self.store.test))
+        return parts
 
 
 def shape(config: RunConfig) -> Shape:

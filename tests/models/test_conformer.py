@@ -150,9 +150,43 @@ def test_dropout_is_each_rows_own():
     assert np.abs(logits[0] - logits[1]).max() > 0.1
 
 
+def test_the_convolutions_branch_has_no_dropout(monkeypatch):
+    """What is left when the other branches are 0, and the input's dropout is taken away."""
+    real = conformer.dropped
+
+    def dropped(x, rate, noise, place):
+        return x if isinstance(place, int) else real(x, rate, noise, place)
+
+    config = make_config(dropout=0.5, num_layers=1)
+    params = random_parameters(config)
+    features, frames = batch([37, 18], 40)
+
+    def differs(params):
+        noises = (np.array([1, 2], np.uint32), np.array([3, 4], np.uint32))
+        one, other = (forward(config, params, features, frames, x).logits_BTV for x in noises)
+        return bool((one != other).any())
+
+    monkeypatch.setattr(conformer, "dropped", dropped)
+    assert differs(params)
+    blocks = params["blocks"]
+    for branch in (blocks["first"]["down"], blocks["second"]["down"]):
+        branch |= {name: 0 * x for name, x in branch.items()}
+    for name in ("output", "output_bias"):
+        blocks["attention"][name] *= 0
+    assert not differs(params)
+
+
+def test_logits_of_bfloat16_are_not_rounded_to_it():
+    config = make_config(dtype="bfloat16")
+    logits = forward(config, random_parameters(config), *batch([37, 18], 40)).logits_BTV
+    assert logits.dtype == jnp.float32
+    assert (logits != logits.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
+
+
 def test_what_it_cannot_be_is_refused():
     for fields, message in (
-        ({"kernel_size": 4}, "model.kernel_size=4: must be odd"),
+        ({"kernel_size": 4}, "model.kernel_size=4: must be at least 1 and odd"),
+        ({"kernel_size": -1}, "model.kernel_size=-1: must be at least 1 and odd"),
         ({"num_heads": 3}, "model.model_dim=16: must be a multiple"),
         ({"dropout": 1.0}, "model.dropout=1.0: must be at least 0 and below 1"),
         ({"num_heads": 8, "model_dim": 24}, "model.model_dim=24: must be a multiple"),

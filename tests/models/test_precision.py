@@ -13,12 +13,16 @@ import jax.numpy as jnp
 import pytest
 from absl import flags as absl_flags
 
+from configs import tones
 from laser.attention import products
 from laser.training import flags
+from laser.training.config import load_config
+from laser.training.objectives.speech import TRANSCRIPTS, greedy_paths
 from laser.training.program import Program
 from laser.training.sharding import make_mesh
+from laser.training.share import Share
+from models import conformer, stack
 from models import products as model_products
-from models import stack
 from models.decoder import init_parameters
 from models.decoding import append, empty_cache, next_logits, unstack
 
@@ -102,6 +106,26 @@ def test_decoding_has_it_too(config, as_for_tpus):
     found = PRODUCT.findall(jax.jit(run).lower(params, tokens, real, cache).as_text())
     assert len(found) > 4
     assert all("precision = [HIGHEST, HIGHEST]" in product for product in found)
+
+
+def test_transcripts_have_it_too(as_for_tpus):
+    """As the loss that is evaluated beside them: convolutions, and the products before and after
+    the blocks."""
+    config = tones.get_config("attention=laser")
+    config.attention.implementation = "chunked"
+    config = load_config(config)
+    params = jax.eval_shape(lambda: conformer.init_parameters(config.model, 0))
+    rows = TRANSCRIPTS.rows(config)
+    batch = {name: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for name, x in rows.items()}
+    del batch["noise"]
+
+    def paths(params, batch):
+        return greedy_paths(config, params, batch, Share())
+
+    text = jax.jit(paths).lower(params, batch).as_text()
+    found = re.findall(r"stablehlo\.(dot_general|convolution)(.*)", text)
+    assert {"dot_general", "convolution"} == {name for name, _ in found}
+    assert all(line.count("HIGHEST") == 2 for _, line in found)
 
 
 # Prints the products of the step for TPUs, those of kernels left out.

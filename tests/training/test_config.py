@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from configs import base, conformer, vit
+from configs import base, bert, c4, conformer, vit
 from laser.training.config import (
     diff_configs,
     load_config,
@@ -198,10 +198,40 @@ def test_nearest():
     assert nearest("zzz", ["learning_rate", "b1"]) == ""
 
 
-@pytest.mark.parametrize("kind", ["vit", "conformer"])
-def test_a_field_without_a_use_is_named(kind):
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("vit", "segment_ids", True),
+        ("vit", "store", "stores/c4"),
+        ("vit", "read_ahead", 32),
+        ("conformer", "segment_ids", True),
+        ("conformer", "block_rows", 16),
+        ("conformer", "read_ahead", 32),
+        ("conformer", "cache_dir", "/tmp/cache"),
+    ],
+)
+def test_a_field_without_a_use_is_named(kind, field, value):
     config = {"vit": vit, "conformer": conformer}[kind].get_config()
-    config.data.segment_ids = True
+    unused = config.data[field]
+    config.data[field] = value
     with pytest.raises(ValueError) as error:
         load_config(config)
-    assert f"data.segment_ids=True: a model of model.kind={kind} has no use" in str(error.value)
+    message = (
+        f"data.{field}={value}: a model of model.kind={kind} has no use for it; use {unused!r}"
+    )
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("best", "kinds"),
+    [("loss", {bert, vit, conformer, c4}), ("error", {bert, vit}), ("wer", {conformer})],
+)
+def test_the_best_is_by_a_score_that_the_model_has(best, kinds):
+    for module in (bert, vit, conformer, c4):
+        config = module.get_config()
+        config.checkpoint.best = best
+        if module in kinds:
+            assert load_config(config).checkpoint.best == best
+            continue
+        with pytest.raises(ValueError, match=f"checkpoint.best={best}: .* has no eval/{best}"):
+            load_config(config)

@@ -35,3 +35,18 @@ def test_every_batch_counts_once_and_is_read_when_the_next_is_on_its_way():
     assert events == ["start 1", "start 2", "read 1", "start 3", "read 2", "read 3"]
     assert metrics["eval/loss"] == pytest.approx(18 / 6)
     assert metrics["eval/bits_per_byte"] == pytest.approx(18 / 0.6931471805599453 / 12)
+
+
+def test_a_part_without_a_share_is_told_and_counts_for_nothing():
+    def eval_step(params, nll):
+        return Sums(loss=0.0, nll=nll, tokens=2.0, attention_range=0.0, shares={"error": nll / 4})
+
+    program = SimpleNamespace(config=None, batch_sharding=None, eval_step=eval_step)
+    parts = [Validation("", 1.0, iter([3.0])), Validation("test", 0.0, iter([float("inf")]))]
+    rows = SimpleNamespace(validation_parts=lambda config, sharding: parts)
+    assert on_validation(program, rows, SimpleNamespace(params=None)) == {
+        "eval/loss": 1.5,
+        "eval/loss/test": float("inf"),
+        "eval/error": 0.375,
+        "eval/error/test": float("inf"),
+    }

@@ -236,7 +236,7 @@ def test_the_loss_is_that_of_all_paths(monkeypatch):
     assert (float(sums.nll), float(sums.tokens)) == (float(value), 3.0)
 
 
-def test_the_word_error_rate_is_that_of_the_transcripts(on_one_device, monkeypatch):
+def test_the_word_error_rate_is_that_of_the_transcripts(store, on_one_device, monkeypatch):
     config, _, state, program = on_one_device
     split = SpeechRows(config).store.validation
 
@@ -251,10 +251,32 @@ def test_the_word_error_rate_is_that_of_the_transcripts(on_one_device, monkeypat
     for silent in ((), (0,)):
         monkeypatch.setattr(eval_speech, "greedy_paths", functools.partial(spoken, silent=silent))
         rates.append(make_evaluation(config, program.mesh, split)(state.params)["eval/wer"])
+    some = make_config(store, **{"training.eval_batches": 1})
+    monkeypatch.setattr(eval_speech, "greedy_paths", spoken)
+    assert make_evaluation(some, program.mesh, split)(state.params)["eval/wer"] == 0.0
     batch_size = config.training.batch_size
     texts = [split.text(i).split() for i in range(len(split))]
     silent_words = sum(len(text) for text in texts[::batch_size])
     assert rates == [0.0, silent_words / sum(map(len, texts))]
+
+
+def test_a_test_split_is_scored_apart(store, on_one_device, monkeypatch, tmp_path):
+    """With a name of its own, and without a share of the loss."""
+    config, _, state, program = on_one_device
+    made = SpeechConfig("tones:14", "tones:6@1", "tones:5@2", vocab_size=12)
+    prepare(made, tmp_path / "tones")
+    rows = SpeechRows(make_config(tmp_path / "tones"))
+    parts = rows.validation_parts(config, None)
+    assert [(part.name, part.share) for part in parts] == [("", 1.0), ("test", 0.0)]
+    assert [sum((b["frames"] > 0).sum() for b in part.batches) for part in parts] == [6, 5]
+
+    def silence(config, params, batch, share):
+        return jnp.zeros_like(batch["targets"])
+
+    monkeypatch.setattr(eval_speech, "greedy_paths", silence)
+    splits = (rows.store.validation, rows.store.test)
+    scores = make_evaluation(config, program.mesh, *splits)(state.params)
+    assert scores == {"eval/wer": 1.0, "eval/wer/test": 1.0}
 
 
 @pytest.mark.slow
@@ -295,6 +317,7 @@ def test_what_does_not_fit_is_refused(store):
         ("data.seq_len", 90, "frames of 10 ms; set it to that or more"),
         ("model.mel_bins", 40, "model.mel_bins=40: speech has 80"),
         ("data.store", "nowhere", "no finished store of speech"),
+        ("data.store", "gs://bucket/speech", "speech is read from folders alone"),
     ):
         with pytest.raises(ValueError) as error:
             make_config(store, **{field: value})

@@ -20,6 +20,7 @@ from laser.training.share import Share
 from models import conformer
 from models.conformer import BLANK, Moments, Outputs
 from models.families import Parameters
+from models.stack import product_precision
 
 Array = jax.Array
 
@@ -58,7 +59,8 @@ def _make_loss(config: RunConfig) -> Loss:
 
 def greedy_paths(config: RunConfig, params: Parameters, batch: Batch, share: Share) -> Array:
     """The likeliest label of every position, the blank beyond a recording: (B, T) int32."""
-    outputs = _outputs(config, params, batch, share)
+    with product_precision(config.model):
+        outputs = _outputs(config, params, batch, share)
     valid_BT = conformer.within(outputs.logits_BTV.shape[1], outputs.positions_B)
     return jnp.where(valid_BT, outputs.logits_BTV.argmax(axis=-1), BLANK).astype(jnp.int32)
 

@@ -1,6 +1,7 @@
 """Sources of images and the batches that are made of them."""
 
 import io
+import types
 import zlib
 from pathlib import Path
 
@@ -158,6 +159,7 @@ def test_too_many_broken_ones_end_it(folder, limit):
     with pytest.raises(sources.TooManyBroken) as error:
         train(images, broken)
     assert f"images.max_broken={limit}: {folder}" in str(error.value)
+    assert "other data by --allow_config_change" in str(error.value)
     assert "the file is empty" in str(error.value)
 
 
@@ -175,9 +177,79 @@ def test_imagenet_v2_has_classes_by_number(folder, tmp_path):
         (tmp_path / "v2" / name / "a.jpeg").write_bytes(jpeg(picture(int(name))))
     test = sources.open_test_images(str(tmp_path / "v2"), images, broken)
     assert [test.read(i).label for i in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"images\.test='nowhere': no such folder; give one that"):
+        sources.open_test_images("nowhere", images, broken)
     (tmp_path / "v2" / "3").mkdir()
     with pytest.raises(ValueError, match="no class of training has this name"):
         sources.open_test_images(str(tmp_path / "v2"), images, broken)
+
+
+def folder_of_classes(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "a.jpeg").write_bytes(jpeg(picture(len(name))))
+    return str(root)
+
+
+def test_a_folder_has_the_labels_of_what_is_trained_on(tmp_path):
+    """Whatever that is, and though not all classes are there."""
+    digits, _ = sources.open_images("digits", sources.Broken(0))
+    some = folder_of_classes(tmp_path / "some", "5", "7")
+    test = sources.open_test_images(some, digits, sources.Broken(0))
+    assert [test.read(i).label for i in range(2)] == [5, 7]
+    one_to_three = make_folder(tmp_path / "numbers", classes=("1", "2", "3"))
+    numbers, _ = sources.open_images(str(one_to_three), sources.Broken(0))
+    name = folder_of_classes(tmp_path / "zero", "0", "1")
+    with pytest.raises(ValueError, match="0: no class of training has this name, as '1' is one"):
+        sources.open_test_images(name, numbers, sources.Broken(0))
+    for other in ("10", "five"):
+        name = folder_of_classes(tmp_path / other, "5", other)
+        with pytest.raises(
+            ValueError, match=f"{other}: no class of training has this name, as '0'"
+        ):
+            sources.open_test_images(name, digits, sources.Broken(0))
+    with pytest.raises(
+        ValueError, match=r"images\.test='digits': no such folder; give one that has"
+    ):
+        sources.open_test_images("digits", digits, sources.Broken(0))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        (["n01", "n02"], ""),
+        (["0", "1", "2"], ""),
+        (["n02", "n01"], "label 0 is 'n02' there and 'n01' in training"),
+        (["n01", "n02", "n03", "n04"], "4 classes, and training has 3"),
+    ],
+)
+def test_a_set_of_other_classes_is_refused(folder, monkeypatch, theirs, words):
+    images, _, broken = open_folder(folder)
+    prepared = types.SimpleNamespace(classes=theirs)
+    monkeypatch.setattr(sources, "TfdsImages", lambda *_: prepared)
+    if not words:
+        assert sources.open_test_images("tfds:x:1.0.0", images, broken) is prepared
+        return
+    with pytest.raises(ValueError, match=f"images.test=tfds:x:1.0.0: {words}"):
+        sources.open_test_images("tfds:x:1.0.0", images, broken)
+
+
+def test_a_part_of_a_split_is_taken_all_over_it(folder):
+    """A folder's first images are of its first classes."""
+    images, _, broken = open_folder(folder)
+
+    def labels(max_batches):
+        batches = loader.eval_batches(
+            images, AUGMENTATION, broken, batch_size=9, sharding=None, workers=2,
+            max_batches=max_batches,
+        )  # fmt: skip
+        return np.concatenate([batch["labels"] for batch in batches]).tolist()
+
+    assert labels(0) == [0] * 9 + [1] * 9 + [2] * 9
+    assert len(labels(1)) == 9
+    assert set(labels(1)) == {0, 1, 2}
+    assert labels(1) == labels(2)[:9]
+    assert sorted(labels(3)) == labels(0)
 
 
 def test_what_is_not_there_is_named(tmp_path, folder):
@@ -216,7 +288,11 @@ def test_a_prepared_set_of_tfds_is_read_without_its_pipeline(tmp_path, monkeypat
     writer.close_all()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     images, validation = sources.open_images("tfds:imagenet2012:5.1.0", sources.Broken(0))
-    assert (len(images), len(validation), images.num_classes) == (10, 3, 1000)
+    assert (len(images), len(validation), len(images.classes)) == (10, 3, 1000)
+    for names in (("5", "7", "999"), [images.classes[label] for label in (5, 7, 999)]):
+        folder = folder_of_classes(tmp_path / names[0], *names)
+        test = sources.open_test_images(folder, images, sources.Broken(0))
+        assert [test.read(i).label for i in range(3)] == [5, 7, 999]
     for i in (7, 0, 9):
         assert images.read(i) == (jpeg(picture(i)), 7 * i)
     assert "imagenet2012/5.1.0/train, example 7" in images.name(7)

@@ -62,6 +62,13 @@ def test_draws_follow_from_seed_step_and_place_alone():
     assert (MASKING(arrays, 0, np.arange(8))["weights"] != others[2]["weights"]).any()
 
 
+def test_validation_has_the_same_masks_with_any_seed():
+    arrays = batch(rows=8, length=64)
+    one, other = (Masking(seed, VOCAB, MASK, EOS)(arrays, None, np.arange(8)) for seed in (3, 4))
+    for name, x in one.items():
+        np.testing.assert_array_equal(other[name], x)
+
+
 def test_padding_is_never_chosen_and_a_segment_of_its_own():
     masked = MASKING(batch(rows=8, length=64, valid=40), None, np.arange(8))
     assert not masked["weights"][:, 40:].any()

@@ -151,6 +151,34 @@ def test_other_sets_of_tfds_are_found_by_name(tfds_folder):
     assert list(texts(source, "validation")) == languages["af-validation"]
 
 
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_a_set_with_a_train_split_alone_gives_a_part_of_it(tfds_folder, file_format):
+    """By a hash of each document, as a folder does; in a store and as a task."""
+    documents = [f"article {i}" for i in range(200)]
+    _write_tfds(tfds_folder, documents={"train": documents}, file_format=file_format)
+    with pytest.raises(ValueError) as error:
+        open_source("c4")
+    assert "no split 'validation'" in str(error.value)
+    assert "becomes validation by --validation_fraction=0.01" in str(error.value)
+    source = open_source("c4", validation_fraction=0.2)
+    train, validation = (list(texts(source, split)) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(documents)
+    assert 20 < len(validation) < 60
+    assert source.description()["validation"] == 0.2
+    task = seqio_tasks.register("part", "c4", validation_fraction=0.2)
+    assert [target.decode() for target in _targets(task, "validation")] == validation
+    with pytest.raises(ValueError, match=r"validation_fraction=1\.5: must be between 0 and 1"):
+        open_source("c4", validation_fraction=1.5)
+
+
+def test_a_set_with_a_validation_split_takes_no_fraction(tfds_folder):
+    _write_tfds(tfds_folder)
+    with pytest.raises(
+        ValueError, match=r"validation_fraction=0\.1: tfds:c4/en:3\.1\.0 has its own"
+    ):
+        open_source("c4", validation_fraction=0.1)
+
+
 @pytest.mark.parametrize(
     "name, reason",
     [

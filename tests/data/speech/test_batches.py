@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.reading.examples import example_ids
+from data.reading.examples import eval_ids, example_ids
 from data.speech.augment import SpecAugment
 from data.speech.batches import Shape, eval_batches, train_batches
 from data.speech.prepare import SpeechConfig, prepare
@@ -69,4 +69,16 @@ def test_evaluation_has_each_recording_once_and_nothing_drawn(store):
     assert "noise" not in batches[0]
     features = store.validation.features(5)
     np.testing.assert_array_equal(batches[1]["inputs"][1, : len(features)], features)
-    assert len(list(eval_batches(store.validation, SHAPE, max_batches=1))) == 1
+
+
+def test_a_part_of_a_split_is_taken_all_over_it(store):
+    """The first recordings are of the first speakers."""
+    (batch,) = eval_batches(store.train, SHAPE, max_batches=1)
+    ids = eval_ids(len(store.train), SHAPE.rows, 1)
+    assert len(set(ids.tolist())) == 4
+    assert sorted(ids.tolist()) != [0, 1, 2, 3]
+    for row, number in enumerate(ids):
+        features = store.train.features(number)
+        np.testing.assert_array_equal(batch["inputs"][row, : len(features)], features)
+    assert set(eval_ids(10, 4, 3).tolist()) == set(range(10))
+    assert eval_ids(10, 4, 0).tolist() == list(range(10))

@@ -1,5 +1,6 @@
 """Recordings to a store and back; what is left out, and what is broken, is named and counted."""
 
+import dataclasses
 import functools
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from data.sources.parts import Broken
 from data.speech import recordings, tones
+from data.speech import store as store_module
 from data.speech.prepare import SpeechConfig, prepare
 from data.speech.recordings import Part, Recording
 from data.speech.store import SpeechStore
@@ -353,3 +355,41 @@ def test_damage_is_refused(store, tmp_path):
     with pytest.raises(ValueError) as error:
         SpeechStore(copy)
     assert "train.audio: is not of" in str(error.value)
+
+
+def test_a_test_split_lies_beside_the_others(tmp_path, store):
+    config = SpeechConfig("tones:40", "tones:8@1,tones:2@2", "tones:3@3", vocab_size=12)
+    manifest = prepare(config, tmp_path / "tones")
+    assert manifest["splits"]["test"]["recordings"] == 3
+    opened = SpeechStore(tmp_path / "tones")
+    assert [opened.test.text(i) for i in range(3)] == [tones.recording(3, i)[1] for i in range(3)]
+    assert SpeechStore(store).test is None
+    assert opened.fingerprint != SpeechStore(store).fingerprint
+    with pytest.raises(ValueError, match=r"source\.test: tones:3@3 there, None asked for"):
+        prepare(dataclasses.replace(config, test=""), tmp_path / "tones")
+
+
+FILES = [f"{split}.{part}" for split in ("train", "validation") for part in store_module.DTYPES]
+
+
+@pytest.mark.parametrize("name", [*FILES, "tokenizer.model"])
+def test_a_flipped_bit_is_refused(store, tmp_path, name):
+    copy = shutil.copytree(store, tmp_path / "copy")
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        SpeechStore(copy)
+    assert f"{copy / name} is corrupt: SHA-256 is" in str(error.value)
+
+
+def test_of_much_audio_the_content_is_not_read(store, monkeypatch):
+    read = []
+    monkeypatch.setattr(store_module, "VERIFIED_BYTES", 1000)
+    real = store_module.file_sha256
+    monkeypatch.setattr(
+        store_module, "file_sha256", lambda path: read.append(path.name) or real(path)
+    )
+    SpeechStore(store)
+    assert {name for name in FILES if not name.endswith(".audio")} < set(read)
+    assert not any(name.endswith(".audio") for name in read)
