@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.sources.file_formats import LINES_ENDINGS, lines, parquet_column
-from data.sources.parts import SPLITS, Broken, Document, Part, look_at_files, number_parts
+from data.sources.parts import (
+    SPLITS,
+    Broken,
+    Document,
+    Part,
+    look_at_files,
+    number_parts,
+    split_by_hash,
+)
 
 log = logging.getLogger(__name__)
 
@@ -118,17 +126,17 @@ class TextFolder:
                 if isinstance(text, Broken):
                     yield text
                 else:
-                    split = self._split_of(text) if self._by_hash else next(iter(part.shards))
+                    split = (
+                        split_by_hash(text, self._fraction)
+                        if self._by_hash
+                        else next(iter(part.shards))
+                    )
                     yield Document(split, text, before + read)
             before += piece.stop - piece.start
 
     def _is_validation(self, file: Path) -> bool:
         words = re.split(r"[^a-z]+", file.relative_to(self._folder).as_posix().lower())
         return "validation" in words
-
-    def _split_of(self, text: str) -> str:
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return SPLITS[int.from_bytes(digest) < self._fraction * 2**64]
 
     def _read(self, piece: Slice) -> Iterator[tuple[str | Broken, int]]:
         file = piece.file

@@ -18,7 +18,15 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data.errors import first_line
-from data.sources.parts import SPLITS, Broken, Document, Part, look_at_files, number_parts
+from data.sources.parts import (
+    SPLITS,
+    Broken,
+    Document,
+    Part,
+    look_at_files,
+    number_parts,
+    split_by_hash,
+)
 
 C4 = "tfds:c4/en:3.1.0"
 TFDS = "tfds:"
@@ -104,17 +112,15 @@ class TfdsSource:
             read += 1
             try:
                 text = _text(record)
-                split = self._split_of(text) if self.by_hash else next(iter(part.shards))
+                split = (
+                    split_by_hash(text, self._fraction) if self.by_hash else next(iter(part.shards))
+                )
                 yield Document(split, text, read)
             except UnicodeDecodeError as error:
                 yield Broken("not UTF-8", f"{file}, example {read - 1}: {error}")
         if read != part.size:
             found = "more" if read > part.size else f"only {read}"
             raise ValueError(f"{file}: {part.size} examples expected, {found} found; {REBUILD}")
-
-    def _split_of(self, text: str) -> str:
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()  # as in text_files.py
-        return SPLITS[int.from_bytes(digest) < self._fraction * 2**64]
 
 
 REBUILD = "damaged or cut off: copy or build the set again"

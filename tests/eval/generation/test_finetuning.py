@@ -14,6 +14,7 @@ from eval.generation import finetuning
 from eval.run import open_model, saved_steps
 from eval.tasks.prompts import Example
 from laser.training import flags
+from laser.training.checkpoint import Checkpoints
 from laser.training.run_folder import (
     load_record,
     load_run_config,
@@ -216,7 +217,8 @@ def test_pretraining_goes_on_from_a_run_on_other_rows(trained_run, store, tmp_pa
     assert done.returncode == 0, done.stderr
     config, _ = flags.parse(["train.py", *arguments], lambda values: None)
     begun, _ = opening.open_run(config, str(tmp_path / "begun"), False)
-    state = begun.init_state()
+    with Checkpoints(begun.workdir, config.checkpoint) as checkpoints:
+        state = begun.first_state(checkpoints)
     jax.tree.map(np.testing.assert_array_equal, state.params, open_model(trained_run).params)
     assert int(state.step) == 0
     assert not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
