@@ -6,8 +6,8 @@
 
 Starting it again with the same --workdir resumes from the newest checkpoint. On several hosts start
 it on each: see laser/training/hosts.py.
-Exit codes: 0 done, 2 mistake in the command line or the config, 75 saved on preemption (start it
-again), 130 stopped by Ctrl-C at once, as before the first step, 1 anything else.
+Exit codes: 0 done, 2 mistake in the command line or the config, 3 diverged, 75 saved on preemption
+(start it again), 130 stopped by Ctrl-C at once, as before the first step, 1 anything else.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.reading.files import Address
-from data.sealed import SEAL, checksum, unseal
+from data.sealed import SEAL, checksum, file_sha256, unseal
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -26,6 +26,16 @@ def fix_of(error: OSError, fix: str = PREPARE_AGAIN) -> str:
     answer is no reason to prepare anything again."""
     gone = isinstance(error, FileNotFoundError)
     return fix if gone else "start again once it can be read: see network and rights"
+
+
+def check_sha256(path: Path | Address, expected: str, fix: str = PREPARE_AGAIN) -> None:
+    """Raises ValueError, with `fix`, unless the file's content has this checksum."""
+    try:
+        actual = file_sha256(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; {fix_of(error, fix)}") from error
+    if actual != expected:
+        raise ValueError(f"{path} is corrupt: SHA-256 is {actual}, expected {expected}; {fix}")
 
 
 def read_sealed(path: Path | Address, fix: str) -> Record:

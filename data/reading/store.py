@@ -33,9 +33,14 @@ from data.reading.files import (
     look_at,
     path_of,
 )
-from data.reading.manifest import PREPARE_AGAIN, fingerprint, fix_of, read_manifest
+from data.reading.manifest import (
+    PREPARE_AGAIN,
+    check_sha256,
+    fingerprint,
+    fix_of,
+    read_manifest,
+)
 from data.reading.order import BLOCK_ROWS, Places, step_places
-from data.sealed import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +85,7 @@ class TokenStore:
         self.pad_id: int = self._manifest["pad_id"]
         self.fingerprint = fingerprint(self._manifest)
         self.is_verified = False
-        _check_sha256(self.path / TOKENIZER, self.tokenizer_sha256)
+        check_sha256(self.path / TOKENIZER, self.tokenizer_sha256)
         self.tokenizer_path = str(self.path / TOKENIZER)
         if isinstance(self.path, Address):
             self._temporary = tempfile.TemporaryDirectory(prefix="store-")  # as long as the store
@@ -123,7 +128,7 @@ class TokenStore:
             expected[shard["file"]] = shard["sha256"]
             expected[_offsets_file(shard)] = shard["offsets_sha256"]
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-            list(pool.map(lambda name: _check_sha256(self.path / name, expected[name]), expected))
+            list(pool.map(lambda name: check_sha256(self.path / name, expected[name]), expected))
         self.is_verified = True
 
     def _shards(self) -> list[dict[str, Any]]:
@@ -333,14 +338,3 @@ def _allow_open_files(count: int) -> None:
                 f"limit, as with `ulimit -Hn {count}` by the administrator"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-
-
-def _check_sha256(path: Path | Address, expected: str) -> None:
-    try:
-        actual = file_sha256(path)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {fix_of(error)}") from error
-    if actual != expected:
-        raise ValueError(
-            f"{path} is corrupt: SHA-256 is {actual}, expected {expected}; {PREPARE_AGAIN}"
-        )

@@ -51,6 +51,14 @@ class Part:
     shards: dict[str, int]
     content: Any
 
+    def split_of(self, text: str, validation_fraction: float) -> str:
+        """Of a document. In a part of both splits it follows from the text alone: wherever that
+        stands, it stays in its split."""
+        if len(self.shards) == 1:
+            return next(iter(self.shards))
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return SPLITS[int.from_bytes(digest) < validation_fraction * 2**64]
+
 
 class Source(Protocol):
     """Documents in parts. Can be pickled, so that other processes read it, too."""
@@ -127,9 +135,3 @@ def _look_at(path: Path) -> str:
         os.close(handle)
     when = f", {status.st_mtime_ns}" if size > 2 * END_BYTES else ""
     return f"{digest.hexdigest()}, {size}{when}"
-
-
-def split_by_hash(text: str, validation_fraction: float) -> str:
-    """Of a document, by its content alone: wherever it stands, it stays in its split."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return SPLITS[int.from_bytes(digest) < validation_fraction * 2**64]

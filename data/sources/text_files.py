@@ -21,15 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.sources.file_formats import LINES_ENDINGS, lines, parquet_column
-from data.sources.parts import (
-    SPLITS,
-    Broken,
-    Document,
-    Part,
-    look_at_files,
-    number_parts,
-    split_by_hash,
-)
+from data.sources.parts import SPLITS, Broken, Document, Part, look_at_files, number_parts
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +118,7 @@ class TextFolder:
                 if isinstance(text, Broken):
                     yield text
                 else:
-                    split = (
-                        split_by_hash(text, self._fraction)
-                        if self._by_hash
-                        else next(iter(part.shards))
-                    )
-                    yield Document(split, text, before + read)
+                    yield Document(part.split_of(text, self._fraction), text, before + read)
             before += piece.stop - piece.start
 
     def _is_validation(self, file: Path) -> bool:

@@ -18,15 +18,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data.errors import first_line
-from data.sources.parts import (
-    SPLITS,
-    Broken,
-    Document,
-    Part,
-    look_at_files,
-    number_parts,
-    split_by_hash,
-)
+from data.sources.parts import SPLITS, Broken, Document, Part, look_at_files, number_parts
 
 C4 = "tfds:c4/en:3.1.0"
 TFDS = "tfds:"
@@ -112,10 +104,7 @@ class TfdsSource:
             read += 1
             try:
                 text = _text(record)
-                split = (
-                    split_by_hash(text, self._fraction) if self.by_hash else next(iter(part.shards))
-                )
-                yield Document(split, text, read)
+                yield Document(part.split_of(text, self._fraction), text, read)
             except UnicodeDecodeError as error:
                 yield Broken("not UTF-8", f"{file}, example {read - 1}: {error}")
         if read != part.size:

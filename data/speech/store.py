@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data.reading.manifest import read_sealed
+from data.reading.manifest import check_sha256, read_sealed
 from data.sealed import checksum, file_sha256
 from data.speech.features import log_mel
 from data.tokenizer import Tokenizer
@@ -126,13 +126,7 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
     is_large = sum(sizes[name] for name in audio) > VERIFIED_BYTES
     names = sorted(sizes.keys() - (audio if is_large else set()))
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        found = list(pool.map(lambda name: file_sha256(folder / name), names))
-    for name, sha256 in zip(names, found, strict=True):
-        if sha256 != expected[name]:
-            raise ValueError(
-                f"{folder / name} is corrupt: SHA-256 is {sha256}, expected {expected[name]}; "
-                f"{AGAIN}"
-            )
+        list(pool.map(lambda name: check_sha256(folder / name, expected[name], AGAIN), names))
 
 
 def checksums(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -89,13 +89,14 @@ def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: b
     record = open_run_folder(workdir, config, rows, init_step, allow_config_change, tensors)
     shape = [f"{name} {size}" for name, size in program.mesh.shape.items() if size > 1]
     chips = program.mesh.devices.flat
-    of_packages = [f"{name} {version}" for name, version in versions.packages().items()]
+    run = Run(program, workdir, rows, record)
+    of_packages = [f"{name} {version}" for name, version in run.packages.items()]
     log.info(
         "on %d x %s%s, with %s", len(chips), chips[0].device_kind,
         f" as {' x '.join(shape)}" if shape else "", ", ".join(of_packages),
     )  # fmt: skip
-    compiler.keep_programs(absolute(folder_of(workdir)), jax.default_backend())
-    return Run(program, workdir, rows, record)
+    compiler.keep_programs(absolute(run.workdir), jax.default_backend())
+    return run
 
 
 def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | None = None) -> int:
@@ -147,6 +148,7 @@ class Run:
 
     Attributes:
       records: the files of this host that grow.
+      packages: name → version.
       config: of the program, with numbers for what was left to the data.
       init_step: of the checkpoint of config.init_from that the run started from.
       spikes: what was seen of the loss so far.
@@ -161,6 +163,7 @@ class Run:
         names = (METRICS_FILE, SKIPPED_FILE, SPIKES_FILE) if hosts.is_first() else ()
         self.records = Records(self.workdir, names)
         self.rows = rows
+        self.packages = versions.packages()
         self.init_step: int | None = record["init_step"]
         self.spikes = Spikes()
         self.goodput = Goodput(None, time.time())
@@ -173,8 +176,8 @@ class Run:
         the parameters of init_from if there is one. Raises CheckpointError."""
         restored = checkpoints.restore_latest(self.program.abstract_state)
         if restored is not None:
-            here = versions.packages()
-            versions.tell_changes(checkpoints.restored.get("packages", here), here)
+            before = checkpoints.restored.get("packages", self.packages)
+            versions.tell_changes(before, self.packages)
             return restored
         log.info("starting a new run in %s", self.workdir)
         state = self.program.init_state()
@@ -192,7 +195,7 @@ class Run:
         losses = list(self.spikes.recent)
         return {
             "config": self._config_sha256, "owed": owed, "metrics": mark, "losses": losses,
-            "time": self.goodput.note(), "packages": versions.packages(),
+            "time": self.goodput.note(), "packages": self.packages,
         }  # fmt: skip
 
     def owes_evaluation(self, checkpoints: Checkpoints) -> bool:
@@ -215,7 +218,7 @@ class Run:
 
     @contextlib.contextmanager
     def off_the_steps(self, kind: str) -> Iterator[None]:
-        """For what is not a step: its time is of a kind of its own, and no watchdog looks on."""
+        """For what is not a step: its time is of a kind of its own, and the watchdog is patient."""
         with self.goodput.during(kind), self.watchdog.off_the_steps():
             yield
 
