@@ -5,10 +5,12 @@ headings and lists of links become the site's navigation. A dead link, also to a
 repository, or a docstring that does not parse is an error there.
 """
 
+import importlib.util
 import re
 import sys
 import textwrap
 from pathlib import Path
+from unittest.mock import MagicMock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,6 +30,24 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # else an attribute with a default is there twice
+
+
+def _stand_ins():
+    """For what laser.torch and laser.dropins import, where it is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        named = {name: type(name, (), {"__module__": "torch"}) for name in ("Tensor", "dtype")}
+        module = type("Module", (), {"__module__": "torch.nn"})
+        torch = MagicMock(**named, nn=MagicMock(Module=module))
+        sys.modules |= {"torch": torch, "torch.nn": torch.nn}
+    if importlib.util.find_spec("transformers") is None:
+        names = ("transformers", "transformers.masking_utils")
+        sys.modules |= {name: MagicMock() for name in names}
+    if importlib.util.find_spec("equinox") is None:
+        layer = type("MultiheadAttention", (), {"__module__": "equinox.nn"})
+        sys.modules["equinox"] = MagicMock(nn=MagicMock(MultiheadAttention=layer))
+
+
+_stand_ins()
 
 
 def _with_navigation(app, docname, source):

@@ -44,14 +44,14 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    kind: Literal["standard", "laser"] = "standard",
+    kind: Literal["standard", "laser"],
 ) -> Tensor:
     """softmax(scale · Q Kᵀ + M) V, or LASER's log(softmax(scale · Q Kᵀ + M) exp(V)).
 
-    LASER (arXiv 2411.03493, section 3.2) is exact for every finite V, and a key that a query may
-    not see has no part in its output or gradients, whatever its value. It computes in float32
-    (float64 for float64), under autocast, too. Gradients reach query, key, value and a mask of
-    numbers, once differentiable.
+    LASER (arXiv 2411.03493, section 3.2) is exact to rounding for every finite V, and a key that a
+    query may not see has no part in its output or gradients beyond their rounding, whatever its
+    value. It computes in float32 (float64 for float64), under autocast, too. Gradients reach query,
+    key, value and a mask of numbers, once differentiable.
 
     Args:
       query: (B, H, T, D_qk), floating point.
@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
       is_causal: query t sees the keys up to t, counted from the first of both; without attn_mask.
       scale: factor of the logits; 1/√D_qk if None.
       enable_gqa: each head of keys and values serves H / K neighbouring heads of queries.
-      kind: `standard` is torch's function itself.
+      kind: `standard` is torch's function itself. Always named.
 
     Returns:
       (B, H, T, D_v) in the dtype of `value`. A query that sees no key gets 0, and no gradient.

@@ -2,7 +2,8 @@
 
 This package imports jax and nothing else of this repository, so that it can be copied or imported
 on its own: `from laser.attention import attention`, or `dot_product_attention`, which takes what
-jax.nn's function of that name takes.
+jax.nn's function of that name takes. A copy is imported as `laser.attention`, too; under another
+name its own imports have to be changed (docs/drop-ins.md#install).
 """
 
 from laser.attention.decode import cached_attention

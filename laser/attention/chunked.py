@@ -1,4 +1,4 @@
-"""Exact, strictly causal attention for XLA, one chunk of queries at a time.
+"""Attention for XLA, exact and causal to rounding, one chunk of queries at a time.
 
 A chunk of queries meets only the keys up to its own end, so that half of the causal square is never
 computed, and is recomputed in the backward pass, so that no (T, S) matrix is kept. On a CPU this is
@@ -27,7 +27,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,22 @@ class Extras(NamedTuple):
 
 
 NO_EXTRAS = Extras()
+
+
+@jax.custom_jvp
+def once_differentiable(arrays: Any) -> Any:
+    """The arrays that a gradient is made of, which refuse to be differentiated once more: exp(V) is
+    a constant of the backward pass, and what came of it would be wrong.
+    """
+    return arrays
+
+
+@once_differentiable.defjvp
+def _refuse(primals, tangents):
+    raise NotImplementedError(
+        "this attention has first derivatives alone (jax.grad, jax.vjp); for second ones use "
+        "implementation='reference'"
+    )
 
 
 def chunk_length(length: int) -> int:
@@ -332,6 +348,7 @@ def _laser_readout_bwd(residuals, cotangents):
     # With w = P · E / y: dV = Σ_c do · w and dlogits = Σ_d do · (w - P). No reference appears.
     logits, v, exp_v, probs, y, certified, all_certified = residuals
     d_out, _ = cotangents  # the range is a report; nothing is trained on it
+    logits, v = once_differentiable((logits, v))
     # Gradients are linear in dO: divided by small sums, one of about 1 stays within float32.
     to_one, back = normaliser(d_out, axis=(2, 3))
     d_out *= to_one

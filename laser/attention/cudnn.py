@@ -239,6 +239,7 @@ def _laser_fwd(query, key, value, options: Options):
 def _laser_bwd(options: Options, residuals, cotangents):
     query, key, value, mu, mean, pullback, usual = residuals
     d_out, _ = cotangents  # the range is a report; nothing is trained on it
+    query, key, value = chunked.once_differentiable((query, key, value))
 
     def of_mean(d_mean):
         d_query, d_key, d_operand = pullback(d_mean.astype(mean.dtype))

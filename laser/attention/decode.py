@@ -53,15 +53,16 @@ def cached_attention(
     visible: Array,
     stop: Array | int,
     *,
-    kind: Literal["standard", "laser"] = "standard",
+    kind: Literal["standard", "laser"],
     logits_scale: float | None = None,
     logits_soft_cap: float | None = None,
 ) -> Array:
     """What `attention` returns for the newest T tokens, from cached keys and values.
 
-    Exact for every finite V (standard attention: up to half of the largest), whatever the slots
-    hold that no query sees. A visible +inf or NaN gives an output that is not finite; in standard
-    attention the other queries of the call may have such outputs too. No derivative is defined.
+    Exact to rounding for every finite V (standard attention: up to half of the largest), whatever
+    the slots hold that no query sees. A visible +inf or NaN gives an output that is not finite; in
+    standard attention the other queries of the call may have such outputs too. No derivative is
+    defined.
 
     Args:
       query: (B, T, H, D_qk), float32 or bfloat16.

@@ -1,7 +1,7 @@
 """LASER under the name, and with the arguments, of `jax.nn.dot_product_attention`.
 
-One word is changed and `kind="laser"` added. What the fused kernels know, they compute; the rest
-goes to `chunked`, and the log says why. Of jax.nn's arguments `return_residual` alone is not taken.
+`kind` and `return_range` are added, and of jax.nn's arguments `return_residual` alone is not taken.
+What the fused kernels know, they compute; the rest goes to `chunked`, and the log says why.
 
 Shapes: B batch, T queries, S keys, N heads of queries, K heads of keys and values, D sizes.
 """
@@ -26,22 +26,23 @@ def dot_product_attention(
     bias: Any = None,
     mask: Any = None,
     *,
-    kind: Literal["standard", "laser"] = "standard",
+    kind: Literal["standard", "laser"],
     scale: float | None = None,
     is_causal: bool = False,
     query_seq_lengths: Any = None,
     key_value_seq_lengths: Any = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementation | Literal["xla"] | None = "auto",
-) -> Array:
+    return_range: bool = False,
+):
     """softmax(scale · Q Kᵀ + bias) V, or LASER's log(softmax(scale · Q Kᵀ + bias) exp(V)).
 
     The arguments are those of `jax.nn.dot_product_attention`, with `kind` (arXiv 2411.03493), and
     so are the values of standard attention, to rounding, for every query that sees a key. What
-    `laser.attention.attention` promises holds here: LASER is exact for every finite V, and a key
-    that a query may not see, whatever hides it, has no part in its output or its gradients beyond
-    the rounding that the keys of a chunk share. No array of the size T · S · D is made, and none of
-    T · S but bias, mask, and the gradient of the bias.
+    `laser.attention.attention` promises holds here: LASER is exact to rounding for every finite V,
+    and a key that a query may not see, whatever hides it, has no part in its output or its
+    gradients beyond the rounding that the keys of a chunk share. No array of the size T · S · D is
+    made, and none of T · S but bias, mask, and the gradient of the bias.
 
     A query that sees no key gets 0, of either kind, and passes no gradient on. (jax.nn gives the
     mean of all values, which the query may not see, or 0 for one beyond `query_seq_lengths`.)
@@ -56,7 +57,7 @@ def dot_product_attention(
         whose bias is -inf is not seen. (In LASER a large negative bias hides a key only as far as
         its value is not as large: use `mask`.)
       mask: bool, broadcasts to (B, N, T, S); True where a query may see a key.
-      kind: which readout.
+      kind: which readout, always named.
       scale: factor of the logits; 1/√D if None.
       is_causal: query t sees no key after t, both counted from the first.
       query_seq_lengths: (B,) int; queries from there on see nothing.
@@ -65,9 +66,12 @@ def dot_product_attention(
         t + right alone, and with `is_causal` none after t either.
       implementation: as of `laser.attention.attention`; "xla" stands for "chunked" and None for
         "auto", as jax.nn has them.
+      return_range: also return the range in nats, a float32 scalar; see
+        `laser.attention.attention`, which also says when it tells of the slower exact path.
 
     Returns:
-      (B, T, N, D_v) or (T, N, D_v), in the dtype of `value`.
+      (B, T, N, D_v) or (T, N, D_v), in the dtype of `value`; with `return_range`, a pair of it and
+      the range.
 
     Raises:
       ValueError: arguments that do not fit, or an implementation that does not serve them.
@@ -98,8 +102,9 @@ def dot_product_attention(
     )
     if extras.given():
         options["extras"] = extras
-    out, _ = dispatch(query, key, value, kind, chosen, options)
-    return out if batched else out[0]
+    out, range_nats = dispatch(query, key, value, kind, chosen, options)
+    out = out if batched else out[0]
+    return (out, range_nats) if return_range else out
 
 
 def _four_dims(x: Any, name: str) -> Array:

@@ -3,7 +3,8 @@
 `auto` takes `pallas`, the fused kernels, on TPUs where they can serve, `cudnn` on GPUs where that
 can, and `chunked` (XLA, exact on every backend) elsewhere. The kernels compile for TPUs and are
 held to the oracle in interpret mode, and so is LASER by cuDNN with XLA's attention in the place of
-cuDNN's; neither has run on its device yet.
+cuDNN's; neither has run on its device yet. What `auto` took is logged at level INFO, and where a
+TPU or a GPU gets `chunked`, a warning says why, once for each reason.
 `reference` (the formulas) and `paper` (the paper's log-weighted-sum-exp wrapper to the letter, with
 its global maximum, for fidelity studies) are there by name.
 """
@@ -32,7 +33,7 @@ def attention(
     key: Array,
     value: Array,
     *,
-    kind: Literal["standard", "laser"] = "standard",
+    kind: Literal["standard", "laser"],
     logits_scale: float | None = None,
     causal: bool = True,
     segment_ids: Array | None = None,
@@ -45,7 +46,8 @@ def attention(
 
     For every finite V, up to the largest of its dtype (all implementations but `paper`):
 
-    - LASER's output is finite and right; standard attention's is, of values up to half the largest.
+    - LASER's output is finite, and right to rounding; standard attention's is, of values up to half
+      the largest.
     - A key that a query may not see, later or of another segment, has no part in its output and in
       no gradient through it, beyond their rounding. It may decide how that rounds: which reference
       or anchor the keys of its tile (`pallas`), chunk (`chunked`) or row (`cudnn`, by its first 128
@@ -55,12 +57,16 @@ def attention(
       value above 60 nats, or an output 62 below the largest value or 0, gives its whole row of the
       batch the wider form of the kernels. Then outputs below -40, and those of features of which
       their tile or one before it has a value above 22, move by up to 1e-5 nats (float32) or 2^-8
-      (bfloat16: 3 % of an output of 0.1), and by the rounding of the output.
+      (bfloat16: 4 % of an output of 0.1), and by the rounding of the output.
 
     V that is not finite shows: +inf or NaN makes the output of every query that sees it not finite
     in that feature, and so does -inf in standard attention (in LASER exp(-inf) counts as 0, or the
     output is not finite). As 0 · inf is NaN, outputs that share a chunk or a block with it, or in
     `cudnn` the row, and gradients, may be not finite as well; one that is finite is right.
+
+    Derivatives are those of reverse mode (`jax.grad`, `jax.vjp`), once. Of LASER the formulas alone
+    have others (`reference`, `paper`): jax refuses `jax.jvp` of the rest, and they refuse to be
+    differentiated twice.
 
     Args:
       query: (B, T, H, D_qk), float32, bfloat16 or float16, as key and value; float64 by `reference`
@@ -68,7 +74,7 @@ def attention(
       key: (B, T, K, D_qk), where K divides H: with K below H, each group of H / K neighbouring
         heads of queries shares a head of keys and values (arXiv 2305.13245; K = 1: 1911.02150).
       value: (B, T, K, D_v); D_v may differ from D_qk.
-      kind: which readout.
+      kind: which readout, always named: the two functions have one shape.
       logits_scale: factor of the logits; 1/√D_qk if None.
       causal: a query sees no later key.
       segment_ids: (B, T) int32; a query sees only keys with its own id. The smallest int32 is
@@ -113,6 +119,13 @@ def dispatch(
         _log_choice(kind, implementation, platform_of_program(), why)
     if module := MODULES.get(implementation):
         _check_options(implementation, query, key, options)
+        if implementation == "pallas":
+            fused.check(query, key, value)
+            if (platform := platform_of_program()) != "tpu":
+                raise ValueError(
+                    f"implementation='pallas' runs on TPUs, and this program is for {platform}; "
+                    "use 'auto' or 'chunked'"
+                )
         out, range_nats = module.attention(query, key, value, kind=kind, **options)
     else:
         paper = implementation == "paper"
@@ -183,7 +196,8 @@ def _choose(query, key, value, kind: str, options: dict) -> tuple[Implementation
             cudnn.check(query, key, value, kind, segment_ids, soft_cap)
             return "cudnn", ""
     except ValueError as limit:
-        return "chunked", f" ({limit})"
+        why = str(limit).removesuffix("; use 'chunked'")
+        return "chunked", f" ({why})"
     return "chunked", ""
 
 
@@ -207,5 +221,10 @@ def _check_options(implementation: str, query: Array, key: Array, options: dict)
 
 @functools.cache
 def _log_choice(kind: str, implementation: str, platform: str, why: str) -> None:
-    log = logging.getLogger(__name__)
-    log.info("%s attention on %s: %s%s", kind, platform, implementation, why)
+    """Once for each choice: a warning where XLA stands in for the platform's fused attention.
+
+    Of several processes the first one warns.
+    """
+    level = logging.WARNING if why and not jax.process_index() else logging.INFO
+    words = "%s attention on %s: %s%s"
+    logging.getLogger(__name__).log(level, words, kind, platform, implementation, why)

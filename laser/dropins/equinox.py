@@ -1,9 +1,12 @@
-"""equinox.nn.MultiheadAttention with LASER: the same constructor, parameters and call.
+"""equinox.nn.MultiheadAttention with LASER: the same constructor and parameters, and its call with
+`is_causal` added.
 
 Equinox writes its layers for one example and calls them under jax.vmap. There a choice between two
 paths becomes both of them, and LASER's slow exact path would always run. So a batch by vmap becomes
 the batch of `dot_product_attention` here, forward and backward.
 """
+
+import functools
 
 import equinox
 import jax
@@ -28,8 +31,9 @@ class MultiheadAttention(equinox.nn.MultiheadAttention):
         key: Array | None = None,
         inference: bool | None = None,
         process_heads=None,
+        is_causal: bool = False,
     ) -> Array:
-        """As equinox.nn.MultiheadAttention, with LASER.
+        """As equinox.nn.MultiheadAttention, with LASER, and `is_causal`.
 
         Args:
           query: (T, query_size).
@@ -40,6 +44,7 @@ class MultiheadAttention(equinox.nn.MultiheadAttention):
           inference: no dropout.
           process_heads: a function of the heads of query, key and value that returns them changed,
             such as rotated.
+          is_causal: query t sees no key after t; a mask would take XLA's path in place of a kernel.
 
         Returns:
           (T, output_size).
@@ -63,12 +68,8 @@ class MultiheadAttention(equinox.nn.MultiheadAttention):
         if mask is not None:
             mask = jnp.asarray(mask, bool)
             mask = mask[None] if mask.ndim == 3 else mask[None, None]
-        out = _attention(*(x[None] for x in heads), mask)[0]
+        out = _attention(*(x[None] for x in heads), mask, is_causal)[0]
         return jax.vmap(self.output_proj)(out.reshape(out.shape[0], -1))
-
-
-def _laser(query, key, value, mask):
-    return dot_product_attention(query, key, value, mask=mask, kind="laser")
 
 
 def _as_one_batch(function):
@@ -88,27 +89,40 @@ def _as_one_batch(function):
     return function
 
 
-_forward = _as_one_batch(_laser)
+@functools.cache
+def _forward(is_causal: bool):
+    return _as_one_batch(
+        lambda query, key, value, mask: dot_product_attention(
+            query, key, value, mask=mask, is_causal=is_causal, kind="laser"
+        )
+    )
 
 
-@_as_one_batch
-def _gradients(query, key, value, mask, d_out):
-    _, vjp = jax.vjp(lambda *arrays: _laser(*arrays, mask), query, key, value)
-    return vjp(d_out)
+@functools.cache
+def _gradients(is_causal: bool):
+    def gradients(query, key, value, mask, d_out):
+        def function(*arrays):
+            return dot_product_attention(*arrays, mask=mask, is_causal=is_causal, kind="laser")
+
+        return jax.vjp(function, query, key, value)[1](d_out)
+
+    return _as_one_batch(gradients)
 
 
-@jax.custom_vjp
-def _attention(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(
+    query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool
+) -> Array:
     """(1, T, N, D), (1, S, N, D), (1, S, N, D_v) and (1, N or 1, T, S) -> (1, T, N, D_v)."""
-    return _forward(query, key, value, mask)
+    return _forward(is_causal)(query, key, value, mask)
 
 
-def _attention_fwd(*arguments):
-    return _forward(*arguments), arguments
+def _attention_fwd(query, key, value, mask, is_causal):
+    return _forward(is_causal)(query, key, value, mask), (query, key, value, mask)
 
 
-def _attention_bwd(arguments, d_out):
-    return *_gradients(*arguments, d_out), None
+def _attention_bwd(is_causal, arguments, d_out):
+    return *_gradients(is_causal)(*arguments, d_out), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

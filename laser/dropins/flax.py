@@ -47,7 +47,7 @@ def laser_attention(
       deterministic: no dropout, whatever the rate.
       dtype: of the computation outside of the softmax; promoted from the inputs if None.
       precision, module, qk_attn_weights_einsum, attn_weights_value_einsum: None.
-      is_causal: query t sees no key after t.
+      is_causal: query t sees no key after t; for as many queries as keys.
 
     Returns:
       (batch..., T, N, D_v), float32, bfloat16 or float16.
@@ -68,6 +68,11 @@ def laser_attention(
         raise ValueError(
             "qk_attn_weights_einsum_cls, attn_weights_value_einsum_cls: LASER has einsums of its "
             "own; leave them out"
+        )
+    if is_causal and query.shape[-3] != key.shape[-3]:
+        raise ValueError(
+            f"is_causal=True of {query.shape[-3]} queries over {key.shape[-3]} keys counts both "
+            "from the first, which a cache does not mean; give a mask"
         )
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (x.astype(dtype) for x in (query, key, value))

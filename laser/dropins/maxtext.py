@@ -48,8 +48,8 @@ def apply_attention(
       decoder_segment_ids: (B, T) int, or None: a query sees keys of its own segment alone.
       segment_positions, lengths, use_ragged_attention: of no effect in training.
       model_mode: "train".
-      previous_chunk, bidirectional_mask, sinks, indexer_mask, compressed_mask, record_max_logits,
-        decoder_segment_ids_kv, pad_kv_total, compress_ratio: as they are if not set.
+      previous_chunk, bidirectional_mask, sinks, indexer_mask, compressed_mask: None.
+      record_max_logits, decoder_segment_ids_kv, pad_kv_total, compress_ratio: as if not set.
       qk_product_einsum, wv_product_einsum: MaxText's own, which are not used.
 
     Returns:

@@ -1,13 +1,20 @@
 """The oracle, the paper's wrapper, and what the interface says of its arguments."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from laser.attention import attention, chunked
+from laser.attention import (
+    attention,
+    cached_attention,
+    chunked,
+    dot_product_attention,
+    interface,
+)
 from laser.attention.products import platform_of_program
 from tests.attention.closeness import NAMES, assert_close, errors
 from tests.attention.implementations import CHUNKED, PAPER, oracle, rounded
@@ -94,22 +101,70 @@ def test_no_implementation_takes_other_dtypes(dtype):
     x = jnp.zeros((1, 4, 1, 8), dtype)
     for implementation in ("auto", "chunked", "reference"):
         with pytest.raises(ValueError, match="must be of one dtype, float32, bfloat16"):
-            attention(x, x, x, implementation=implementation)
+            attention(x, x, x, kind="standard", implementation=implementation)
 
 
 def test_float64_is_the_oracles_alone():
     with jax.enable_x64(True):
         x = jnp.zeros((1, 4, 1, 8), jnp.float64)
-        assert attention(x, x, x, implementation="reference").dtype == jnp.float64
+        assert attention(x, x, x, kind="laser", implementation="reference").dtype == jnp.float64
         for implementation in ("auto", "chunked", "pallas", "cudnn"):
             with pytest.raises(ValueError, match="'reference' alone, float64; got float64"):
-                attention(x, x, x, implementation=implementation)
+                attention(x, x, x, kind="laser", implementation=implementation)
 
 
 def test_nothing_is_named():
     x = jnp.zeros((1, 0, 1, 8))
     with pytest.raises(ValueError, match="query, key and value must not be empty"):
-        attention(x, x, x)
+        attention(x, x, x, kind="laser")
+
+
+@pytest.mark.parametrize("function", [attention, dot_product_attention, cached_attention])
+def test_the_kind_must_be_named(function):
+    x = jnp.zeros((1, 4, 1, 8))
+    with pytest.raises(TypeError, match="kind"):
+        function(x, x, x, *[x, 4] * (function is cached_attention))
+
+
+@pytest.mark.parametrize("function", [attention, dot_product_attention])
+def test_kernels_for_tpus_are_refused_elsewhere(function):
+    x = jnp.zeros((1, 4, 1, 8))
+    with pytest.raises(ValueError, match=r"'pallas' runs on TPUs.* for cpu; use 'auto' or"):
+        function(x, x, x, kind="laser", implementation="pallas")
+
+
+def test_on_a_cpu_no_choice_is_a_warning(caplog):
+    """`chunked` is what runs there."""
+    interface._log_choice.cache_clear()
+    x = jnp.zeros((1, 4, 1, 8))
+    with caplog.at_level(logging.INFO, "laser.attention"):
+        for _ in range(2):
+            jax.eval_shape(lambda x: dot_product_attention(x, x, x, kind="laser"), x)
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "laser attention on cpu: chunked")
+    ]
+
+
+def test_derivatives_that_would_be_wrong_are_refused():
+    """By the oracle they are there; docs/drop-ins.md says both."""
+    x = jnp.float32(np.random.default_rng(0).normal(size=(1, 6, 1, 4)))
+
+    def total(x, implementation):
+        out = attention(x, x, x, kind="laser", implementation=implementation)
+        return jnp.sin(out).sum()
+
+    def forward(implementation):
+        return jax.jvp(lambda x: total(x, implementation), (x,), (x,))[1]
+
+    def second(implementation):
+        return jax.grad(lambda x: jax.grad(total)(x, implementation).sum())(x)
+
+    assert np.isfinite(forward("reference"))
+    assert np.isfinite(second("reference")).all()
+    with pytest.raises(TypeError, match="custom_vjp"):
+        forward("chunked")
+    with pytest.raises(NotImplementedError, match="for second ones use implementation='reference'"):
+        second("chunked")
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -132,4 +187,4 @@ def test_the_platform_is_that_of_the_default_device(by_name, monkeypatch):
 def test_shapes_that_do_not_fit_are_named():
     x = jnp.zeros((1, 4, 1, 8))
     with pytest.raises(ValueError, match=r"\(1, 4, 1, 8\), \(1, 4, 2, 8\)"):
-        attention(x, jnp.zeros((1, 4, 2, 8)), x)
+        attention(x, jnp.zeros((1, 4, 2, 8)), x, kind="laser")

@@ -108,9 +108,9 @@ def test_shapes_that_do_not_fit_are_refused():
     query, key, value = arrays({})
     visible = jnp.ones((B, LENGTH, LENGTH), bool)
     with pytest.raises(ValueError, match="batch, heads, slots, size"):
-        cached_attention(query, key, value, visible, 1)
+        cached_attention(query, key, value, visible, 1, kind="laser")
     key, value = cached(key, LENGTH), cached(value, LENGTH)
     with pytest.raises(ValueError, match=f"a cache of {LENGTH} slots"):
-        cached_attention(query, key, value, visible, 1)
+        cached_attention(query, key, value, visible, 1, kind="laser")
     with pytest.raises(ValueError, match="kind='max'"):
         cached_attention(query, key, value, visible, 1, kind="max")

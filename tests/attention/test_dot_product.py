@@ -234,7 +234,7 @@ def test_the_gradient_of_a_broadcast_bias_is_rounded_once(length, heads, rows):
     bias = jnp.zeros((1, 1, rows, 16), jnp.bfloat16)
 
     def loss(bias):
-        return dot_product_attention(query, key, value, bias).sum()
+        return dot_product_attention(query, key, value, bias, kind="standard").sum()
 
     rounded, exact = (
         np.float64(jax.jit(jax.grad(loss))(bias.astype(dtype)))
@@ -247,7 +247,7 @@ def test_arguments_are_those_of_jax():
     theirs = inspect.signature(jax.nn.dot_product_attention).parameters
     ours = inspect.signature(dot_product_attention).parameters
     assert set(theirs) - set(ours) == {"return_residual"}
-    assert set(ours) - set(theirs) == {"kind"}
+    assert set(ours) - set(theirs) == {"kind", "return_range"}
     assert [x for x in theirs if x in ours] == [x for x in ours if x in theirs]
     for name in set(ours) & set(theirs):
         assert ours[name].kind == theirs[name].kind, name
@@ -338,12 +338,12 @@ def test_nothing_as_large_as_lengths_times_size():
 def test_mistakes_are_named(change, message):
     x = {"query": np.ones((2, 4, 2, D), np.float32), "key": np.ones((2, 6, 1, D), np.float32)}
     with pytest.raises(ValueError, match=message):
-        dot_product_attention(**{**x, "value": x["key"], **change})
+        dot_product_attention(**{**x, "value": x["key"], "kind": "laser", **change})
 
 
 def test_heads_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match="heads of keys must divide the heads of queries"):
-        dot_product_attention(jnp.ones((4, 3, D)), *2 * [jnp.ones((4, 2, D))])
+        dot_product_attention(jnp.ones((4, 3, D)), *2 * [jnp.ones((4, 2, D))], kind="laser")
 
 
 @pytest.mark.parametrize(
@@ -372,6 +372,8 @@ def test_the_fused_kernels_take_what_they_know(platform, options, chosen, caplog
     ):
         jax.eval_shape(call, query, key, key)
     assert f"laser attention on {platform}: {chosen}" in caplog.text
+    (record,) = caplog.records
+    assert record.levelname == ("WARNING" if chosen.startswith("chunked") else "INFO")
 
 
 def test_grouped_without_options_is_attention_itself():
@@ -380,6 +382,19 @@ def test_grouped_without_options_is_attention_itself():
     ours = functools.partial(dot_product_attention, is_causal=True, kind="laser")
     plain = functools.partial(interface.attention, kind="laser")
     np.testing.assert_array_equal(*(jax.jit(call)(query, key, key) for call in (ours, plain)))
+
+
+def test_the_range_is_that_of_attention_and_tells_of_the_exact_path():
+    rng = np.random.default_rng(0)
+    query, value = (jnp.float32(rng.normal(size=(40, 2, D))) for _ in range(2))
+    call = functools.partial(dot_product_attention, kind="laser", is_causal=True)
+    out, range_nats = jax.jit(functools.partial(call, return_range=True))(query, query, value)
+    np.testing.assert_array_equal(out, jax.jit(call)(query, query, value))
+    given = (x[None] for x in (query, query, value))
+    expected = interface.attention(*given, kind="laser", return_range=True)[1]
+    assert 0 < range_nats == expected < chunked.RANGE_LIMIT_NATS
+    outlier = value.at[-1, 0, 0].set(100)
+    assert call(query, query, outlier, return_range=True)[1] > chunked.RANGE_LIMIT_NATS
 
 
 def test_queries_that_see_nothing_do_not_take_the_exact_path():

@@ -172,7 +172,7 @@ def test_a_cache_of_grouped_heads_gives_the_whole(kind, queries):
 def test_heads_that_do_not_divide_are_one_line():
     query, key = jnp.zeros((1, 4, 6, 8)), jnp.zeros((1, 4, 4, 8))
     with pytest.raises(ValueError, match="4 heads of keys must divide the 6 heads of queries"):
-        attention(query, key, key)
+        attention(query, key, key, kind="laser")
     cache = jnp.zeros((1, 4, BLOCK, 8))
     with pytest.raises(ValueError, match="heads that divide its"):
-        cached_attention(query, cache, cache, jnp.ones((1, 4, BLOCK), bool), 4)
+        cached_attention(query, cache, cache, jnp.ones((1, 4, BLOCK), bool), 4, kind="laser")

@@ -364,7 +364,7 @@ def test_values_and_gradients_under_an_explicit_mesh(name):
 def test_the_impossible_names_its_limit(shape, dtype, message):
     x = jax.ShapeDtypeStruct(shape, dtype)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda x: attention(x, x, x, implementation="pallas"), x)
+        jax.eval_shape(lambda x: attention(x, x, x, kind="standard", implementation="pallas"), x)
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_named():
@@ -372,7 +372,7 @@ def test_a_mesh_that_does_not_divide_the_heads_is_named():
     axes = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=axes)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"'tensor'.* split 3 heads over 2"):
-        jax.eval_shape(lambda x: attention(x, x, x, implementation="pallas"), x)
+        jax.eval_shape(lambda x: attention(x, x, x, kind="standard", implementation="pallas"), x)
 
 
 def described_mesh(platform, kind=None):

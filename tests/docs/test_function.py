@@ -28,10 +28,8 @@ def inputs(value_std=1.0):
 @jax.jit
 def both(query, key, value):
     """Standard attention and LASER, and the variance of the values under the probabilities."""
-    mean = attention(query, key, value)
-    return mean, attention(query, key, value, kind="laser"), attention(
-        query, key, jnp.square(value)
-    ) - jnp.square(mean)  # fmt: skip
+    mean, squares = (attention(query, key, x, kind="standard") for x in (value, value**2))
+    return mean, attention(query, key, value, kind="laser"), squares - mean**2
 
 
 def test_small_values_give_standard_attention_and_half_the_variance():
@@ -103,6 +101,43 @@ def test_the_gradient_of_two_keys_is_the_paper_s():
             found = gradient(logit, (low, high), kind)
             np.testing.assert_allclose(found, derivative, rtol=1e-4)
     assert expected["laser"] < 0
+
+
+@pytest.mark.parametrize(
+    ("probability", "difference", "ratio"),
+    [
+        *zip([1e-3] * 6, [0.1, 0.5, 1, -0.1, -0.5, -1], [1.05, 1.30, 1.72, 0.95, 0.79, 0.63]),
+        (0.5, 1, 0.92),
+        (0.5, -1, 0.92),
+    ],
+)
+def test_where_the_gradient_is_larger(probability, difference, ratio):
+    """The numbers of the page."""
+    assert f"{ratio:.2f}" in (ROOT / "docs/function.md").read_text()
+    assert ratio_of_gradients(probability, difference) == pytest.approx(ratio, abs=0.005)
+
+
+def test_the_ratio_for_small_differences():
+    for probability in (0.001, 0.3, 0.9):
+        found = ratio_of_gradients(probability, 0.01)
+        assert found == pytest.approx(1 + (0.5 - probability) * 0.01, abs=1e-4)
+
+
+def ratio_of_gradients(probability, difference):
+    """LASER's by the logit of the first of two keys, over that of standard attention."""
+    logit = np.log(probability / (1 - probability))
+
+    def output(logit, kind):
+        with_logit = jnp.asarray([0.0, 1.0]).reshape(1, 2, 1, 1) * logit
+        value = jnp.asarray([0.0, difference]).reshape(1, 2, 1, 1)
+        query = jnp.ones((1, 2, 1, 1))
+        return attention(
+            query, with_logit, value, kind=kind, logits_scale=1.0, implementation="reference"
+        )[0, 1, 0, 0]
+
+    with jax.enable_x64(True):
+        laser, standard = (jax.grad(output)(logit, kind) for kind in ("laser", "standard"))
+    return laser / standard
 
 
 def test_pictures_of_the_page_are_there_and_all_are_made():

@@ -4,6 +4,8 @@
 """
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +46,24 @@ def test_math_is_closed_and_stays_on_its_line(page):
 
 def test_the_readme_is_two_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+@pytest.mark.slow
+def test_the_reference_needs_no_other_framework():
+    """`make docs` has neither torch nor transformers nor equinox."""
+    program = """
+import importlib.util, runpy, sys
+there = importlib.util.find_spec
+frameworks = ("torch", "transformers", "equinox")
+importlib.util.find_spec = lambda name, *rest: None if name in frameworks else there(name, *rest)
+runpy.run_path("docs/conf.py")
+import laser.torch, laser.dropins.equinox, laser.dropins.flax
+import laser.dropins.maxtext, laser.dropins.transformers
+assert laser.torch.Tensor.__module__ == "torch"
+assert laser.dropins.equinox.MultiheadAttention.__doc__
+assert all(type(sys.modules[name]).__name__ == "MagicMock" for name in frameworks)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_the_reference_names_modules_that_are_there():

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from laser.attention import dot_product_attention
+from laser.attention import dot_product_attention, interface
 from laser.dropins.equinox import MultiheadAttention
 from laser.dropins.flax import laser_attention
+from tests.attention.test_kernels import described_mesh
 
 B, T, HEADS, SIZE = 2, 10, 4, 32
 CAUSAL = jnp.tril(jnp.ones((T, T), bool))
@@ -122,6 +123,50 @@ def test_equinox(x):
     close(layer(x[0], x[0], x[0], mask=masks)[-1], ours(layer, x[0])[-1])
     close(layer(x[0], x[1], x[1], process_heads=lambda q, k, v: (q, k, v))[0],
           layer(x[0, :1], x[1], x[1])[0])  # fmt: skip
+
+
+def test_a_causal_layer_is_for_the_kernel_and_not_for_a_cache(x, caplog):
+    """What docs/drop-ins.md says of `is_causal`, and of a mask."""
+    causal = functools.partial(laser_attention, is_causal=True)
+    layer = linen.MultiHeadDotProductAttention(HEADS, attention_fn=causal)
+    params = layer.init(jax.random.key(0), x)
+    masked = layer.clone(attention_fn=laser_attention)
+    close(layer.apply(params, x), masked.apply(params, x, mask=CAUSAL[None, None]))
+    calls = {
+        "pallas": lambda: layer.apply(params, x),
+        "chunked": lambda: masked.apply(params, x, mask=CAUSAL[None, None]),
+    }
+    with caplog.at_level("INFO", "laser.attention"):
+        for name, call in calls.items():
+            interface._log_choice.cache_clear()
+            with jax.sharding.use_abstract_mesh(described_mesh("tpu")):
+                jax.eval_shape(call)
+            assert f"laser attention on tpu: {name}" in caplog.messages[-1]
+    decoder = layer.clone(decode=True)
+    cache = decoder.init(jax.random.key(0), x)
+    refuse(
+        lambda: decoder.apply({**params, "cache": cache["cache"]}, x[:, :1], mutable=["cache"]),
+        f"is_causal=True of 1 queries over {T} keys",
+    )
+
+
+def test_a_causal_layer_of_equinox_is_for_the_kernel(x, caplog):
+    layer = MultiheadAttention(HEADS, SIZE, key=jax.random.key(0))
+
+    def values_and_gradient(x, **options):
+        out, vjp = jax.vjp(jax.vmap(lambda x: layer(x, x, x, **options)), x)
+        return out, *vjp(jnp.sin(out))
+
+    found = jax.jit(functools.partial(values_and_gradient, is_causal=True))(x)
+    close(found, jax.jit(functools.partial(values_and_gradient, mask=CAUSAL))(x))
+    for name, options in (("pallas", {"is_causal": True}), ("chunked", {"mask": CAUSAL})):
+        interface._log_choice.cache_clear()
+        with (
+            caplog.at_level("INFO", "laser.attention"),
+            jax.sharding.use_abstract_mesh(described_mesh("tpu")),
+        ):
+            jax.eval_shape(functools.partial(values_and_gradient, **options), x)
+        assert f"laser attention on tpu: {name}" in caplog.messages[-1]
 
 
 def test_under_vmap_the_exact_path_is_a_choice(x):

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from laser.attention.chunked import LN_2, normaliser
+from laser.attention.chunked import LN_2, normaliser, once_differentiable
 from laser.attention.kernels import blocks, common, exact
 from laser.attention.kernels.backward import backward
 from laser.attention.kernels.blocks import BlockSizes
@@ -223,7 +223,7 @@ def _row_major(x: Array) -> Array:
 
 
 def _attend_fwd(q, k, v, segment_ids, options: Options):
-    q, k, v = map(_row_major, (q, k, v))
+    q, k, v = map(_row_major, once_differentiable((q, k, v)))
     found = forward(q, k, v, segment_ids, options)
     range_BH, residual = jnp.zeros(q.shape[:2], jnp.float32), None
     if options.laser:
