@@ -9,7 +9,8 @@
 
 Command   python train.py --config=configs/c4.py:size=SIZE,slice=SLICE --workdir=DIR
 Hardware  a slice of configs/slices.py, as v5e-64 for 301m and v5e-256 for 2p2b
-Hours     at least 7.5 for 301m on v5e-64, 13.1 for 2p2b on v5e-256; docs/plans.md has all
+Hours     never measured; 301m on v5e-64 as scheduled 13.7 (bound 7.5), 2p2b on v5e-256 as
+          scheduled 19.5 (bound 13.1); docs/plans.md has all
 Result    the paper's one-shot accuracies are in eval/likelihood/paper.py; not run here
 
 Lines marked `paper` repeat what the paper states; the others are choices of this repository where

@@ -3,9 +3,10 @@
     --config=configs/c4.py:size=2p2b,slice=v5e-256
 
 The first in the ranking of `scripts/plan.py --search`, or with the same bound as the first, and
-proven by compiling: docs/plans.md says more. Slices have Google's names, in which a number counts
-chips of v5e and cores, two a chip, of v5p. The paper trained the
-300M on 64 chips, the 1.1B on 128 and the 2.2B on 256; the other sizes take what their nearest has.
+proven by compiling, in bfloat16 by AdamW: docs/plans.md has what came of it, and the hours that a
+run takes, docs/compiler-notes.md what was tried. Slices have Google's names, in which a number
+counts chips of v5e and cores, two a chip, of v5p. The paper trained the 300M on 64 chips, the 1.1B
+on 128 and the 2.2B on 256; the other sizes take what their nearest has.
 """
 
 from ml_collections import ConfigDict

@@ -52,8 +52,8 @@ class Plan:
       hours, chip_hours: of the config's steps, at the bound; None if it counts in epochs, whose
         number of steps the data decide.
       unsharded: share of the parameters' bytes that fsdp does not split.
-      schedule, schedule_mfu: of the compiled program, and the MFU of its seconds; None without
-        libtpu.
+      schedule, schedule_mfu, schedule_hours: of the compiled program, and the MFU and the hours of
+        all steps by its seconds; None without libtpu, and the hours as those at the bound.
       compile_seconds, compile_gb: of the plan itself.
     """
 
@@ -87,6 +87,7 @@ class Plan:
     compile_gb: float
     schedule: Schedule | None
     schedule_mfu: float | None
+    schedule_hours: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -165,6 +166,7 @@ def _plan(
         schedule_mfu=(
             roofline.mfu(config, topology.chips, chip, schedule.seconds) if schedule else None
         ),
+        schedule_hours=schedule.seconds * steps / 3600 if schedule and steps else None,
     )
 
 

@@ -82,6 +82,7 @@ def _traffic(plan: Plan) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
+    """The bound, and beside it what the schedule makes of it, which is the one to count with."""
     lines = ["a step takes at least, in seconds"]
     for name, seconds in plan.bound.items():
         if seconds:
@@ -93,6 +94,11 @@ def _time(plan: Plan) -> list[str]:
         f"  allows at most {100 * plan.mfu:.1f} % MFU, {plan.tokens_per_second:,.0f} tokens/s"
         f"{steps}, if all of them overlapped perfectly"
     )
+    if plan.schedule_hours is not None:
+        lines.append(
+            f"  as scheduled, below: all steps {plan.schedule_hours:.1f} hours, "
+            f"{plan.schedule_hours * plan.chips:,.0f} chip-hours; never measured"
+        )
     return lines
 
 

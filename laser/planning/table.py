@@ -13,11 +13,17 @@ FIELDS = (
     "hours", "chip_hours", "compile_seconds", "compile_gb", "schedule_seconds", "schedule_mfu",
 )  # fmt: skip
 
-HEAD = (
-    "| size | attention | slice | mesh | micro-batches | remat | GiB a chip: state, kept, peak "
-    "| recomputed | GiB moved | seconds at least: compute, HBM, links | MFU at most "
-    "| hours at least | ms as scheduled | MFU as scheduled |"
-)
+COLUMNS = (
+    "size", "attention", "slice", "mesh", "micro-batches", "remat",
+    "GiB a chip: state, kept, peak", "recomputed", "GiB moved",
+    "seconds at least: compute, HBM, links", "MFU at most", "hours at least",
+)  # fmt: skip
+SCHEDULED = ("hours as scheduled", "ms as scheduled", "MFU as scheduled")
+# Rows that were made before schedules were read have the layouts of that time.
+OLDER = """### Of an older layout
+
+These rows were made before the compiler options, the layout of gathers and unrolled layers. They
+have no schedule, and `slice=` gives other layouts by now: compare them with each other alone."""
 START, END = "<!-- table -->", "<!-- end of table -->"
 
 
@@ -66,8 +72,17 @@ def insert(document: str, table: str) -> str:
 
 
 def render(rows: dict[str, dict[str, Any]]) -> str:
-    """Rows as a Markdown table."""
-    lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
+    """Rows as Markdown: a table of those with a schedule, and one of the others, if there are."""
+    current = {name: plan for name, plan in rows.items() if plan.get("schedule_seconds")}
+    older = {name: plan for name, plan in rows.items() if name not in current}
+    parts = [_table(current, (*COLUMNS, *SCHEDULED))]
+    if older:
+        parts += [OLDER, _table(older, COLUMNS)]
+    return "\n\n".join(parts)
+
+
+def _table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name, plan in rows.items():
         which = arguments(name)
         size = " ".join(which[key] for key in ("model", "size", "optimizer") if key in which)
@@ -90,8 +105,16 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def hours_as_scheduled(plan: dict[str, Any]) -> float:
+    """Of all steps of a row: its hours are those at the bound."""
+    return plan["hours"] * plan["schedule_seconds"] / plan["bound"][plan["binding"]]
+
+
 def _scheduled(plan: dict[str, Any]) -> list[str]:
-    """Dashes for a row that was made before schedules were read."""
-    if plan.get("schedule_seconds") is None:
-        return ["–", "–"]
-    return [f"{1e3 * plan['schedule_seconds']:.0f}", f"{100 * plan['schedule_mfu']:.1f} %"]
+    if not plan.get("schedule_seconds"):
+        return []
+    return [
+        f"{hours_as_scheduled(plan):.1f}",
+        f"{1e3 * plan['schedule_seconds']:.0f}",
+        f"{100 * plan['schedule_mfu']:.1f} %",
+    ]

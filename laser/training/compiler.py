@@ -1,7 +1,7 @@
 """What is done by hand for XLA's compiler, by the kind of chip, with the reason.
 
 Figures are milliseconds of the 2.2B's step on 256 chips as `plan.py` reads them from the compiled
-schedule, with libtpu 0.0.42.1; docs/plans.md has them all, and what did not help. Nothing here
+schedule, with libtpu 0.0.42.1; docs/compiler-notes.md has them, and what did not help. Nothing here
 changes what is computed.
 """
 

@@ -126,8 +126,8 @@ class Share:
 def _gather(part: Array, axes: Axes) -> Array:
     """The whole of an array whose dims are split over mesh axes.
 
-    Forms that XLA for TPUs turns into what they say (docs/plans.md): an all-gather along a new
-    first dim of an array of two, over all axes at once or, for a small part, over one after the
+    Forms that XLA for TPUs turns into what they say (docs/compiler-notes.md): an all-gather along a
+    new first dim of an array of two, over all axes at once or, for a small part, over one after the
     other; and for the gradient a reduce-scatter over one axis after the other. Else it all-reduces:
     twice the bytes. The last dim stays what it is: another one would be another layout, and a copy.
     One that is split would be joined of narrow pieces, which is slower still, so the dim with the

@@ -1,15 +1,21 @@
 """Every config file loads, and the arguments of configs/c4.py mean what the paper says."""
 
+import collections
 import importlib
 import itertools
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from configs import base, c4, finetune
+from configs import base, bert, c4, finetune, vit
 from configs.arguments import parse_arguments
 from eval.tasks.text_to_text import PROMPTS
 from laser.training.config import load_config, to_dict
+from laser.training.flags import parse
+from study.plan import Plan
+from study.run import Folder, commands
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted(
@@ -100,6 +106,9 @@ def test_studies_take_the_attention(name, kind):
     [
         ("size=2p2", "unknown size '2p2': did you mean '2p2b'"),
         ("sise=2p2b", "unknown config argument 'sise': did you mean 'size'"),
+        ("slise=v5e-64", "unknown config argument 'slise': did you mean 'slice'"),
+        ("atention=laser", "unknown config argument 'atention': did you mean 'attention'"),
+        ("size=300m", "unknown size '300m': did you mean '301m'"),
         ("attention=lazer", "unknown attention 'lazer': did you mean 'laser'"),
         ("attention=laser+qknorm", "modifier 'qknorm': did you mean 'qk_norm'"),
         ("attention=laser+temp=0", "number above 0"),
@@ -114,6 +123,55 @@ def test_mistakes_name_what_was_meant(arguments, message):
     with pytest.raises(ValueError) as error:
         c4.get_config(arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("module", [bert, vit], ids=["bert", "vit"])
+def test_an_argument_of_other_configs_is_no_misspelt_one(module):
+    with pytest.raises(ValueError) as error:
+        module.get_config("slice=v5e-16")
+    assert str(error.value) == "unknown config argument 'slice': Known: size, attention"
+
+
+@pytest.mark.parametrize(
+    ("name", "slice_name", "accumulation", "unroll"),
+    [
+        ("paper", "v5e-64", 1, True),
+        ("diff_2p2b", "v5e-256", 1, True),
+        ("float32_2p2b", "v5e-256", 2, True),  # what is kept for the backward pass doubles
+        ("float32_2p2b", "v5p-512", 1, True),
+        ("lamb_301m", "v5e-64", 1, True),
+        ("short_7p7b", "v5e-256", 2, False),
+    ],
+)
+def test_studies_take_the_layout_of_a_slice(name, slice_name, accumulation, unroll):
+    module = importlib.import_module(f"configs.studies.{name}")
+    run = load_config(module.get_config(f"slice={slice_name}"))
+    found = (run.model.remat, run.training.accumulation, run.model.unroll)
+    assert found == ("dots", accumulation, unroll)
+    with pytest.raises(ValueError, match="no layout of size"):
+        module.get_config("slice=v5e-4")
+
+
+@pytest.mark.parametrize(
+    ("name", "slices"),
+    [
+        ("paper", {"v5e-64": 30}),  # the grid; the sizes wait for it
+        ("diff_2p2b", {"v5e-256": 4}),
+        ("float32_2p2b", {"v5e-256": 4}),
+        ("lamb_301m", {"v5e-64": 2}),
+        ("short_7p7b", {"v5e-256": 2}),
+    ],
+)
+def test_the_commands_of_a_study_name_the_slice_of_each_run(name, slices, tmp_path):
+    """Of which the loop in docs/studies.md makes the type that it asks for."""
+    plan = Plan(f"configs/studies/{name}.py")
+    lines = [line for line in commands(Folder(tmp_path, plan)) if not line.startswith("#")]
+    assert collections.Counter(re.findall(r"slice=(v5e-\d+)", "\n".join(lines))) == slices
+    for line in lines:
+        assert re.findall(r"v5e-\d+", line)[:1] == re.findall(r"slice=(v5e-\d+)", line)
+        flags = [flag for flag in shlex.split(line) if flag.startswith("--config")]
+        config, _ = parse(["train.py", *flags], lambda values: None)
+        assert config.model.remat == "dots"
 
 
 def test_finetuning_names_its_tasks_and_leaves_the_model_to_init_from():

@@ -1,6 +1,8 @@
 """Plans: of the very program that train.py runs, with numbers that can be counted otherwise."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ from laser.training.config import MeshConfig, load_config, to_dict
 from laser.training.hardware import CHIPS
 from laser.training.rows import StoreRows
 from models.decoder import init_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -203,6 +207,7 @@ def test_a_table_is_put_between_its_marks(tmp_path):
     plan = {
         **dict.fromkeys(table.FIELDS, 1.23456789), "traffic": [{"kind": "all-gather", "gib": 2.0}],
         "schedule": {"seconds": 2.0}, "schedule_mfu": 0.5,
+        "binding": "compute",
         "mesh": {"fsdp": 64, "tensor": 1}, "remat": "dots", "unroll": True, "attention": "pallas",
         "bound": {"compute": 1.0, "memory": 0.5, "interconnect": 0.25},
     }  # fmt: skip
@@ -219,9 +224,37 @@ def test_a_table_is_put_between_its_marks(tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n")  # noqa: PT018
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| 301m", "| 435m"]
-    assert rows[0].endswith("| 2000 | 50.0 % |")
+    # Hours at the bound of 1 s a step, and of the schedule's 2 s.
+    assert rows[0].endswith("| 1.2 | 2.5 | 2000 | 50.0 % |")
     assert all(" | dots, unrolled | " in row for row in rows)
-    assert "old" not in text
+    assert "\nold\n" not in text
+    assert table.OLDER not in text
+
+
+def test_rows_without_a_schedule_are_a_table_of_their_own():
+    rows = json.loads((ROOT / "docs/plans.json").read_text())
+    name = "size=2p2b,attention=laser,slice=v5e-256"
+    assert table.hours_as_scheduled(rows[name]) == pytest.approx(19.5, abs=0.05)
+    older = {**rows[name], "schedule_seconds": None, "schedule_mfu": None}
+    current, marked, rest = table.render({name: rows[name], "x=1," + name: older}).partition(
+        table.OLDER
+    )
+    assert marked
+    for part, columns in ((current, (*table.COLUMNS, *table.SCHEDULED)), (rest, table.COLUMNS)):
+        lines = part.strip().splitlines()
+        assert [line.count(" | ") + 1 for line in lines[::2]] == 2 * [len(columns)]
+    assert " | 13.1 | 19.5 | 439 | 66.7 % |" in current
+    assert rest.endswith(" | 13.1 |")
+
+
+def test_the_report_puts_the_hours_as_scheduled_beside_the_bound(run):
+    """Of a plan that was made with libtpu; the CPU's has no schedule."""
+    plan = make_plan(run.config, parse_topology("v5e:2x4"), jax.devices())
+    assert "as scheduled" not in report.describe(dataclasses.replace(plan, schedule_hours=None))
+    told = report.describe(dataclasses.replace(plan, schedule_hours=3.0)).splitlines()
+    (at,) = (i for i, line in enumerate(told) if line.startswith("  as scheduled"))
+    assert told[at] == "  as scheduled, below: all steps 3.0 hours, 24 chip-hours; never measured"
+    assert "allows at most" in told[at - 1]
 
 
 def test_shipped_layouts_are_of_the_config():
