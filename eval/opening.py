@@ -1,11 +1,13 @@
 """A run to train, and what is evaluated in it besides its loss: that follows from its rows."""
 
+import json
 from collections.abc import Sequence
 
 from data.tokenizer import Tokenizer
 from eval import speech
 from eval.generation import finetuning
 from eval.likelihood import during_training
+from eval.likelihood.oneshot import TaskData
 from laser.training import hosts, loop
 from laser.training.config import RunConfig
 from laser.training.evaluation import Evaluation
@@ -35,6 +37,7 @@ def open_run(
         tasks = []
         if config.evaluation.tasks:
             tasks = during_training.load_tasks(config, Tokenizer(rows.tokenizer_path))
+    check_hosts_agree(tasks)
     run = loop.open_run(config, rows, workdir, allow_config_change)
     evaluations = []
     if tasks:
@@ -44,6 +47,20 @@ def open_run(
             Evaluation(run.config.evaluation.every, lambda state: score(state.params))
         )
     return run, evaluations + _of_rows(run, rows, texts)
+
+
+def check_hosts_agree(tasks: Sequence[TaskData]) -> None:
+    """Raises ValueError, on all hosts, if one has read other data of a task than host 0: they would
+    score other rows together, or wait for a batch that another does not have."""
+    own = json.dumps({data.task.name: data.fingerprint for data in tasks})
+    first, *others = map(json.loads, hosts.exchange("compare the tasks' data", own))
+    for i, theirs in enumerate(others, 1):
+        other = [name for name, value in theirs.items() if first.get(name, value) != value]
+        if other:
+            raise ValueError(
+                f"{hosts.name(i)} has other data of {', '.join(other)} than host 0: "
+                "evaluation.data_dir must be one folder for all hosts, or copies of it"
+            )
 
 
 def _of_rows(run: Run, rows: Rows, texts: Sequence) -> list[Evaluation]:

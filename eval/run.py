@@ -1,13 +1,11 @@
 """A run's model for evaluation, from its folder alone, on the devices that are here.
 
-The mesh is the run's own where it fits the devices, or else all of them hold copies. Requires no
-token store: config, tokenizer and parameters are in the folder.
+Requires no token store: config, tokenizer and parameters are in the folder.
 """
 
 import dataclasses
 import functools
 import hashlib
-import logging
 from pathlib import Path
 
 import jax
@@ -17,13 +15,12 @@ from eval.generation.generator import Generator
 from eval.likelihood import oneshot
 from eval.likelihood.scoring import Scorer
 from eval.tasks.catalogue import OFFLINE
-from laser.training import checkpoint, sharding
+from laser.training import checkpoint, hosts, sharding
 from laser.training.checkpoint import CheckpointError, restore_parameters
+from laser.training.compiler import keep_programs
 from laser.training.config import MeshConfig, RunConfig, load_config
 from laser.training.run_folder import load_record, load_run_config
 from models.families import Parameters, init_parameters
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +51,7 @@ def fingerprint(workdir: Path, step: int) -> str:
       ValueError: as `load_record`.
       CheckpointError: the checkpoint's record can't be read.
     """
-    record = load_record(str(workdir))
+    record = load_record(str(workdir), step)
     config = load_config(record["config"])
     asked = (config.model, config.data.seq_len, record["tokenizer"])
     digest = hashlib.sha256(repr(asked).encode())
@@ -70,10 +67,11 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
     """The model of a run's checkpoint, the newest if `step` is None.
 
     Raises:
-      ValueError: there is no run of a decoder in the folder.
+      ValueError: there is no run of a decoder in the folder, or there are other hosts.
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    config = load_decoder_config(workdir)
+    step = saved_steps(workdir)[-1] if step is None else step
+    config = load_decoder_config(workdir, step)
     step, params, mesh = open_parameters(workdir, config, step)
     tokenizer = Tokenizer(str(workdir / "tokenizer.model"))
     scorer = Scorer(config.model, config.data.seq_len, mesh)
@@ -86,8 +84,9 @@ def open_parameters(
 ) -> tuple[int, Parameters, jax.sharding.Mesh]:
     """The parameters of a checkpoint of any model, the newest if `step` is None: its step, they,
     and the mesh that they lie on. Raises as `open_model`."""
-    steps = saved_steps(workdir)
-    step = steps[-1] if step is None else step
+    hosts.refuse_several()
+    step = saved_steps(workdir)[-1] if step is None else step
+    keep_programs(workdir, jax.default_backend())
     mesh = mesh_of(config)
     abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
     shardings = sharding.state_shardings(mesh, abstract)
@@ -97,9 +96,10 @@ def open_parameters(
     return step, restore_parameters(workdir, abstract, step), mesh
 
 
-def load_decoder_config(workdir: Path) -> RunConfig:
-    """The config of a run. Raises ValueError unless it is of a decoder."""
-    config = load_run_config(str(workdir))
+def load_decoder_config(workdir: Path, step: int | None = None) -> RunConfig:
+    """The config of a run, or of one of its checkpoints. Raises ValueError unless it is of a
+    decoder."""
+    config = load_run_config(str(workdir), step)
     if config.model.kind != "decoder":
         raise ValueError(
             f"{workdir}: model.kind={config.model.kind}, and only a decoder goes on with text"
@@ -117,17 +117,9 @@ def offline_score(model: TrainedModel) -> tuple[float, int]:
 
 
 def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
-    """That of the run, or where these devices are others, a copy of the parameters on each."""
-    try:
-        return sharding.make_mesh(config)
-    except ValueError as error:
-        log.info("the run's mesh does not fit these devices (%s): each holds a copy", error)
-    copies = dataclasses.replace(
-        config,
-        mesh=MeshConfig(data=-1, fsdp=1, tensor=1),
-        # The batch of training does not matter here; one that divides by any number of devices.
-        training=dataclasses.replace(
-            config.training, batch_size=jax.device_count(), accumulation=1
-        ),
-    )
-    return sharding.make_mesh(copies)
+    """All devices, each with its share of the parameters as far as their dims divide: so that a
+    model is read where a copy for each chip would not fit. The run's own mesh was for others."""
+    # The batch of training does not matter here: one that divides.
+    batch = dataclasses.replace(config.training, batch_size=jax.device_count(), accumulation=1)
+    mesh = MeshConfig(data=1, fsdp=-1, tensor=1, max_unsharded=1.0)
+    return sharding.make_mesh(dataclasses.replace(config, mesh=mesh, training=batch))

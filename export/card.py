@@ -1,9 +1,9 @@
 """The model card of an export, from what lies in the run's folder."""
 
 import dataclasses
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data.reading import mixture
 from export.folder import Origin
@@ -68,10 +68,14 @@ ARCHITECTURE = {
 
 
 def model_card(
-    workdir: Path, origin: Origin, layout: Layout, parameters: int, checkpoint: str
+    workdir: Path,
+    origin: Origin,
+    layout: Layout,
+    parameters: int,
+    scores: Mapping[str, Sequence[dict[str, Any]]],
 ) -> str:
-    """README.md: how to load the model, its config, its data, and how good it is. `checkpoint` is
-    the fingerprint by which a result says what it is of."""
+    """README.md: how to load the model, its config, its data, and how good it is. `scores` are
+    results of tasks (eval/likelihood/results.py) by the settings they were scored with."""
     model = origin.config.model
     library, pipeline, name = NAMES[model.kind]
     trust = ", trust_remote_code=True" if layout == "laser" else ""
@@ -89,7 +93,7 @@ def model_card(
             "\n## Model\n",
             *_table("field", "value", list(_fields(model))),
             "\n## Scores\n",
-            *_scores(workdir, origin.step, checkpoint),
+            *_scores(scores),
             "",
         ]
     )
@@ -159,17 +163,9 @@ def _fields(model: AnyModelConfig) -> Iterator[tuple[str, str]]:
             yield f"attention.{name}", str(value)
 
 
-def _scores(workdir: Path, step: int, checkpoint: str) -> list[str]:
-    """Tables of what scripts/evaluate.py has written for this checkpoint, of whole tasks alone."""
+def _scores(scores: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
     lines: list[str] = []
-    for path in sorted((workdir / "eval" / str(step)).glob("*/results.json")):
-        tasks = [
-            task
-            for task in json.loads(path.read_text())["tasks"].values()
-            if task.get("fingerprints", {}).get("checkpoint") == checkpoint
-        ]
-        if not tasks or any(task["limit"] for task in tasks):
-            continue
+    for settings, tasks in scores.items():
         rows = [
             (
                 f"{task['task']} ({task['split']}, {task['n']:,})",
@@ -177,7 +173,7 @@ def _scores(workdir: Path, step: int, checkpoint: str) -> list[str]:
             )
             for task in tasks
         ]
-        lines += [f"{path.parent.name}:\n", *_table("task (split, examples)", "score", rows), ""]
+        lines += [f"{settings}:\n", *_table("task (split, examples)", "score", rows), ""]
     return lines or ["Not evaluated."]
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -75,6 +74,7 @@ def write_export(
 
     Raises:
       ValueError: there is something at `output`, or no folder to put it in.
+      OSError: it cannot be written, on a full disk for example.
     """
     require(not output.exists(), f"output={output}: exists; choose another or remove it")
     require(output.absolute().parent.is_dir(), f"output={output}: no folder {output.parent}")
@@ -84,7 +84,7 @@ def write_export(
         folder = Path(parent) / "export"
         folder.mkdir()
         metadata = {"format": "pt", CHECKSUM: _checksum(tensors)}
-        save_file(tensors, folder / "model.safetensors", metadata=metadata)
+        _save(tensors, folder / "model.safetensors", metadata)
         _write_configurations(folder, layout, origin, tokenizer_path)
         for name in MODULES.get(layout, ("tokenization_laser.py",)):
             shutil.copyfile(REMOTE / name, folder / name)
@@ -92,6 +92,13 @@ def write_export(
         (folder / SUMS).write_text("".join(sums), encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(output)
+
+
+def _save(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # of what the system says of the disk, too
+        raise OSError(f"{path}: {error}") from error
 
 
 def _write_configurations(
@@ -163,7 +170,8 @@ def import_run(folder: Path, workdir: Path) -> Origin:
     with tempfile.TemporaryDirectory(dir=parent, prefix=".import-") as temporary:
         made = Path(temporary) / "run"
         with Checkpoints(made, origin.config.checkpoint) as checkpoints:
-            params = jax.tree.map(jnp.asarray, params)
+            # In the host's memory: one accelerator alone may not hold the whole model.
+            params = jax.device_put(params, jax.local_devices(backend="cpu")[0])
             checkpoints.save(origin.step, {"params": params}, note={"config": record[SEAL]})
         write_run(made, record, tokenizer or "")
         made.rename(workdir)

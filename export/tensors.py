@@ -71,10 +71,9 @@ def require_equal(
     name: str,
     expected: np.ndarray,
     tolerance: float = 0.0,
-    relative: float = 0.0,
 ) -> None:
     """Raises ValueError if a tensor has not the values that follow from the config."""
     require(
-        np.allclose(take(name, expected.shape), expected, rtol=relative, atol=tolerance),
+        np.allclose(take(name, expected.shape), expected, rtol=0, atol=tolerance),
         f"tensor {name} has other values than our architecture fixes there: trained elsewhere?",
     )

@@ -104,7 +104,7 @@ def our_case(shape: Shape, prompts: np.ndarray, kind: Literal["standard", "laser
         attention=AttentionConfig(kind=kind),
     )
     params = init_parameters(config, 0)
-    tokenizer: Any = SimpleNamespace(eos_id=0)  # token ids go in and come out
+    tokenizer: Any = SimpleNamespace(eos_id=0, vocab_size=config.vocab_size)  # ids go in and out
     generator = Generator(config, tokenizer, max_length=shape.prompt + shape.new, rows=len(prompts))
 
     def run():

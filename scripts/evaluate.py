@@ -3,10 +3,10 @@
     python scripts/evaluate.py --workdir=runs/quickstart-laser --data_dir=DATA
     python scripts/evaluate.py --workdir=runs/quickstart-laser --last=3     mean and deviation
 
-Prints a table and writes JSON into RUN/eval (see eval/likelihood/results.py). Data are read from
---data_dir, unpacked as they were downloaded, or from TensorFlow Datasets that are prepared already;
-a task without data is reported with how to get them. Started again, it scores only what is new:
-other tasks, settings, rows or checkpoints.
+Prints a table and writes JSON into RUN/eval, or into --output where the run is not to be written
+(see eval/likelihood/results.py). Data are read from --data_dir, unpacked as they were downloaded,
+or from TensorFlow Datasets that are prepared already; a task without data is reported with how to
+get them. Started again, it scores only what is new: other tasks, settings, rows or checkpoints.
 """
 
 import argparse
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from laser.training.console import end_on_ctrl_c
-from laser.training.folders import folder_of
+from laser.training.folders import folder_of, told_as_os_errors
 from laser.training.hardware import tune_cpu
 
 if __name__ == "__main__":
@@ -36,20 +36,21 @@ from eval.run import TrainedModel, fingerprint, load_decoder_config, open_model,
 from eval.tasks.catalogue import KNOWN, PROTOCOLS, Task, choose_tasks
 from eval.tasks.sources import MissingData
 from laser.training.checkpoint import CheckpointError
-from laser.training.run_folder import load_run_config
+from laser.training.config import RunConfig
 
 SEEDS = {"gpt3": 5, "lm_eval": 1}  # the harness draws demonstrations once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 a task could not be scored, and the others were; 2 bad input: flags, a
-    task's rows, or no task had data."""
+    task's rows, no task had data, or a folder cannot be read or written."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
-        return _evaluate(arguments)
-    except (ValueError, CheckpointError) as error:
+        with told_as_os_errors(arguments.output or arguments.workdir):
+            return _evaluate(arguments)
+    except (OSError, ValueError, CheckpointError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
 
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, help="examples of each task, the first ones")
     parser.add_argument("--data_dir", type=folder_of, help="where the tasks' data are")
+    parser.add_argument(
+        "--output", type=folder_of, help="folder for the results; default: eval in the run's"
+    )
     parser.add_argument("--records", action="store_true", help="also write every example's scores")
     parser.add_argument(
         "--show", type=int, default=0, metavar="N", help="only print N prompts of each task"
@@ -108,10 +112,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     tasks = choose_tasks(arguments.tasks)
     seeds = SEEDS[arguments.protocol] if arguments.seeds is None else arguments.seeds
     settings = Settings(arguments.protocol, arguments.shots, seeds, arguments.limit)
-    if arguments.data_dir and not arguments.data_dir.is_dir():
-        raise ValueError(f"data_dir={arguments.data_dir}: no such folder")
     steps = choose_steps(arguments.step, arguments.last, saved_steps(arguments.workdir))
-    data, missing, broken = _load(tasks, settings, arguments.data_dir)
+    with told_as_os_errors(arguments.data_dir or ""):
+        if arguments.data_dir and not arguments.data_dir.is_dir():
+            raise ValueError(f"data_dir={arguments.data_dir}: no such folder")
+        data, missing, broken = _load(tasks, settings, arguments.data_dir)
     failed: dict[str, str] = {}
     if arguments.show:
         for task_data in data:
@@ -184,11 +189,13 @@ def _score(
     broken: Mapping[str, str],
 ) -> dict[str, str]:
     """Scores the tasks at all steps and prints their tables. Returns why some could not be."""
-    failed = _too_long(arguments.workdir, settings, data)
-    figures = paper.figures(load_run_config(str(arguments.workdir)).model)
+    config = load_decoder_config(arguments.workdir, steps[-1])
+    failed = _too_long(config, arguments.workdir / "tokenizer.model", settings, data)
+    figures = paper.figures(config.model)
+    output = arguments.output or arguments.workdir / "eval"
     by_step: list[dict[str, results.Result]] = []
     for step in steps:
-        folder = ResultsFolder(arguments.workdir / "eval", step, settings)
+        folder = ResultsFolder(output, step, settings)
         checkpoint = fingerprint(arguments.workdir, step)
         scored = _score_step(arguments, step, checkpoint, settings, data, folder, failed)
         by_step.append(scored)
@@ -201,21 +208,21 @@ def _score(
     everywhere = [name for name in by_step[0] if all(name in scored for scored in by_step)]
     if len(steps) > 1 and everywhere:
         merged = [results.over_checkpoints([s[name] for s in by_step]) for name in everywhere]
-        path = results.save_over_checkpoints(arguments.workdir / "eval", settings, steps, merged)
+        path = results.save_over_checkpoints(output, settings, steps, merged)
         print(f"\nover the checkpoints {', '.join(map(str, steps))}: mean and deviation")
         print(results.table(merged, figures, "checkpoints"))
         print(f"{results.legend('checkpoints')}\nwritten: {path}")
     return failed
 
 
-def _too_long(workdir: Path, settings: Settings, data: Sequence[TaskData]) -> dict[str, str]:
+def _too_long(
+    config: RunConfig, tokenizer_path: Path, settings: Settings, data: Sequence[TaskData]
+) -> dict[str, str]:
     """Tasks with a candidate that the model can't score, and which."""
-    max_length = load_decoder_config(workdir).data.seq_len
-    tokenizer = Tokenizer(workdir / "tokenizer.model")
-    reasons = {}
+    tokenizer, reasons = Tokenizer(tokenizer_path), {}
     for task_data in data:
         try:
-            oneshot.check_lengths(task_data, settings, tokenizer, max_length)
+            oneshot.check_lengths(task_data, settings, tokenizer, config.data.seq_len)
         except ValueError as error:
             reasons[task_data.task.name] = str(error).removeprefix(f"{task_data.task.name}: ")
     return reasons

@@ -29,7 +29,8 @@ if __name__ == "__main__":
 import jax
 
 from data.reading.files import folder_to_write
-from eval.run import fingerprint, open_parameters
+from eval.likelihood import results
+from eval.run import fingerprint, open_parameters, saved_steps
 from export.card import model_card
 from export.folder import Origin, import_run, write_export
 from export.layouts import choose_layout
@@ -38,7 +39,7 @@ from laser.training.run_folder import load_fingerprint, load_run_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input."""
+    """Exit code: 0 done, 2 bad input, or a disk that cannot be read or written."""
     arguments = _parser().parse_args(argv)
     try:
         if arguments.from_export:
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"written: {arguments.workdir}, step {origin.step}, as a run's folder")
         else:
             _export(arguments.workdir, arguments.step, folder_to_write(arguments.output))
-    except (ValueError, CheckpointError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         print(f"export.py: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -71,12 +72,14 @@ def _parser() -> argparse.ArgumentParser:
 def _export(workdir: Path, step: int | None, output: Path) -> None:
     if output.exists():
         raise ValueError(f"output={output}: exists; choose another or remove it")
-    config = load_run_config(str(workdir))
+    step = saved_steps(workdir)[-1] if step is None else step
+    config = load_run_config(str(workdir), step)
     layout = choose_layout(config.model)
     step, params, _ = open_parameters(workdir, config, step)
-    origin = Origin(config, step, load_fingerprint(str(workdir)))
+    origin = Origin(config, step, load_fingerprint(str(workdir), step))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    card = model_card(workdir, origin, layout, count, fingerprint(workdir, step))
+    scores = results.of_checkpoint(workdir / "eval" / str(step), fingerprint(workdir, step))
+    card = model_card(workdir, origin, layout, count, scores)
     tokenizer = None if layout == "timm" else workdir / "tokenizer.model"
     write_export(output, origin, params, tokenizer, card=card)
     print(f"written: {output}, step {step}, layout {layout}, {count:,} parameters")

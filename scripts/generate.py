@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         _generate(arguments)
-    except (ValueError, CheckpointError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -35,7 +35,8 @@ class Examples:
       prompts: as they are read: where a prompt does not fit, its left is gone.
       truncated: number of those.
       max_target: tokens of the longest answer, EOS included.
-      longest: tokens of the longest row that are fed, which is all but the last one.
+      longest: tokens that are fed of the longest prompt with the longest answer, which is all but
+        the last one: no row has more, and none that is decoded up to `max_target`.
       fingerprint: SHA-256 over all tokens and weights, as hex digits.
     """
 
@@ -73,7 +74,7 @@ class Examples:
             np.concatenate([[tokenizer.eos_id], prompt, target]).astype(np.int32)
             for prompt, target in zip(prompts, targets)
         ]
-        self.longest = max(map(len, self._tokens)) - 1
+        self.longest = int(self._prompt_lengths.max()) + self.max_target
         digest = hashlib.sha256(self._prompt_lengths.astype("<i8").tobytes())
         for tokens in self._tokens:
             digest.update(len(tokens).to_bytes(8, "little") + tokens.astype("<i4").tobytes())
@@ -153,13 +154,12 @@ def eval_example_batches(
     sharding: Sharding | None = None,
     max_batches: int = 0,
 ) -> Iterator[Batch]:
-    """Each example once, in order; the last batch is filled up with rows of weight 0."""
-    num_batches = steps_per_epoch(len(examples), batch_size)
-    for first in range(0, min(num_batches, max_batches or num_batches) * batch_size, batch_size):
+    """The examples of `eval_ids`; the last batch is filled up with rows of weight 0."""
+    chosen = eval_ids(len(examples), batch_size, max_batches)
+    for first in range(0, len(chosen), batch_size):
 
         def read(start: int, stop: int, first: int = first) -> Arrays:
-            ids = range(first + start, min(first + stop, len(examples)))
-            return examples.arrays(ids, stop - start, seq_len)
+            return examples.arrays(chosen[first + start : first + stop], stop - start, seq_len)
 
         yield global_batch(read, (batch_size, seq_len), sharding)
 

@@ -9,7 +9,6 @@ end is 0.
 import functools
 
 import numpy as np
-import scipy.fft
 
 SAMPLE_RATE = 16_000  # Hz, of all audio here
 STEP = 160  # samples from frame to frame
@@ -44,6 +43,8 @@ def log_mel(audio: np.ndarray) -> np.ndarray:
 
 def _energies(frames: np.ndarray) -> np.ndarray:
     """(n, WINDOW) -> (n, MEL_BINS), float32."""
+    import scipy.fft  # half a second, which runs on text need not wait
+
     emphasised = np.empty_like(frames)
     emphasised[:, 0] = frames[:, 0] * (1 - PRE_EMPHASIS)
     np.multiply(frames[:, :-1], -PRE_EMPHASIS, out=emphasised[:, 1:])

@@ -28,7 +28,7 @@ from models.decoding import Cache, append, empty_cache, next_logits, unstack
 
 PIECE = BLOCK  # tokens of a prompt that are read at once; a multiple of BLOCK
 STEPS = 8  # tokens between two looks of the host
-ROWS = 8  # prompts in a batch
+ROWS = 8  # prompts in a batch, for each chip
 
 OnText = Callable[[int, str], None]  # a prompt's index in the list, a new piece of its text
 # A prompt's index, all its new tokens so far, whether it has ended; returns whether to end it.
@@ -50,7 +50,8 @@ class Generator:
       tokenizer: of the prompts.
       mesh: devices, as in training: parameters and cache are split over it. None: the first one.
       max_length: tokens that the model may see at once, such as those of a row in training.
-      rows: prompts in a batch, at most; rounded up to the mesh.
+      rows: prompts in a batch, at most, for each chip that has rows of it; of a CPU for all its
+        devices, rounded up to their number.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Generator:
         rows: int = ROWS,
     ):
         self.max_length = max_length
-        self._config, self._tokenizer, self._rows = config, tokenizer, rows
+        self._config, self._tokenizer = config, tokenizer
         mesh = mesh or sharding.single_device_mesh()
         self._shards = sharding.batch_shards(mesh)
+        self._rows = rows if jax.default_backend() == "cpu" else rows * self._shards
         self._by_row = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, PartitionSpec())
         state_shardings = _state_shardings(config, mesh)
@@ -79,7 +81,7 @@ class Generator:
             functools.partial(_read, config), donate_argnums=1, out_shardings=state_shardings
         )
         self._continue = jax.jit(
-            functools.partial(_continue, config, tokenizer.eos_id),
+            functools.partial(_continue, config, tokenizer.vocab_size, tokenizer.eos_id),
             static_argnames="mode",
             donate_argnums=1,
             out_shardings=(self._replicated, self._replicated, state_shardings),
@@ -323,6 +325,7 @@ def _read(config: ModelConfig, params: Parameters, state: _State, tokens_BC, rea
 
 def _continue(
     config: ModelConfig,
+    vocab_size: int,
     eos_id: int,
     params: Parameters,
     state: _State,
@@ -337,7 +340,8 @@ def _continue(
     """`count` more tokens, at most STEPS, or fewer if all rows are done.
 
     Returns (B, STEPS) int32, EOS where a row was done; whether all logits that were read were
-    finite; and the state.
+    finite; and the state. The model may have more entries than the `vocab_size` that tokens have;
+    none of those is taken.
     """
     temperature, top_k, top_p, seed = settings
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(indices_B)
@@ -351,6 +355,7 @@ def _continue(
         logits_BV = next_logits(config, params, state.last_BM)
         finite &= (jnp.isfinite(logits_BV).all(axis=-1) | done_B).all()
         step_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, at + step))(keys_B)
+        logits_BV = logits_BV[:, :vocab_size]
         token_B = choose(logits_BV, step_keys_B, temperature, top_k, top_p, mode=mode)
         token_B = jnp.where(done_B, eos_id, token_B)
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], step, axis=1)

@@ -15,6 +15,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.likelihood.scoring import Request, encode_pairs
@@ -81,7 +82,7 @@ class LaserLM(LM):
         """Greedy continuations of (context, arguments), up to one of the words in `until`.
 
         Raises:
-          ValueError: a task asks for sampling.
+          ValueError: a task asks for sampling, or for so many tokens that no prompt has room.
         """
         del disable_tqdm
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
@@ -99,19 +100,26 @@ class LaserLM(LM):
         return [texts[i] for i in range(len(requests))]
 
     def _limits(self, arguments: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-        """How many tokens at most, and the words that end a continuation."""
-        if arguments.get("do_sample") and arguments.get("temperature", 1.0) > 0:
-            raise ValueError(f"{arguments}: only greedy decoding is supported; do_sample=False")
-        until = arguments.get("until") or ()
-        words = (until,) if isinstance(until, str) else tuple(word for word in until if word)
-        default = min(GENERATED_TOKENS, self.model.generator.max_length // 2)
-        return arguments.get("max_gen_toks", default), words
+        """How many tokens at most, and the words that end a continuation, as the harness reads them
+        for its own models: a temperature alone asks for sampling, too."""
+        length = self.model.generator.max_length
+        default = min(GENERATED_TOKENS, length // 2)
+        read: dict[str, Any] = dict(normalize_gen_kwargs(arguments, default))
+        if read["do_sample"] and read.get("temperature", 1.0) > 0:
+            raise ValueError(
+                f"{arguments}: only greedy decoding is supported; --gen_kwargs do_sample=False"
+            )
+        count = read["max_gen_toks"]
+        if count >= length:
+            raise ValueError(
+                f"max_gen_toks={count}: the model's length is {length}, which leaves no room for a "
+                f"prompt; --gen_kwargs max_gen_toks={length // 2}"
+            )
+        return count, tuple(word for word in read["until"] if word)
 
     def _prompt(self, text: str, new_tokens: int) -> list[int]:
         """Its tokens, as many from the end as leave room for new ones."""
         length = self.model.generator.max_length
-        if new_tokens > length:
-            raise ValueError(f"max_gen_toks={new_tokens}: the model's length is {length}")
         return [self._tokenizer.eos_id, *self._tokenizer.encode(text)][-(length + 1 - new_tokens) :]
 
 

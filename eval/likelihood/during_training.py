@@ -5,6 +5,7 @@ metrics that the run writes beside its loss. Parameters stay where training has 
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from eval.tasks.catalogue import choose_tasks
 from laser.training.config import EvaluationConfig, RunConfig
 from laser.training.folders import folder_of, told_as_os_errors
 from models.decoder import Parameters
+
+log = logging.getLogger(__name__)
+
+STAND_INS = ("validation",)  # scores of a train split would be taken for those of held-out rows
 
 
 def load_tasks(config: RunConfig, tokenizer: Tokenizer) -> list[TaskData]:
@@ -36,9 +41,15 @@ def load_tasks(config: RunConfig, tokenizer: Tokenizer) -> list[TaskData]:
         return []
     keys = ("evaluation.tasks", wanted.tasks, "evaluation.data_dir", wanted.data_dir)
     with task_data(*keys) as folder:
-        data = [oneshot.load_task(task, settings, folder) for task in choose_tasks(wanted.tasks)]
+        tasks = choose_tasks(wanted.tasks)
+        data = [oneshot.load_task(task, settings, folder, STAND_INS) for task in tasks]
         for loaded in data:
             oneshot.check_lengths(loaded, settings, tokenizer, config.data.seq_len)
+            if loaded.split != loaded.asking.split:
+                log.info(
+                    "%s: the %s split is scored (%s), as there is no %s split",
+                    loaded.task.name, loaded.split, loaded.loaded.origin, loaded.asking.split,
+                )  # fmt: skip
     return data
 
 

@@ -92,15 +92,20 @@ class Prompted:
         return [before + context for context in self.example.contexts]
 
 
-def load_task(task: Task, settings: Settings, data_dir: Path | None) -> TaskData:
-    """Reads a task's data.
+def load_task(
+    task: Task,
+    settings: Settings,
+    data_dir: Path | None,
+    stand_ins: Sequence[str] = sources.STAND_INS,
+) -> TaskData:
+    """Reads a task's data; one of `stand_ins` is evaluated where the protocol's split is not there.
 
     Raises:
       sources.MissingData: they are not there; the message says how to get them.
       ValueError: a row can't be used, or there are fewer examples than demonstrations.
     """
     asking = task.protocols[settings.protocol]
-    split = sources.available_split(task.source, asking.split, data_dir)
+    split = sources.available_split(task.source, asking.split, data_dir, stand_ins)
     loaded = sources.load(task.source, split, asking.prompt, data_dir)
     pool, own_pool = loaded.examples, asking.shots == split
     if settings.shots and not own_pool:

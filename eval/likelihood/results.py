@@ -87,11 +87,39 @@ class ResultsFolder:
         return self.path / f"{task}.records.jsonl"
 
 
-def _read(path: Path) -> Result:
+def of_checkpoint(folder: Path, checkpoint: str) -> dict[str, list[Result]]:
+    """SETTINGS → results of whole tasks in RUN/eval/STEP, of the checkpoint of this fingerprint.
+
+    Raises ValueError, which names the file, if one is damaged.
+    """
+    found = {}
+    for path in sorted(folder.glob("*/results.json")):
+        results = [
+            result
+            for result in _object(_read(path).get("tasks"), path).values()
+            if _object(result, path).get("fingerprints", {}).get("checkpoint") == checkpoint
+        ]
+        if results and not any(result["limit"] for result in results):
+            found[path.parent.name] = results
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); remove it to score the task anew") from error
+        raise _damaged(path, str(error)) from error
+    return _object(value, path)
+
+
+def _object(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _damaged(path, f"expected an object, got {json.dumps(value)[:40]}")
+    return value
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path}: damaged ({why}); remove it and evaluate again")
 
 
 def _text(value: Any) -> str:
@@ -145,8 +173,8 @@ def table(results: Sequence[Result], paper: Figures, over: str = "seeds") -> str
     """The table that is printed, in percent.
 
     Metric, its deviation `over` seeds or checkpoints, the standard error of a share of n examples,
-    chance, the paper's figure, which is there only if it has figures for such a model, and where
-    the rows came from.
+    chance, the paper's figure, which is there only if it has figures for such a model, beside the
+    metric that is taken for its own, and where the rows came from.
     """
     header = ["task", "n", "metric", "score", f"± {over}", "± sample", "chance"]
     header += ["paper"] if paper else []
@@ -161,7 +189,9 @@ def table(results: Sequence[Result], paper: Figures, over: str = "seeds") -> str
             row += [_percent(_sample_error(values["mean"], result["n"])) if _is_share(name) else ""]
             row += [_percent(result["chance"]) if name in ("accuracy", "em") else ""]
             task = TASKS.get(result["task"])
-            figure = paper.get(task.paper) if task and first else None
+            # The paper's protocol is GPT-3's; the harness reports another metric of MultiRC first.
+            theirs = task is not None and name == task.protocols["gpt3"].metrics[0]
+            figure = paper.get(task.paper) if task and theirs else None
             row += ["" if figure is None else f"{figure:.2f}"] if paper else []
             row += [result["origin"] if first else ""]
             rows.append(row)

@@ -32,8 +32,8 @@ from models.decoder import Parameters, output_logits, structure
 from models.stack import product_precision
 
 BUCKET = 32  # lengths of rows are multiples of it
-ROW_TOKENS = 4096  # of a batch, over all devices that split it; sets how many rows it has
-COMPILE_TOKENS = 8 * ROW_TOKENS  # about what compiling costs, in tokens fed meanwhile
+ROW_TOKENS = 4096  # of a batch, for each chip that has rows of it; sets how many rows it has
+COMPILE_BATCHES = 8  # about what compiling costs, in batches fed meanwhile
 READ_CHUNK = 256  # scored tokens whose logits exist at a time: 256 x 32,000 float32 are 33 MB
 Progress = Callable[[int, int], None]  # requests done, requests in all
 
@@ -177,7 +177,8 @@ class Scorer:
       config: the model's.
       max_length: tokens that are fed at most; the left of longer contexts is cut off.
       mesh: devices, as in training: parameters and batches are split over it. None: the first one.
-      row_tokens: of a batch; it has max(1, row_tokens / length) rows, a multiple of the shards.
+      row_tokens: of a batch, for each chip that has rows of it, and of a CPU's for all devices: it
+        has at least row_tokens / length rows, and one for each.
     """
 
     def __init__(
@@ -188,13 +189,14 @@ class Scorer:
         row_tokens: int = ROW_TOKENS,
     ):
         self.max_length = max_length
-        self._row_tokens = row_tokens
         mesh = mesh or sharding.single_device_mesh()
         self._shards = sharding.batch_shards(mesh)
         self._rows_sharding = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._segments_always = jax.default_backend() == "cpu"  # one program serves there
-        programs = _programs(_any_implementation(config), mesh)
+        on_cpu = jax.default_backend() == "cpu"  # whose devices share its cores
+        self._row_tokens = row_tokens if on_cpu else row_tokens * self._shards
+        self._segments_always = on_cpu  # one program serves there
+        programs = _programs(_for_scoring(config), mesh)
         self._hidden, self._read, self._compiled = programs.hidden, programs.read, programs.shapes
 
     def score(
@@ -268,7 +270,8 @@ class Scorer:
         best: list[tuple[int, list[int]]] = [(0, [])]  # of rows up to each length of the grid
         for stop, length in enumerate(grid, 1):
             size = self._batch_size(length)
-            new = 0 if (size, length, segments) in self._compiled else COMPILE_TOKENS
+            compiled = (size, length, segments) in self._compiled
+            new = 0 if compiled else COMPILE_BATCHES * self._row_tokens
             choices = []
             for start in range(stop):
                 batches = -(-int(counts[start:stop].sum()) // size)
@@ -343,12 +346,13 @@ def _share_rows(fed: Sequence[_Fed], max_tokens: int) -> list[_Row]:
     return rows
 
 
-def _any_implementation(config: ModelConfig) -> ModelConfig:
-    """A kernel that training asked for by name may lack the shared segment: the choice is free."""
-    if config.attention.implementation not in ("pallas", "cudnn"):
-        return config
-    attention = dataclasses.replace(config.attention, implementation="auto")
-    return dataclasses.replace(config, attention=attention)
+def _for_scoring(config: ModelConfig) -> ModelConfig:
+    """The same model with its layers in a loop, as every length of rows is compiled, and with a
+    kernel of choice: one that training asked for by name may lack the shared segment."""
+    attention = config.attention
+    if attention.implementation in ("pallas", "cudnn"):
+        attention = dataclasses.replace(attention, implementation="auto")
+    return dataclasses.replace(config, attention=attention, unroll=False)
 
 
 def _grid(longest: int) -> list[int]:

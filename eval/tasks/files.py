@@ -5,6 +5,7 @@ Files are UTF-8, with or without a byte order mark, with either kind of line end
 """
 
 import csv
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -21,19 +22,16 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        try:
-            for row in rows:
-                place = f"{path}:{rows.line_num}"
-                if None in row or None in row.values():
-                    count = len(rows.fieldnames or ())
-                    raise ValueError(f"{place}: a row must have the header's {count} columns")
-                yield place, row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8: {error}") from error
-        except csv.Error as error:
-            raise ValueError(f"{path}:{rows.line_num}: not valid CSV: {error}") from error
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
+        for row in rows:
+            place = f"{path}:{rows.line_num}"
+            if None in row or None in row.values():
+                count = len(rows.fieldnames or ())
+                raise ValueError(f"{place}: a row must have the header's {count} columns")
+            yield place, row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: not valid CSV: {error}") from error
 
 
 def _whole(path: Path) -> Iterator[tuple[str, Any]]:
@@ -57,7 +55,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """JSON objects, one a line, with PIQA's labels from the file beside it."""
     labels_file = path.with_name(f"{path.stem}-labels.lst")
-    labels = _words(labels_file) if labels_file.is_file() else None
+    labels = _text(labels_file).split() if labels_file.is_file() else None
     count = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -77,9 +75,10 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{labels_file}: has {len(labels)} labels for the {count} rows of {path}")
 
 
-def _words(path: Path) -> list[str]:
+def _text(path: Path) -> str:
+    """The whole of a file, with its line ends: one behind an address has no other way to them."""
     try:
-        return path.read_text(encoding="utf-8-sig").split()
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}") from error
 
@@ -101,7 +100,7 @@ def _schemas(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     spaces, also where only a period is left.
     """
     try:
-        schemas = ElementTree.parse(path).getroot().iter("schema")
+        schemas = ElementTree.fromstring(path.read_bytes()).iter("schema")
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: not valid XML: {error}") from error
     for number, schema in zip(range(1, SCHEMAS + 1), schemas):

@@ -17,7 +17,7 @@ from eval.tasks.files import read_file
 from eval.tasks.prompts import Example, Prompt, check
 from eval.tasks.rows import Raw, Row
 
-SPLITS = ("train", "validation", "test")
+STAND_INS = ("validation", "train")  # for a split that is not there, the nearest first
 BAD_ROW = (ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError)
 SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.parquet)")  # the hub's name of a part of a split
 
@@ -111,11 +111,13 @@ def _load_files(source: Source, prompt: Prompt, files: Sequence[Path]) -> Loaded
     return Loaded(examples, _origin(files), places=places)
 
 
-def available_split(source: Source, wanted: str, data_dir: Path | None) -> str:
-    """`wanted` if it is there, or else the nearest split that is. Raises MissingData."""
+def available_split(
+    source: Source, wanted: str, data_dir: Path | None, stand_ins: Sequence[str] = STAND_INS
+) -> str:
+    """`wanted` if it is there, or else the first of `stand_ins` that is. Raises MissingData."""
     if source.make:
         return wanted
-    for split in (wanted, "validation", "train"):
+    for split in (wanted, *stand_ins):
         if find_files(source, split, data_dir) or _is_in_tfds(source, split, data_dir):
             return split
     where = "; no --data_dir was given"

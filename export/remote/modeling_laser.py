@@ -159,6 +159,23 @@ def laser(log_probs, v):
     return out
 
 
+def frequencies(model):
+    """Radians per position, float32, of half as many entries as a vector has that is rotated or
+    added to.
+
+    No part of the state: a model that is cast to bfloat16 would round them, and at position 1000
+    the bits that it lacks are whole radians.
+    """
+    if model["positions"] == "rotary":
+        maps = 1 if model["attention"]["diff"] == "none" else 2
+        count = last = model["head_dim"] // maps // 2
+    else:
+        count = model["model_dim"] // 2
+        last = max(count - 1, 1)
+    steps = torch.arange(count, dtype=torch.float64, device="cpu")  # not every device has float64
+    return torch.exp(-math.log(10_000.0) * steps / last).float()
+
+
 def rotated(x, sin, cos):
     """Halves rotated against each other, in float32."""
     first, second = x.float().chunk(2, dim=-1)
@@ -199,10 +216,6 @@ class LaserModel(PreTrainedModel):
         super().__init__(config)
         model = config.laser_model
         self.embedding = nn.Parameter(torch.empty(model["vocab_size"], model["model_dim"]))
-        rotary = model["positions"] == "rotary"
-        maps = 1 if model["attention"]["diff"] == "none" else 2
-        angles = model["head_dim"] // maps if rotary else model["model_dim"]
-        self.frequencies = nn.Parameter(torch.zeros(angles // 2), requires_grad=False)
         self.blocks = nn.ModuleList(Block(model, i) for i in range(model["num_layers"]))
         self.final_norm = Norm(model["model_dim"], model["norm"])
         self.post_init()
@@ -214,7 +227,7 @@ class LaserModel(PreTrainedModel):
         """Final hidden states, (B, T, M)."""
         model = self.config.laser_model
         x = self.embedding[input_ids] * math.sqrt(model["model_dim"])
-        angle = positions_BT[..., None].float() * self.frequencies.float()
+        angle = positions_BT[..., None].float() * frequencies(model).to(x.device)
         rotation = None
         if model["positions"] == "rotary":
             rotation = (angle.sin()[:, None], angle.cos()[:, None])

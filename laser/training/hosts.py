@@ -80,6 +80,16 @@ def name(index: int) -> str:
     return "host 0" if _here is None else _here.name(index)
 
 
+def refuse_several() -> None:
+    """For programs of one host: raises ValueError on a slice of several, whose chips would wait for
+    the others."""
+    if _here is None and _cluster() is not None:
+        raise ValueError(
+            "this runs on one host, and here are several: take a machine or a slice of one host, "
+            "such as v5litepod-8"
+        )
+
+
 def exchange(what: str, value: str) -> list[str]:
     """Every host's value, by host; waits until all have come. `what` names the wait in the log."""
     return [value] if _here is None else _here.exchange(what, value)

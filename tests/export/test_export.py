@@ -6,6 +6,8 @@ tests/export/test_transformers.py compares the models in PyTorch.
 import dataclasses
 import json
 import random
+import resource
+import shutil
 from typing import Any
 
 import jax
@@ -16,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 from configs import base, bert, vit
 from eval.run import fingerprint, open_model, open_parameters
 from export.card import model_card
-from export.folder import Origin, load_exported, write_export
+from export.folder import Origin, import_run, load_exported, write_export
 from export.layouts import choose_layout
+from laser.training.checkpoint import Checkpoints
 from laser.training.config import load_config
 from laser.training.run_folder import load_run_config
 from models.config import AttentionConfig, BertConfig, ConformerConfig, ModelConfig, VitConfig
@@ -107,7 +110,7 @@ def test_every_layout_has_a_card(name, tmp_path):
     losses = [{"step": 7, "eval/loss": 2.5}, {"step": 9, "eval/loss": 2.0}]
     lines = "".join(f"{json.dumps(line)}\n" for line in losses)
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 10, "ev')  # torn by a kill
-    text = model_card(tmp_path, origin_of(MODELS[name]), layout_of(name), 1234, "a fingerprint")
+    text = model_card(tmp_path, origin_of(MODELS[name]), layout_of(name), 1234, {})
     assert "1,234 parameters in float32. t" in text
     assert "2.5000 nats per" in text
     assert ("Run it in float32" in text) == (layout_of(name) == "megatron_bert")
@@ -253,11 +256,6 @@ def set_to(name, value):
         ),
         ("laser", set_to("final_norm.scale", np.ones(32, np.float16)), "has dtype float16"),
         (
-            "laser",
-            lambda t: t.update(frequencies=t["frequencies"] * np.float32(0.999)),
-            "frequencies has other values",
-        ),
-        (
             "gpt2",
             set_to("transformer.h.1.mlp.c_fc.bias", np.ones(64, np.float32)),
             "transformer.h.1.mlp.c_fc.bias has other values",
@@ -297,6 +295,13 @@ def test_weights_that_were_trained_on_elsewhere_come_back(store, tmp_path):
     _, back = load_exported(tmp_path / "out")
     params["final_norm"]["scale"] = new
     assert_same(back, params)
+
+
+def test_an_earlier_export_comes_back(store, tmp_path):
+    """Those of LASER's module had the frequencies of positions among their tensors."""
+    params = exported(tmp_path / "out", store, MODELS["laser"])
+    rewritten(tmp_path / "out", set_to("frequencies", np.ones(16, np.float32)))
+    assert_same(load_exported(tmp_path / "out")[1], params)
 
 
 def test_damaged_files_are_refused_whatever_the_damage(store, tmp_path):
@@ -370,6 +375,7 @@ def test_nothing_is_overwritten_or_left_half_written(store, tmp_path, monkeypatc
 
 
 def test_a_run_goes_out_and_comes_back(trained_run, arguments, tmp_path, capsys):
+    trained_run = shutil.copytree(trained_run, tmp_path / "trained")
     out, again = tmp_path / "out", tmp_path / "again"
     results = trained_run / "eval" / "4" / "gpt3-1shot-5seeds"
     glance = results.with_name("gpt3-1shot-1seed-limit5")
@@ -420,7 +426,50 @@ def test_a_run_goes_out_and_comes_back(trained_run, arguments, tmp_path, capsys)
     ):
         assert export.main(wrong) == 2
         assert capsys.readouterr().err.startswith("export.py: error: ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out", "trained"]
+
+
+def test_what_the_disk_says_is_one_line(trained_run, tmp_path, capsys, monkeypatch):
+    def on_a_full_disk(*tensors, **options):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            save_file(*tensors, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr("export.folder.save_file", on_a_full_disk)
+    assert export.main([f"--workdir={trained_run}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("export.py: error: ")
+    assert "model.safetensors: " in line
+    assert "File too large" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_score_is_named(trained_run, tmp_path, capsys):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    path = run / "eval/4/gpt3-1shot-5seeds/results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[]")
+    assert export.main([f"--workdir={run}", f"--output={tmp_path / 'out'}"]) == 2
+    assert f"export.py: error: {path}: damaged" in capsys.readouterr().err
+
+
+def test_a_model_comes_back_through_the_hosts_memory(store, tmp_path, monkeypatch):
+    """And not through the first accelerator, which may be too small for it."""
+    exported(tmp_path / "out", store, MODELS["laser"])
+    save, placed = Checkpoints.save, []
+
+    def watched(checkpoints, step, state, **rest):
+        placed.extend(x.devices() for x in jax.tree.leaves(state))
+        save(checkpoints, step, state, **rest)
+
+    monkeypatch.setattr(Checkpoints, "save", watched)
+    host = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(jax.devices()[3]):  # in the place of an accelerator
+        import_run(tmp_path / "out", tmp_path / "run")
+    assert placed == [{host}] * len(placed) != []
 
 
 TINY = {

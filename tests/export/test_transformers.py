@@ -128,6 +128,32 @@ def test_logits_and_greedy_text_are_the_same(name, store, tokenizer, tmp_path):
         assert (made[: made.index(tokenizer.eos_id)] if ended else made) == new
 
 
+@pytest.mark.parametrize("positions", ["sinusoidal", "rotary"])
+def test_positions_are_exact_in_half_precision(positions, store, tmp_path):
+    """Where bfloat16 would round the frequencies, position 1000 would be radians off."""
+    config = dataclasses.replace(
+        SMALL, positions=positions, attention=AttentionConfig(kind="laser", diff="scalar")
+    )
+    params = exported(tmp_path / "out", store, config)
+    tokens = np.random.default_rng(0).integers(0, 400, size=(1, 1024))
+    expected = ours(config, params, tokens)[:, 1000:]
+    loose = 0.05 * np.abs(expected).max()
+    auto = transformers.AutoModelForCausalLM
+    for dtype in (torch.bfloat16, torch.float16):
+        cast = auto.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=dtype)
+        for model in (cast.eval(), loaded(tmp_path / "out").to(dtype)):
+            assert {x.dtype for x in model.state_dict().values()} == {dtype}
+            rotations = []
+            model.blocks[0].register_forward_pre_hook(lambda _, x, to=rotations: to.append(x[1]))
+            with torch.inference_mode():
+                theirs = model(torch.tensor(tokens)).logits[:, 1000:].numpy()
+            np.testing.assert_allclose(theirs, expected, rtol=0, atol=loose)
+            if positions == "rotary":  # which this model's logits hardly depend on
+                angles = 1000 * 10_000.0 ** (-np.arange(4) / 4)
+                for found, exact in zip(rotations[0], (np.sin(angles), np.cos(angles))):
+                    np.testing.assert_allclose(found[0, 0, 1000], exact, rtol=0, atol=1e-3)
+
+
 def test_outliers_are_exact_in_pytorch_too(store, tmp_path):
     config = VARIANTS["laser_plain"]
     params = with_outlier(exported(tmp_path / "out", store, config))

@@ -9,6 +9,7 @@ from data.reading.examples import (
     Examples,
     Pair,
     eval_example_batches,
+    eval_ids,
     example_ids,
     steps_per_epoch,
     train_example_batches,
@@ -98,8 +99,15 @@ def test_evaluation_has_each_example_once_in_order(examples):
     weights = np.concatenate([batch["weights"] for batch in batches])
     np.testing.assert_array_equal(weights, expected["weights"])
     assert not weights[21:].any()
+
+
+def test_an_evaluation_of_some_examples_is_of_any_of_them(examples):
+    """The first ones may all be of one class."""
     few = eval_example_batches(examples, seq_len=LENGTH, batch_size=8, max_batches=2)
-    assert len(list(few)) == 2
+    inputs = np.concatenate([jax.device_get(batch)["inputs"] for batch in few])
+    ids = eval_ids(21, 8, 2)
+    assert sorted(ids.tolist()) != list(range(16))
+    np.testing.assert_array_equal(inputs, examples.arrays(ids, 16, LENGTH)["inputs"])
 
 
 def test_a_long_prompt_loses_its_left_and_leaves_room_for_any_answer(tokenizer):
@@ -116,6 +124,16 @@ def test_a_long_prompt_loses_its_left_and_leaves_room_for_any_answer(tokenizer):
     assert 1 + len(tokenizer.encode(kept)) + longest >= LENGTH - 2  # no more is lost than needed
     assert examples.prompts[1] == "Short:"
     assert examples.longest <= LENGTH
+
+
+def test_the_longest_prompt_has_room_for_the_longest_answer(tokenizer):
+    """Which may be another example's: any of them may be what a model answers."""
+    long, short = Pair("And the evening and the morning:", (" no",)), Pair("It:", (" entailment",))
+    examples = Examples([long, short], tokenizer, LENGTH)
+    prompt, answer = tokenizer.encode(long.prompt), tokenizer.encode(" entailment")
+    assert examples.max_target == len(answer) + 1
+    # EOS, the prompt, the answer; its own EOS is not fed.
+    assert examples.longest == 1 + len(prompt) + len(answer)
 
 
 def test_characters_of_several_bytes_are_cut_somewhere(tokenizer):

@@ -1,5 +1,6 @@
 """Fine-tuning through train.py: from a run's parameters to labels that anyone can count again."""
 
+import dataclasses
 import json
 import shutil
 import statistics
@@ -8,13 +9,16 @@ import jax
 import numpy as np
 import pytest
 
+from data.reading.examples import Pair
 from data.sealed import file_sha256, seal
 from eval import opening
 from eval.generation import finetuning
-from eval.run import open_model, saved_steps
+from eval.generation.generator import Generator
+from eval.run import mesh_of, open_model, saved_steps
 from eval.tasks.prompts import Example
 from laser.training import flags
 from laser.training.checkpoint import Checkpoints
+from laser.training.rows import ExampleRows
 from laser.training.run_folder import (
     load_record,
     load_run_config,
@@ -161,6 +165,22 @@ def test_an_interrupted_run_is_bit_equal(finetuned, arguments, tmp_path):
     assert saved_steps(parts)[-1] == 18
     ours, theirs = (open_model(folder, 18).params for folder in (parts, finetuned))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_any_answer_fits_behind_the_longest_prompt(trained_run):
+    """Rows are no longer than they need be, and a model may answer what another example has."""
+    config = load_run_config(str(trained_run))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=512))
+    model = open_model(trained_run)
+    count = len(model.tokenizer.encode("the sea, " * 9)) // 9
+    long = Pair("the sea, " * (124 // count), (" no",))
+    pairs = [long, Pair("It was:", (" an entailment of all that",))]
+    rows = ExampleRows(config, trained_run / "tokenizer.model", pairs, pairs)
+    assert len(model.tokenizer.encode(long.prompt)) + 2 <= 128  # with this example's own answer
+    length = rows.row_length(config)
+    generator = Generator(config.model, model.tokenizer, mesh_of(config), max_length=length)
+    decoded = {"max_new_tokens": rows.validation.max_target}
+    assert len(generator.generate(model.params, rows.validation.prompts, **decoded)) == 2
 
 
 def refused(arguments, workdir, message):

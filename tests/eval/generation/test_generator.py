@@ -1,6 +1,7 @@
 """Text from a model: what the whole forward pass finds likeliest, alone, in batches, on a mesh."""
 
 import copy
+import dataclasses
 import functools
 
 import jax
@@ -80,6 +81,31 @@ def test_a_mesh_gives_the_same_text(params, tokenizer, greedy):
     placed = jax.device_put(params, sharding.state_shardings(mesh, params))
     generator = Generator(CONFIG, tokenizer, mesh, max_length=LENGTH, rows=2)  # of 4 at least
     assert generator.generate(placed, PROMPTS, max_new_tokens=NEW) == greedy
+
+
+def test_only_tokens_of_the_tokenizer_are_taken(params, tokenizer, greedy):
+    """A model may have more entries than they: ids above them have no text."""
+    width = CONFIG.vocab_size + 112
+    config = dataclasses.replace(CONFIG, vocab_size=width)
+    more = jnp.full((112, CONFIG.model_dim), 9.0) * params["embedding"].max()
+    wider = {
+        **params,
+        "embedding": jnp.concatenate(
+            [
+                params["embedding"],
+                more,
+            ]
+        ),
+    }
+    network = nnx.merge(structure(config), wider)
+    tokens = np.array([[tokenizer.eos_id, *tokenizer.encode(PROMPTS[0])]])
+    assert np.argmax(network.logits(network(tokens)[0])[0, -1]) >= tokenizer.vocab_size
+    generator = Generator(config, tokenizer, max_length=LENGTH)
+    assert generator.generate(wider, PROMPTS, max_new_tokens=NEW) == greedy
+    drawn = generator.generate_tokens(
+        wider, tokens.tolist(), max_new_tokens=NEW, sampling=Sampling(temperature=5.0, top_k=450)
+    )
+    assert max(drawn[0]) < tokenizer.vocab_size
 
 
 @pytest.mark.slow

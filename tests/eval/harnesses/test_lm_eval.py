@@ -5,6 +5,7 @@ tasks that it has, and our checkpoints as a model.
 """
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from eval.harnesses.lm_eval_adapter import LaserLM
-from eval.likelihood.scoring import encode_pairs
+from eval.likelihood.scoring import Scorer, encode_pairs
+from eval.run import mesh_of, open_model
 from eval.tasks.catalogue import TASKS
 from scripts import check_lm_eval
 from tests.eval.tasks.test_prompts import EXPECTED, MULTIRC, RACE, RAW, RECORD
@@ -200,6 +202,49 @@ def test_prompts_and_scores_are_the_harnesss_from_the_files_on(
     assert f"winograd      {len(SCHEMAS):>5} documents" in shown
 
 
+def few_archives(folder):
+    """Of COPA and CB alone, and COPA's test split, which has no labels."""
+    write_archives(folder / "all")
+    for name in ("COPA", "CB"):
+        (folder / "all" / name).rename(folder / name)
+    unlabelled = [json.dumps({k: v for k, v in RAW["copa"].items() if k != "label"}) + "\n"]
+    (folder / "copa").mkdir()
+    (folder / "copa/test.jsonl").write_text("".join(unlabelled))
+    return [f"--data_dir={folder}", "--tasks=copa,cb"]
+
+
+def test_a_model_in_bfloat16_is_compared_in_float32(trained_run, tmp_path, capsys, monkeypatch):
+    """And no split is read that the comparison does not need, as with --shots=0 that of shots."""
+    data = few_archives(tmp_path)
+    (tmp_path / "CB/train.jsonl").unlink()
+    model = open_model(trained_run)
+    half = dataclasses.replace(model.config.model, dtype="bfloat16", matmul_precision="default")
+    config = dataclasses.replace(model.config, model=half)
+    scorer = Scorer(half, config.data.seq_len, mesh_of(config))
+    model = dataclasses.replace(model, config=config, scorer=scorer)
+    monkeypatch.setattr(check_lm_eval, "open_model", lambda workdir: model)
+    code = check_lm_eval.main([f"--workdir={trained_run}", *data])
+    shown = capsys.readouterr().out
+    assert "2 of 2 tasks agree" in shown, shown
+    assert code == 0
+
+
+def test_other_documents_are_one_task_that_differs(trained_run, tmp_path, capsys, monkeypatch):
+    data = few_archives(tmp_path)
+    original = check_lm_eval.harness
+
+    def lacking(name, *rest):
+        samples, metrics = original(name, *rest)
+        return samples[: 5 if name == "copa" else None], metrics
+
+    monkeypatch.setattr(check_lm_eval, "harness", lacking)
+    code = check_lm_eval.main([f"--workdir={trained_run}", *data])
+    shown = capsys.readouterr().out
+    assert "copa: 6 documents, 5 in the harness: DIFFERS" in shown
+    assert "1 of 2 tasks agree" in shown, shown
+    assert code == 1
+
+
 @pytest.fixture(scope="module")
 def adapter(trained_run):
     return LaserLM(str(trained_run))
@@ -253,8 +298,23 @@ def test_generation_is_greedy_and_stops(adapter):
     word = text[3:5]
     cut = adapter.generate_until(instances((prompt, {**free, "until": [word]}), ("x", free)))
     assert cut[0] == text[: text.index(word)]
-    with pytest.raises(ValueError, match="only greedy"):
-        adapter.generate_until(instances((prompt, {"do_sample": True, "temperature": 1.0})))
+    cold = {**free, "do_sample": False, "temperature": 0.7}  # greedy for the harness, too
+    alias = {"max_new_tokens": 12, "until": None, "temperature": 0}
+    assert adapter.generate_until(instances((prompt, cold), (prompt, alias))) == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"do_sample": True, "temperature": 1.0}, "only greedy"),
+        ({"do_sample": True}, "only greedy"),
+        ({"temperature": 0.7}, "only greedy"),
+        ({"max_gen_toks": 128}, "max_gen_toks=128: the model's length is 128.* no room .*=64"),
+    ],
+)
+def test_generation_that_would_be_another_is_refused(adapter, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        adapter.generate_until(instances(("And God said", arguments)))
 
 
 def test_the_harness_knows_the_model_by_name():

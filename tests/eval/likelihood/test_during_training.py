@@ -15,6 +15,7 @@ from eval.tasks.catalogue import OFFLINE
 from laser.training import sharding
 from laser.training.run_folder import load_run_config
 from tests.eval.conftest import small_run
+from tests.eval.tasks.test_prompts import RAW
 from tests.training import runs
 
 
@@ -84,6 +85,29 @@ def test_what_is_missing_is_said_before_training(trained_run, tokenizer, tmp_pat
     config = with_evaluation(dataclasses.replace(config, data=short), tasks="held_out", shots=0)
     with pytest.raises(ValueError, match=r"held_out: .* row 1: .* more than the model's 4"):
         load_tasks(config, tokenizer)
+
+
+def test_no_train_split_is_scored_and_another_that_stands_in_is_named(
+    trained_run, tokenizer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    wanted = {"tasks": "arc_easy", "data_dir": str(tmp_path), "shots": 0}
+    config = with_evaluation(load_run_config(str(trained_run)), **wanted)
+    row = json.dumps(RAW["arc_easy"]) + "\n"
+    (tmp_path / "arc_easy").mkdir()
+    (tmp_path / "arc_easy/train.jsonl").write_text(row)
+    with pytest.raises(ValueError, match=r"evaluation.tasks=arc_easy: no data .*ARC-Easy-Test.jso"):
+        load_tasks(config, tokenizer)
+    (tmp_path / "arc_easy/validation.jsonl").write_text(row)
+    caplog.set_level("INFO")
+    (data,) = load_tasks(config, tokenizer)
+    assert data.split == "validation"
+    said = f"({tmp_path}/arc_easy/validation.jsonl), as there is no test split"
+    assert f"arc_easy: the validation split is scored {said}" in caplog.text
+    caplog.clear()
+    (tmp_path / "arc_easy/test.jsonl").write_text(row)
+    load_tasks(config, tokenizer)
+    assert not caplog.text
 
 
 @pytest.mark.slow

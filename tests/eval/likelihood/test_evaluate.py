@@ -211,6 +211,38 @@ def test_without_any_data_nothing_is_written(workdir, data_dir, capsys):
     assert not (workdir / "eval").exists()
 
 
+def test_a_run_that_is_not_to_be_written_has_its_results_elsewhere(
+    workdir, data_dir, tmp_path, capsys
+):
+    (workdir / "eval").write_text("")  # in the way of the folder
+    flags = ("--tasks=copa", "--shots=0", "--step=all")
+    code, _, err = run(capsys, workdir, data_dir, *flags)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("evaluate.py: error: ")
+    assert f"'{workdir}/eval/2" in err
+    assert "Traceback" not in err
+    other = tmp_path / "other"
+    code, out, _ = run(capsys, workdir, data_dir, *flags, f"--output={other}")
+    assert code == 0
+    for step in ("2", "4", "checkpoints"):
+        assert f"written: {other}/{step}/gpt3-0shot/results.json" in out
+        written = json.loads((other / step / "gpt3-0shot/results.json").read_text())
+        assert written["tasks"].keys() == {"copa"}
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "", '{"tasks": []}', '{"tasks": {"copa": 1}}'])
+def test_damaged_results_are_named(content, tmp_path):
+    folder = results.ResultsFolder(tmp_path, 4, Settings())
+    path = folder.path / "results.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"^{path}: damaged \(.*evaluate again"):
+        results.of_checkpoint(tmp_path / "4", "this")
+    if "tasks" not in content:
+        path = path.rename(folder.path / "copa.json")
+        with pytest.raises(ValueError, match=rf"^{path}: damaged \(.*evaluate again"):
+            folder.finished("copa")
+
+
 def test_several_checkpoints_give_mean_and_deviation(workdir, data_dir, capsys):
     code, out, _ = run(capsys, workdir, data_dir, "--tasks=copa", "--step=all", "--shots=0")
     assert code == 0
@@ -390,6 +422,20 @@ def test_the_paper_stands_beside_models_of_its_size_and_attention_alone(trained_
     assert paper.figures(load_config(saved).model)["CB"] == 42.85
     saved["model"] |= {"model_dim": 1024}
     assert paper.figures(load_config(saved).model) == {}
+
+
+def test_the_papers_figure_stands_beside_its_own_metric_alone():
+    values = {"mean": 0.5, "std": None, "values": [0.5]}
+    result = {
+        "task": "multirc", "protocol": "lm_eval", "n": 4, "metric": "accuracy", "chance": 0.5,
+        "origin": "here", "metrics": {"accuracy": values, "f1a": values, "question_exact": values},
+    }  # fmt: skip
+    rows = results.table([result], {"MultiRC": 57.78}).splitlines()[1:]
+    assert [line.split()[0] for line in rows if "57.78" in line] == ["f1a"]
+    gpt3 = {**result, "protocol": "gpt3", "metric": "f1a"}
+    gpt3["metrics"] = {"f1a": values, "accuracy": values}
+    rows = results.table([gpt3], {"MultiRC": 57.78}).splitlines()[1:]
+    assert ["57.78" in line for line in rows] == [True, False]
 
 
 def test_the_table_has_the_papers_column_and_remarks(trained_run):

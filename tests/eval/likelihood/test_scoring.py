@@ -9,7 +9,16 @@ import pytest
 from flax import nnx
 
 from data.tokenizer import Tokenizer
-from eval.likelihood.scoring import BUCKET, Request, Scorer, _share_rows, encode_pairs
+from eval.likelihood.scoring import (
+    BUCKET,
+    Request,
+    Scorer,
+    _for_scoring,
+    _programs,
+    _Row,
+    _share_rows,
+    encode_pairs,
+)
 from laser.training import sharding
 from models.config import AttentionConfig, ModelConfig
 from models.decoder import init_parameters, output_logits, structure
@@ -278,3 +287,23 @@ def counted_calls(calls):
         return output_logits(*arguments)
 
     return counted
+
+
+def test_layers_are_compiled_once_whatever_training_did():
+    unrolled = dataclasses.replace(CONFIG, unroll=True)
+    programs = _programs(_for_scoring(unrolled), sharding.single_device_mesh())
+    tokens = np.zeros((1, BUCKET), np.int32)
+    assert "stablehlo.while" in programs.hidden.lower(init_parameters(CONFIG, 1), tokens).as_text()
+
+
+def test_a_batch_grows_with_the_chips_but_not_with_the_devices_of_a_cpu(monkeypatch):
+    mesh = jax.make_mesh((8, 1, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    rows = [_Row((3,) * BUCKET, ((),), ((i, 0),)) for i in range(300)]
+
+    def largest(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        scorer = Scorer(CONFIG, MAX_LENGTH, mesh, row_tokens=8 * BUCKET)
+        return max(len(batch) for batch, _, _ in scorer._batches(rows))
+
+    assert largest("cpu") == 8
+    assert largest("tpu") == 64

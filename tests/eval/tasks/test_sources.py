@@ -1,13 +1,18 @@
 """Data in their original layouts and through TFDS, and what is said of data that are wrong."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from eval.tasks import sources
 from eval.tasks.catalogue import OFFLINE, TASKS
+from tests import buckets
 from tests.eval.tasks.test_prompts import RACE, RAW, examples
 from tests.real_data import EVALDATA, needs_evaldata
+from tests.training.runs import ROOT
 
 # Where the archives put the evaluated split, unpacked in the data folder.
 ARCHIVES = {
@@ -238,6 +243,52 @@ def test_marks_and_line_ends_of_other_systems_are_read(tmp_path):
     assert len(load("race_high", tmp_path).examples) == 3
 
 
+READ_THERE = """
+import sys
+from eval.harnesses import hub
+from eval.tasks import sources
+from eval.tasks.catalogue import TASKS
+from laser.training.folders import folder_of
+
+folder = folder_of(sys.argv[1])
+for name in sys.argv[2:]:
+    source, asking = TASKS[name].source, TASKS[name].protocols["gpt3"]
+    files = sources.find_files(source, asking.split, folder)
+    loaded = sources.load(source, asking.split, asking.prompt, folder)
+    print(name, len(loaded.examples), len(hub.read(name, files)), loaded.place(0))
+"""
+
+
+@pytest.mark.slow
+def test_every_kind_of_file_is_read_from_a_bucket(tmp_path):
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    story = RAW["storycloze"]
+    table = "\r\n".join([",".join(story), ",".join(story.values()), ""])
+    (tmp_path / "cloze_test_test__spring2016.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    collection = f"{HEAD}{schema(*SCHEMAS['it begins'])}</collection>"
+    (tmp_path / "WSCollection.xml").write_bytes(collection.encode("latin-1"))
+    parquet(tmp_path / "rte/validation.parquet", [{**RAW["rte"], "label": 0}])
+    write(tmp_path / "CB/val.jsonl", RAW["cb"])
+    with buckets.running() as bucket:
+        for path in tmp_path.rglob("*.*"):
+            name = f"bucket/data/{path.relative_to(tmp_path)}"
+            bucket.files().pipe_file(name, path.read_bytes())
+        done = subprocess.run(
+            [sys.executable, "-c", READ_THERE, "gs://bucket/data", "storycloze", "winograd", "rte",
+             "cb"],
+            cwd=ROOT, env={**os.environ, **bucket.environment}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "storycloze 1 1 gs://bucket/data/cloze_test_test__spring2016.csv:2",
+        "winograd 1 1 gs://bucket/data/WSCollection.xml, schema 1",
+        "rte 1 1 gs://bucket/data/rte/validation.parquet, row 1",
+        "cb 1 1 gs://bucket/data/CB/val.jsonl:1",
+    ]
+
+
 def test_what_is_no_text_is_named(tmp_path):
     path = tmp_path / "cloze_test_test__spring2016.csv"
     story = RAW["storycloze"]
@@ -328,10 +379,15 @@ def test_missing_data_are_reported_with_how_to_get_them(tmp_path, monkeypatch):
             assert name in str(error.value)
 
 
-def test_the_nearest_split_stands_in(tmp_path):
+def test_the_nearest_split_stands_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     source = TASKS["arc_easy"].source
     write(tmp_path / "arc_easy/train.jsonl", RAW["arc_easy"])
     assert sources.available_split(source, "test", tmp_path) == "train"
+    with pytest.raises(
+        sources.MissingData, match=r"no data .*ARC-Easy-Test\.jsonl or arc_easy/\*te"
+    ):
+        sources.available_split(source, "test", tmp_path, ("validation",))
     write(tmp_path / "arc_easy/validation.jsonl", RAW["arc_easy"])
     assert sources.available_split(source, "test", tmp_path) == "validation"
     write(tmp_path / "arc_easy/test.jsonl", RAW["arc_easy"])

@@ -108,7 +108,7 @@ HIDDEN = {"cb": {"label": -1}, "storycloze": {"label": -1}, "winogrande": {"labe
 def build(folder, name, rows):
     """Prepares the builder's dataset with the rows in every split that the task reads."""
     source = TASKS[name].source
-    splits = {source.tfds_splits.get(split, split) for split in sources.SPLITS}
+    splits = {source.tfds_splits.get(split, split) for split in ("train", "validation", "test")}
     builder = tfds.builder(source.tfds, data_dir=folder)
     builder._split_generators = lambda *unused, **also_unused: {
         split: [(str(i), {**row}) for i, row in enumerate(rows)] for split in splits
