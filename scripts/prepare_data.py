@@ -3,16 +3,15 @@
     python scripts/prepare_data.py --source=bible --output=stores/bible --vocab_size=4096
     python scripts/prepare_data.py --source=my_texts/ --output=stores/mine --vocab_size=32000
     python scripts/prepare_data.py --source=c4/en --output=stores/c4 --tokenizer=c4.model --estimate
-    python scripts/prepare_data.py --source=tfds:c4/en:3.1.0 --output=gs://bucket/c4 \\
-        --tokenizer=c4.model --beam="--runner=DataflowRunner --project=mine --region=us-central1"
-
     python scripts/prepare_data.py --flagfile=configs/c4_store.flags
+    python scripts/prepare_data.py --source=c4/en --output=stores/c4 --tokenizer=c4.model \\
+        --beam="--runner=DirectRunner --direct_num_workers=8 --direct_running_mode=multi_processing"
 
 A source is `bible` (comes with the requirements), `tfds:NAME/CONFIG:VERSION`, `hf:NAME`, or a
 folder of .txt, .jsonl, .parquet, .jsonl.gz, .json.gz, .jsonl.zst or .json.zst files; the details
 are in data/sources/registry.py. A flag file holds one flag a line. Stopped at any moment, the same
 command goes on where it was; with --beam, which needs an environment of its own
-(requirements-beam.txt), it begins anew.
+(requirements-beam.txt), it begins anew. What Dataflow needs besides is in docs/data.md.
 Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by Ctrl-C, 1 anything
 else.
 """

@@ -10,7 +10,7 @@ it ended; delete a run's folder to train it again. Several machines may work on 
 folder, as --share=1/3, --share=2/3 and --share=3/3. Runs that were started by hand, by the lines of
 --commands, count as soon as they have ended.
 Exit codes: 0 done, 2 mistake in the study or the command line, 75 stopped by a signal (start it
-again), 1 anything else.
+again), 1 anything else, as a disk that is full.
 """
 
 import argparse
@@ -53,12 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(estimate(folder), flush=True)
         share, at_once = arguments.share, arguments.at_once
         code = Runner(folder, share=share, at_once=at_once, train=train).run()
-        if code == 0:
-            lines = commands(folder, share) if arguments.commands else [write_report(folder)]
-            print("\n".join(lines))
+        if code == 0 and arguments.commands:
+            print("\n".join(commands(folder, share)))
+        elif code == 0 and train and not folder.has_results():
+            print(f"output={output}: this share has no runs, and no other one has a result yet")
+        elif code == 0:
+            print(write_report(folder))
     except ValueError as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"study.py: {error}; when it is mended the same command goes on", file=sys.stderr)
+        return 1
     return code
 
 

@@ -7,13 +7,14 @@ whose speed the first run tells.
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from laser.training.hardware import has_accelerator
 from laser.training.metrics import format_duration
+from laser.training.versions import machine
 from study.plan import Cell, any_end, number_of_runs
 from study.run import Folder
-from study.versions import machine
 
 START_SECONDS = 30.0  # imports and compilation of one run
 OF_PEAK = 0.5
@@ -56,13 +57,12 @@ def _cost(cell: Cell) -> tuple[float, float]:
 
 def _speed(folder: Folder) -> tuple[float, str]:
     """FLOP/s of training, 0 if unknown, and where it is from."""
-    this = machine()
     done = [
         (cell, result)
         for cells in _known(folder)
         for cell in cells
         if (result := folder.result(cell)) and result["status"] == "done"
-        if result["machine"] == this
+        if _on_such_a_machine(result)
     ]
     if done:
         speeds = []
@@ -73,6 +73,14 @@ def _speed(folder: Folder) -> tuple[float, str]:
     if has_accelerator():
         return 0.0, "the speed of an accelerator is not looked at"
     return OF_PEAK * _matrix_product(), "at half the speed of its matrix products"
+
+
+def _on_such_a_machine(result: Mapping[str, Any]) -> bool:
+    """As far as can be told: older results say nothing of devices, and this machine is not asked
+    for its own, which a run may hold."""
+    is_cpu = str(result.get("devices", "")).endswith(" cpu")
+    same_kind = "devices" not in result or is_cpu != has_accelerator()
+    return same_kind and result.get("machine") == machine()
 
 
 def _known(folder: Folder) -> Iterable[list[Cell]]:

@@ -17,7 +17,12 @@ from laser.training.config import TrainingConfig, load_config, to_dict
 from laser.training.fields import flatten
 from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, SKIPPED_FILE, count_spikes, read_metrics
-from laser.training.run_folder import load_record, saved_step_folders
+from laser.training.run_folder import (
+    OF_NO_MATTER,
+    load_record,
+    load_versions,
+    saved_step_folders,
+)
 from models.config import ModelConfig
 from study.plan import Cell
 
@@ -25,9 +30,7 @@ RESULT, MEASURED = "result.json", "measured.json"
 LOSS = "eval/loss"
 
 
-def write_done(
-    cell: Cell, folder: Path, versions: Mapping[str, str], measure: str
-) -> dict[str, Any]:
+def write_done(cell: Cell, folder: Path, measure: str) -> dict[str, Any]:
     """Of a run that has ended as it should; without a number at the end it has failed. Raises
     ValueError if it has not what decides."""
     lines = read_metrics(folder / METRICS_FILE)
@@ -39,7 +42,7 @@ def write_done(
         )
     final = [line for line in lines if LOSS in line][-1]
     if None in (evals[-1][1], final[LOSS]):
-        return write_failed(cell, folder, "ended with a loss that is not finite", versions)
+        return write_failed(cell, folder, "ended with a loss that is not finite")
     measured = json.loads((folder / MEASURED).read_text()) if (folder / MEASURED).exists() else {}
     record = load_record(str(folder))
     batch = record["config"]["training"]["batch_size"] * record["config"]["data"]["seq_len"]
@@ -68,7 +71,7 @@ def write_done(
         "config": comparable(record["config"]),
         "data": record["data"]["fingerprint"],
         **measured,
-        **versions,
+        **load_versions(folder),
     }
     return _write(folder, result)
 
@@ -80,8 +83,8 @@ def write_adopted(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's fields by their whole names, without the place of the data."""
-    return {name: x for name, x in flatten(config).items() if name != "data.store"}
+    """A config's fields by their whole names, without those that may differ when a run goes on."""
+    return {name: x for name, x in flatten(config).items() if name not in OF_NO_MATTER}
 
 
 def changes(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
@@ -97,7 +100,7 @@ def changes(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{name}: {value} -> {now.get(name, '(absent)')}"
         for name, value in then.items()
-        if name not in now or now[name] != value
+        if name not in OF_NO_MATTER and (name not in now or now[name] != value)
     ]
     return lines + [
         f"{name}: (absent) -> {value}"
@@ -111,16 +114,29 @@ def _defaults() -> dict[str, Any]:
     return comparable(base.get_config().to_dict())
 
 
-def write_failed(cell: Cell, folder: Path, reason: str, versions: Mapping[str, str]) -> dict:
+def write_failed(cell: Cell, folder: Path, reason: str) -> dict[str, Any]:
     """Of a run that cannot go on, as one that has diverged."""
     config = comparable(to_dict(cell.config()))
-    failed = {"status": "failed", "reason": reason, "config": config, **versions}
-    return _write(folder, _identity(cell) | failed)
+    failed = {"status": "failed", "reason": reason, "config": config}
+    return _write(folder, _identity(cell) | failed | load_versions(folder))
 
 
-def ended(folder: Path, training: TrainingConfig) -> str | None:
+def ended(cell: Cell, folder: Path) -> str | None:
     """How train.py ended in a folder: "" after the last step, or why the run cannot go on. None if
-    it has not ended."""
+    it has not ended. Raises ValueError if what has ended is another run than the study's."""
+    config = cell.config()
+    how = _ended(folder, config.training)
+    if how is not None:
+        there = comparable(load_record(str(folder))["config"])
+        if lines := changes({"config": there}, to_dict(config)):
+            raise ValueError(
+                f"{folder}: was trained with another config ({'; '.join(lines)}); move it away "
+                "and train the study's run by the flags that --commands prints"
+            )
+    return how
+
+
+def _ended(folder: Path, training: TrainingConfig) -> str | None:
     saved = training.steps in saved_step_folders(folder)
     if saved and any(LOSS in line for line in _lines(folder / METRICS_FILE, training.steps)):
         return ""

@@ -28,9 +28,9 @@ from laser.training import exits
 from laser.training.config import to_dict
 from laser.training.folders import write_atomically
 from laser.training.metrics import METRICS_FILE, format_duration, read_metrics
+from laser.training.run_folder import OF_NO_MATTER
 from study import results
 from study.plan import Cell, Plan, number_of_runs, of_share
-from study.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -64,15 +64,17 @@ class Folder:
         self._results: dict[str, dict[str, Any]] = {}
         self._adopted: dict[str, dict[str, Any]] = {}  # not written yet
         self._data = self._data_of = ""  # fingerprint of what all runs read, and the first of them
-        mark = path / STUDY
-        if not mark.exists() and path.exists() and any(path.iterdir()):
+        begun, asked = _begun(path), self._record()
+        if begun is None and path.exists() and not all(map(_is_unfinished, path.iterdir())):
             raise ValueError(f"output={path}: is not empty and holds no study; choose another one")
-        if mark.exists():
-            begun, asked = json.loads(mark.read_text()), self._record()
-            if begun["study"] != asked["study"] or _comparable(begun) != _comparable(asked):
-                there = " ".join([begun["study"], *begun["flags"]])
-                raise ValueError(f"output={path}: holds the study {there}; choose another folder")
+        if begun is not None and _comparable(begun) != _comparable(asked):
+            there = " ".join([begun["study"], *begun["flags"]])
+            raise ValueError(f"output={path}: holds the study {there}; choose another folder")
         self._check_results()
+
+    def has_results(self) -> bool:
+        """Whether any run has one."""
+        return any(self.result(cell) for _, cells in self.stages() for cell in cells or ())
 
     def begin(self) -> None:
         """Makes the folder, if it is not there yet, and writes into it what was adopted."""
@@ -146,9 +148,11 @@ class Folder:
 
 
 def commands(folder: Folder, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Flags of train.py for each run of the share without a result whose choices are settled."""
+    """Flags of train.py for each run of the share without a result whose choices are settled; those
+    of a run that has begun, and may be training, are a comment."""
     return [
-        shlex.join([*cell.flags(), f"--workdir={folder.path / cell.key}"])
+        ("# begun: " if (folder.path / cell.key).exists() else "")
+        + shlex.join([*cell.flags(), f"--workdir={folder.path / cell.key}"])
         for stage, cells in folder.stages()
         for cell in of_share(stage, cells or (), share)
         if folder.result(cell) is None
@@ -169,10 +173,9 @@ class Runner:
         self._folder = folder
         self._share, self._at_once, self._train = share, at_once, train
         self._running: dict[str, Progress] = {}
-        self._ends: dict[str, int] = {}  # key → how often it ended in another way
+        self._ends: dict[tuple[str, bool], int] = {}  # key, measuring → how often in another way
         self._busy: dict[str, float] = {}  # key → when to try again what another process trains
         self._stop = ""
-        self._versions = versions()
         self._told = 0.0
 
     def run(self) -> int:
@@ -252,10 +255,10 @@ class Runner:
         self._running[cell.key] = Progress(cell, _launch(command, path), before, measuring)
 
     def _how_it_ended(self, cell: Cell) -> str | None:
-        return results.ended(self._folder.path / cell.key, cell.config().training)
+        return results.ended(cell, self._folder.path / cell.key)
 
     def _failed(self, cell: Cell, reason: str) -> None:
-        results.write_failed(cell, self._folder.path / cell.key, reason, self._versions)
+        results.write_failed(cell, self._folder.path / cell.key, reason)
         log.warning("%s: failed, which is a result: %s", cell.key, reason)
 
     def _count(self) -> tuple[int, int]:
@@ -288,7 +291,7 @@ class Runner:
                 self._begin(cell, [*measures, f"--run={folder}"], measuring=True)
         elif code == exits.DONE:
             measure = self._folder.plan.study.measure
-            result = results.write_done(cell, folder, self._versions, measure)
+            result = results.write_done(cell, folder, measure)
             took = format_duration(time.monotonic() - progress.started)
             value = results.final(result, measure)
             log.info("%s: %s %.4f (%s)", cell.key, measure, value, took)
@@ -303,16 +306,19 @@ class Runner:
         elif code > 0 and of_memory:
             self._failed(cell, of_memory[-1])
         else:
-            self._ended_otherwise(cell, code, reason)
+            self._ended_otherwise(progress, code, reason)
 
-    def _ended_otherwise(self, cell: Cell, code: int, reason: str) -> None:
+    def _ended_otherwise(self, progress: Progress, code: int, reason: str) -> None:
         """By a signal, or an error that is no result: of the disk, of a device. Raises ValueError
         if it comes again."""
+        cell, measuring = progress.cell, progress.measuring
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}: {reason}"
-        count = self._ends[cell.key] = self._ends.get(cell.key, 0) + 1
+        if measuring:
+            how = f"its measuring was {how}"
+        count = self._ends[cell.key, measuring] = self._ends.get((cell.key, measuring), 0) + 1
         if count < ENDS:
             log.warning("%s: %s; it goes on", cell.key, how)
-        elif code < 0:
+        elif code < 0 and not measuring:  # a run that has ended is none the worse for its measuring
             self._failed(cell, f"{how}, {count} times (9: out of memory?)")
         else:
             raise ValueError(
@@ -346,16 +352,34 @@ class Runner:
 
 def recorded_flags(output: Path, file: str) -> list[str]:
     """Further flags of train.py that a study was begun with; none where it was not yet."""
+    begun = _begun(output)
+    return begun["flags"] if begun and begun["study"] == Path(file).as_posix() else []
+
+
+def _begun(output: Path) -> dict[str, Any] | None:
+    """The study that a folder belongs to. Raises ValueError if what says so is damaged."""
     mark = output / STUDY
-    begun: dict[str, Any] = {"study": "", "flags": []}
-    if mark.exists():
+    if not mark.exists():
+        return None
+    try:
         begun = json.loads(mark.read_text())
-    return begun["flags"] if begun["study"] == Path(file).as_posix() else []
+        return {"study": str(begun["study"]), "flags": list(begun["flags"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{mark}: is damaged ({type(error).__name__}: {error}); put it back as "
+            '{"study": "configs/studies/FILE.py", "flags": []}, with the flags after `--`'
+        ) from error
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether it is a study.json that another machine is writing."""
+    return path.name.startswith(f"{STUDY}.") and path.suffix == ".tmp"
 
 
 def _comparable(record: dict[str, Any]) -> list[str]:
-    """The flags that make a difference: the same data may lie elsewhere."""
-    return [flag for flag in record["flags"] if not flag.startswith("--config.data.store=")]
+    """The study, and the flags that make a difference."""
+    ignored = tuple(f"--config.{name}=" for name in OF_NO_MATTER)
+    return [record["study"], *(flag for flag in record["flags"] if not flag.startswith(ignored))]
 
 
 def _launch(arguments: list[str], log_file: Path) -> subprocess.Popen:

@@ -4,7 +4,7 @@ Every part of the source is one element, and its shards are written by the same 
 machine, so any runner gives the same bytes with any number of workers. Duplicates are found by a
 shuffle in place of sorted files. The manifest is written last, by the pipeline itself. Needs
 requirements-beam.txt. The source must be readable by all workers: a mounted folder, or TFDS with
-TFDS_DATA_DIR on a bucket; the output is any path that Beam writes.
+TFDS_DATA_DIR on a bucket; the output is any path that Beam writes. Only its DirectRunner was tried.
 """
 
 import logging
@@ -37,7 +37,7 @@ def prepare_with_beam(config: StoreConfig, output: str, *, options: list[str]) -
     Args:
       config: what the store is made of.
       output: a path that Beam's file systems write, as gs://bucket/stores/c4; holds no store yet.
-      options: of Beam, as ["--runner=DataflowRunner", "--project=..."].
+      options: of Beam, as ["--runner=DirectRunner", "--direct_num_workers=8"].
 
     Raises:
       ValueError: the config or the source are wrong.

@@ -2,7 +2,8 @@
 
 Some megabytes are read and tokenised from parts spread over the source, on one core. Text per byte
 of a file (or per example), tokens per byte and speed are taken from them; it is assumed that cores
-don't slow each other down and that the whole is like the sample.
+don't slow each other down, nor their reads from a disk or a bucket, and that the whole is like the
+sample.
 """
 
 import shutil
@@ -36,6 +37,7 @@ class Estimate:
       store_bytes: of all files.
       bytes_per_second: of text, by one core.
       seconds: without the training of a tokenizer.
+      hashing_seconds: of these, for reading the text once more to find duplicates.
       free_bytes: on the disk that the store goes to; None behind an address.
     """
 
@@ -47,21 +49,31 @@ class Estimate:
     store_bytes: int
     bytes_per_second: float
     seconds: float
+    hashing_seconds: float
     free_bytes: int | None
 
     def __str__(self) -> str:
-        hours, minutes = divmod(max(1, round(self.seconds / 60)), 60)
         free = "" if self.free_bytes is None else f"; {self.free_bytes / 1e9:,.1f} GB are free"
         lines = [
             f"text      {self.text_bytes / 1e9:,.3f} GB in {self.documents:,} documents",
             f"tokens    {self.tokens:,}",
             f"store     {self.store_bytes / 1e9:,.3f} GB{free}",
-            f"time      {hours} h {minutes:02d} min with {self.workers} workers, at "
+            f"time      {_hours(self.seconds)} with {self.workers} workers, at "
             f"{self.bytes_per_second / 1e6:.1f} MB/s each",
         ]
+        if self.hashing_seconds:
+            lines.append(
+                f"          {_hours(self.hashing_seconds)} of it to find duplicates, for which all "
+                "is read twice"
+            )
         if self.parts < self.workers:
             lines.append(f"parts     {self.parts}: more workers than that share parts as threads")
         return "\n".join(lines)
+
+
+def _hours(seconds: float) -> str:
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    return f"{hours} h {minutes:02d} min"
 
 
 @dataclass
@@ -84,20 +96,22 @@ def estimate(config: StoreConfig, output: str | Path, *, workers: int | None = N
     opened = config.open()
     count = min(SAMPLE_PARTS, len(opened.parts))
     chosen = [opened.parts[len(opened.parts) * i // count] for i in range(count)]
-    began = time.process_time()
+    began = time.perf_counter()  # a disk or a bucket may take longer than the processor
     samples = [_sample(opened, part) for part in chosen]
-    reading = time.process_time() - began
+    reading = time.perf_counter() - began
     texts = [text for sample in samples for text in sample.texts]
     if not texts:
         raise ValueError(f"source={config.source}: no documents at the beginnings of {count} parts")
     model = _tokenizer(texts, config)
     began = time.process_time()
     tokens = sum(len(ids) + 1 for ids in model.encode_arrays(texts))
-    seconds = reading + time.process_time() - began
+    hashing = reading if config.drop_duplicates else 0.0
+    seconds = hashing + reading + time.process_time() - began
     sample_bytes = sum(len(text.encode()) for text in texts)
     size = sum(part.size for part in opened.parts)
     text_bytes = size * sum(s.read_text for s in samples) // sum(s.read for s in samples)
     per_byte = text_bytes / sample_bytes
+    in_all = per_byte / (workers or cores())
     token_size = np.dtype(token_dtype(model.vocab_size)).itemsize
     store_bytes = tokens * token_size + len(texts) * OFFSET_DTYPE.itemsize
     return Estimate(
@@ -108,7 +122,8 @@ def estimate(config: StoreConfig, output: str | Path, *, workers: int | None = N
         text_bytes=text_bytes,
         store_bytes=round(store_bytes * per_byte),
         bytes_per_second=sample_bytes / seconds,
-        seconds=text_bytes * seconds / sample_bytes / (workers or cores()),
+        seconds=seconds * in_all,
+        hashing_seconds=hashing * in_all,
         free_bytes=None
         if is_address(output)  # which Beam writes to
         else shutil.disk_usage(_existing(Path(output))).free,
@@ -116,10 +131,12 @@ def estimate(config: StoreConfig, output: str | Path, *, workers: int | None = N
 
 
 def _tokenizer(texts: list[str], config: StoreConfig) -> Tokenizer:
+    if config.tokenizer is not None:
+        return Tokenizer(config.tokenizer)
+    assert config.vocab_size is not None
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(config.tokenizer or Path(folder) / "model")
-        if config.vocab_size is not None:
-            train_tokenizer(texts, path, config.vocab_size)
+        path = Path(folder) / "model"
+        train_tokenizer(texts, path, config.vocab_size)
         return Tokenizer(path)
 
 

@@ -7,9 +7,12 @@ goes on with the parts that are missing, and the store comes out the same to the
 number of workers. beam_pipeline.py does the same on a cluster.
 """
 
+import contextlib
+import fcntl
 import logging
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from data.preparation.shards import (
     write_part,
 )
 from data.preparation.workers import cores, run_parts
-from data.reading.files import folder_to_write
+from data.reading.files import folder_to_write, path_of
 from data.reading.manifest import (
     COUNTS,
     FORMAT,
@@ -63,7 +66,8 @@ def prepare(
       The manifest.
 
     Raises:
-      ValueError: the config, the input or the folder are wrong; the message says what to change.
+      ValueError: the config, the input or the folder are wrong, or another process prepares there;
+        the message says what to change.
       RuntimeError: a worker process died.
     """
     if workers is not None and workers < 1:
@@ -71,21 +75,56 @@ def prepare(
     folder = folder_to_write(output)
     source = config.open()
     request = config.request(source)
-    if (folder / MANIFEST).exists():
-        _check_finished(folder, request, config.max_broken)
-        log.info("%s is complete already", folder)
-    else:
-        files = source.files()
-        begin(folder, request, files)
-        tokenizer = _tokenizer(folder, source, config)
-        preparation = Preparation(source, folder, tokenizer, config.max_broken)
-        records = preparation.run(workers or cores(), config.drop_duplicates)
-        manifest = make_manifest(config, request, tokenizer, records)
-        check_files(folder, files, source.files(), "while they were read")
-        write_json(folder / MANIFEST, manifest)
-    TokenStore(folder)  # all is there, and as it was written, whenever that was
-    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+    with _alone_in(folder):
+        if (folder / MANIFEST).exists():
+            _check_finished(folder, request, config.max_broken)
+            log.info("%s is complete already", folder)
+        else:
+            files = source.files()
+            begin(folder, request, files)
+            tokenizer = _tokenizer(folder, source, config)
+            preparation = Preparation(source, folder, tokenizer, config.max_broken)
+            records = preparation.run(workers or cores(), config.drop_duplicates)
+            manifest = make_manifest(config, request, tokenizer, records)
+            check_files(folder, files, source.files(), "while they were read")
+            write_json(folder / MANIFEST, manifest)
+        TokenStore(folder)  # all is there, and as it was written, whenever that was
+        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
     return read_manifest(folder)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other preparations from it, until this ends or its process does.
+
+    The folder itself is locked: a file in it would be one of the store's. Raises ValueError if one
+    is at work there, or no folder can be made.
+    """
+    _make(folder, folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"output={folder}: another process prepares it; wait for its end, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:  # as on NFS
+            log.warning("%s: no locks there (%s): prepare it once at a time", folder, error)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _make(folder: Path, output: Path) -> None:
+    """Makes a folder of the output, or that itself. Raises ValueError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output={output}: no folder can be made there ({error.strerror}); choose another one"
+        ) from error
 
 
 def begin(folder: Path, request: Record, files: dict[str, str]) -> None:
@@ -106,12 +145,7 @@ def begin(folder: Path, request: Record, files: dict[str, str]) -> None:
             return
         (folder / TOKENIZER).unlink(missing_ok=True)  # nothing else is lost by starting anew
         shutil.rmtree(begun.parent)
-    try:
-        begun.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"output={folder}: no folder can be made there ({error.strerror}); choose another one"
-        ) from error
+    _make(begun.parent, folder)
     others = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS)
     if others:
         raise ValueError(
@@ -156,7 +190,7 @@ def write_tokenizer(
         return
     temporary = temporary_path(path)
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, temporary)
+        temporary.write_bytes(path_of(tokenizer).read_bytes())
         warn_of_losses(tokenizer)
     else:
         assert vocab_size is not None

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from data.errors import first_line
 
-CHECKED_AGAIN_SECONDS = 60.0  # a file behind an address: to look is a request
+CHECKED_AGAIN_SECONDS = 60.0  # what lies behind an address: to look is a request
 VERSIONS = ("generation", "ETag", "etag", "mtime", "created")  # what tells one content from another
 
 
@@ -61,9 +61,9 @@ def folder_to_write(text: str | Path) -> Path:
     return Path(text)
 
 
-def look_at(path: "Path | Address", info: Mapping[str, Any] | None = None) -> File:
-    """A file that is there; `info` is what a listing said of it, if it did. Raises OSError."""
-    return AddressFile(path, info) if isinstance(path, Address) else LocalFile(path)
+def look_at(path: "Path | Address", listing: "Listing | None" = None) -> File:
+    """A file that is there; `listing` is that of its folder, if there is one. Raises OSError."""
+    return AddressFile(path, listing) if isinstance(path, Address) else LocalFile(path)
 
 
 class LocalFile:
@@ -146,14 +146,13 @@ class Address:
         return self._call(self._system.info)
 
     def list_files(self) -> dict[str, dict[str, Any]]:
-        """Name → `info`, of the files in a folder of Google Cloud: one request for thousands.
-        Elsewhere none, as a listing may say in other words than `info` which version it has seen.
-        """
+        """Name → what is said of it, of the files in a folder: a request for a thousand of them.
+        Without those of which a listing does not tell one content from another."""
         found = self._call(functools.partial(self._system.ls, detail=True))
         return {
             info["name"].rpartition("/")[2]: info
             for info in found
-            if info["type"] == "file" and info.get("generation")
+            if info["type"] == "file" and _version(info)[1]
         }
 
     def _call(self, function: Callable[[str], Any]) -> Any:
@@ -182,16 +181,49 @@ def _file_system(address: str) -> tuple[Any, str]:
         raise ValueError(f"{address}: {error}") from error
 
 
+class Listing:
+    """What a folder's bucket says of the files in it; asked for again once a minute while any of
+    those that were taken from it is read. So looking costs the same however many there are."""
+
+    def __init__(self, folder: Address):
+        """Raises OSError where nothing is listed."""
+        self._folder = folder
+        self._listed = folder.list_files()
+        self._looked = time.monotonic()
+        self._taken: dict[str, tuple[int, str]] = {}
+
+    def take(self, name: str) -> tuple[int, str] | None:
+        """A file's version, which `check` compares from now on; None if it is not listed."""
+        if name not in self._listed:
+            return None
+        return self._taken.setdefault(name, _version(self._listed[name]))
+
+    def check(self) -> None:
+        """Raises StoreChangedError for the first file that is not as it was, or OSError."""
+        if time.monotonic() - self._looked < CHECKED_AGAIN_SECONDS:
+            return
+        self._looked = time.monotonic()
+        now = self._folder.list_files()
+        for name, version in self._taken.items():
+            if name not in now:
+                raise changed(self._folder / name, "is gone")
+            if _version(now[name]) != version:
+                raise changed(self._folder / name, "was written to")
+
+
 class AddressFile:
-    """A `File` behind an address; looked at again once a minute while it is read.
+    """A `File` behind an address; looked at again once a minute while it is read, by the listing
+    of its folder if it is in one.
 
     Attributes:
       name: of this content: another one if the file is written again.
     """
 
-    def __init__(self, path: Address, info: Mapping[str, Any] | None = None):
+    def __init__(self, path: Address, listing: Listing | None = None):
         self._path = path
-        self._state = _version(info or path.info())
+        listed = listing.take(path.name) if listing else None
+        self._listing = listing if listed else None
+        self._state = listed or _version(path.info())
         self.size: int = self._state[0]
         self.name = f"{path} {self._state}"
         self._looked = time.monotonic()
@@ -206,11 +238,12 @@ class AddressFile:
         return content
 
     def check(self) -> None:
-        if time.monotonic() - self._looked < CHECKED_AGAIN_SECONDS:
-            return
-        self._looked = time.monotonic()
-        if _version(self._path.info()) != self._state:
-            raise changed(self._path, "was written to")
+        if self._listing:
+            self._listing.check()
+        elif time.monotonic() - self._looked >= CHECKED_AGAIN_SECONDS:
+            self._looked = time.monotonic()
+            if _version(self._path.info()) != self._state:
+                raise changed(self._path, "was written to")
 
 
 def _version(info: Mapping[str, Any]) -> tuple[int, str]:

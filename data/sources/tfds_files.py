@@ -2,27 +2,43 @@
 
 seqio_tasks.py has the same documents as a SeqIO task. Its pipeline, and TFDS's own, spend half as
 long on an example as SentencePiece does, so preparation takes the files' records as they are. That
-needs no TensorFlow either, which is 2 seconds and 700 MB for each worker.
+needs no TensorFlow either, which is 2 seconds and 700 MB for each worker; what lies in a bucket is
+read by gcsfs (requirements-bucket.txt).
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+# Before epath, which TFDS uses, is asked for the first time: it would take TensorFlow's client.
+os.environ["EPATH_USE_TF"] = "false"
 
 import google_crc32c
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data.errors import first_line
-from data.sources.parts import SPLITS, Broken, Document, Part, look_at_files, number_parts
+from data.sources.parts import (
+    SPLITS,
+    THREADS,
+    Broken,
+    Document,
+    Part,
+    look_at_files,
+    number_parts,
+)
 
 C4 = "tfds:c4/en:3.1.0"
 TFDS = "tfds:"
 BUFFER = 2**20  # bytes of an array_record file
+OURS = (tfds.core.DatasetNotFoundError, ValueError, AssertionError)  # no such set; damaged
 LENGTH_BYTES, CHECKSUM_BYTES = 8, 4  # in TFRecord files
 
 
@@ -46,7 +62,8 @@ class TfdsSource:
             validation split.
 
         Raises:
-          ValueError: the set is not on this machine, or the fraction is of no use.
+          ValueError: the set is not there, or the fraction is of no use.
+          OSError: the bucket that it is in cannot be read.
         """
         self.dataset, _, language = name.removeprefix(TFDS).partition("@")
         self.splits = (language, f"{language}-validation") if language else SPLITS
@@ -84,19 +101,21 @@ class TfdsSource:
         return self._description
 
     def files(self) -> dict[str, str]:
-        """All files, by their names; on a bucket their sizes and times of the last write."""
+        """All files, by their names; in a bucket their sizes and times of the last write."""
         paths = [tfds.core.Path(part.content) for part in self.parts]
         names = [path.name for path in paths]
-        if not any("://" in part.content for part in self.parts):
+        if not any(_is_address(part.content) for part in self.parts):
             return dict(zip(names, look_at_files([Path(path) for path in paths])))
-        statuses = [path.stat() for path in paths]
-        return {name: f"{s.length}, {s.mtime}" for name, s in zip(names, statuses)}
+        with _told_as_os_errors(str(paths[0].parent)), ThreadPoolExecutor(THREADS) as pool:
+            statuses = pool.map(lambda path: path.stat(), paths)
+            return {name: f"{s.length}, {s.mtime}" for name, s in zip(names, statuses)}
 
     def read(self, part: Part) -> Iterator[Document | Broken]:
         """Examples of one file, in order.
 
         Raises:
           ValueError: the file is damaged, or has fewer or more examples than the set says.
+          OSError: the file cannot be read.
         """
         file, read = part.content, 0
         records = _array_records(file) if self.is_array_record else _tfrecords(file)
@@ -112,6 +131,26 @@ class TfdsSource:
             raise ValueError(f"{file}: {part.size} examples expected, {found} found; {REBUILD}")
 
 
+def _is_address(place: str) -> bool:
+    return "://" in place
+
+
+@contextlib.contextmanager
+def _told_as_os_errors(place: str) -> Iterator[None]:
+    """What the libraries behind an address raise, as without rights, is an OSError of one line; and
+    a ValueError where there is no library."""
+    try:
+        yield
+    except Exception as error:  # of as many types as there are libraries
+        if not _is_address(place) or isinstance(error, OURS):
+            raise
+        if isinstance(error, ImportError):
+            need = "pip install -r requirements-bucket.txt"
+            raise ValueError(f"{place}: {error}; `{need}` has what it needs") from error
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise OSError(errno.EIO, f"cannot be read ({said})", place) from error
+
+
 REBUILD = "damaged or cut off: copy or build the set again"
 
 
@@ -122,7 +161,7 @@ def _text(record: bytes) -> str:
 
 def _tfrecords(file: str) -> Iterator[bytes]:
     """Length, checksum, content, checksum of each: tensorflow.org/tutorials/load_data/tfrecord."""
-    with tfds.core.Path(file).open("rb") as stream:
+    with _told_as_os_errors(file), tfds.core.Path(file).open("rb") as stream:
         while head := stream.read(LENGTH_BYTES + CHECKSUM_BYTES):
             size = int.from_bytes(_verified(file, head, LENGTH_BYTES), "little")
             yield _verified(file, stream.read(size + CHECKSUM_BYTES), size)
@@ -151,13 +190,22 @@ def _array_records(file: str) -> Iterator[bytes]:
         raise ValueError(f"{file}: {REBUILD} ({error})") from error
 
 
+def _ways_to(dataset: str) -> str:
+    """How to get a set, in words."""
+    ways = f"point TFDS_DATA_DIR to where it is, or build it with `tfds build {dataset}`"
+    if dataset.startswith("c4/"):
+        return f"give a folder with allenai's .json.gz files of C4, {ways}, a cluster's work"
+    return ways
+
+
 def _info(dataset: str, splits: tuple[str, ...], data_dir: str | None) -> tfds.core.DatasetInfo:
     written = f"write it as NAME/CONFIG:VERSION, as in {C4}"
     if ":" not in dataset:
         raise ValueError(f"source={TFDS}{dataset}: has no version; {written}")
     try:
-        info = tfds.builder(dataset, data_dir=data_dir).info
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        with _told_as_os_errors(data_dir or ""):
+            info = tfds.builder(dataset, data_dir=data_dir).info
+    except OURS as error:
         first = first_line(error)
         raise ValueError(
             f"source={TFDS}{dataset}: TensorFlow Datasets has no such set ({first}); {written}"
@@ -166,9 +214,8 @@ def _info(dataset: str, splits: tuple[str, ...], data_dir: str | None) -> tfds.c
     if missing:
         has = f"only {', '.join(info.splits)}" if info.splits else "nothing at all"
         raise ValueError(
-            f"source={TFDS}{dataset}: no split {missing[0]!r} in {info.data_dir}, {has}; point "
-            f"TFDS_DATA_DIR to where it is, build it with `tfds build {dataset}`, or give a folder "
-            "with the .json.gz files of C4; splits of other names are given as in "
+            f"source={TFDS}{dataset}: no split {missing[0]!r} in {info.data_dir}, {has}; "
+            f"{_ways_to(dataset)}; splits of other names are given as in "
             "tfds:c4/multilingual:3.1.0@af, and of a set with a train split alone a part becomes "
             "validation by --validation_fraction=0.01"
         )

@@ -6,6 +6,7 @@ What is there:
                       "init_step": ..., "tokenizer": sha256 of tokenizer.model,
                       "sha256": of all the rest}
     config.N.json     those before it: changed by --allow_config_change, or other places of data
+    versions.json     laser/training/versions.py of the process that trained here last
     tokenizer.model   a copy of the data's
     checkpoints/      laser/training/checkpoint.py; each names the sha256 of its config
     N.unreadable/     a damaged checkpoint that was moved out of the way
@@ -31,11 +32,10 @@ from typing import IO, TYPE_CHECKING, Any
 from data.reading.files import path_of
 from data.reading.order import ORDER
 from data.sealed import SEAL, file_sha256, seal, unseal
-from laser.training import hosts
+from laser.training import hosts, versions
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
 from laser.training.folders import folder_of, is_address, told_as_os_errors, write_atomically
 from laser.training.lease import Lease
-from laser.training.versions import changed_packages, packages
 
 if TYPE_CHECKING:  # imports jax; what reads a config must not
     from laser.training.rows import Rows
@@ -54,17 +54,18 @@ NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of s
 _locks: dict[Path, tuple[IO[str], Lease | None]] = {}
 SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
 COMMITTED = "commit_success.txt"  # Orbax's, where no folder can be renamed when it is finished
+VERSIONS = "versions.json"
 UNREADABLE = "unreadable"  # ending of the folder that a damaged checkpoint is moved to
 
 
 def check_hosts_agree(config: RunConfig, rows: "Rows", init_step: int | None) -> None:
     """Raises ValueError, on all hosts, if one was started with another config, other data or other
     versions of packages."""
-    text = json.dumps([_record(config, rows, init_step), packages()])
+    text = json.dumps([_record(config, rows, init_step), versions.packages()])
     records = [json.loads(other) for other in hosts.exchange("describe config and data", text)]
     (first, of_first), lines = records[0], []
     for i, (record, installed) in enumerate(records):
-        changes = [*_changes(first, record), *changed_packages(of_first, installed)]
+        changes = [*_changes(first, record), *versions.changed_packages(of_first, installed)]
         lines += [f"{hosts.name(i)}: {line}" for line in changes]
     if lines:
         raise ValueError("not all hosts run the same as host 0:\n  " + "\n  ".join(lines))
@@ -205,6 +206,8 @@ def _open(
         number = max((int(name) for name in old if name.isdecimal()), default=-1) + 1
         write_atomically(folder / f"config.{number}.json", path.read_text())
     write_run(folder, record, rows.tokenizer_path)
+    if not 0 < config.training.steps <= step:  # what has ended is not trained on
+        write_atomically(folder / VERSIONS, json.dumps(versions.here(), indent=2) + "\n")
 
 
 def _other_optimizer(saved: Mapping[str, Any] | None, config: RunConfig) -> str:
@@ -241,24 +244,25 @@ def _wait_for(path: Path, text: str) -> None:
         time.sleep(0.2)
 
 
-def load_run_config(workdir: str) -> RunConfig:
-    """The config that a run was started with. Raises ValueError where there is no run."""
-    return load_config(load_record(workdir)["config"])
+def load_run_config(workdir: str, step: int | None = None) -> RunConfig:
+    """The config of a run, see `load_record`. Raises ValueError where there is no run."""
+    return load_config(load_record(workdir, step)["config"])
 
 
-def load_record(workdir: str) -> dict[str, Any]:
-    """The content of config.json, after a look at it and at the tokenizer.
+def load_record(workdir: str, step: int | None = None) -> dict[str, Any]:
+    """The content of config.json, after a look at it and at the tokenizer; for a checkpoint from
+    before a change of the config, that of the config.N.json that it was saved with.
 
-    Raises ValueError where there is no run, or one of the two is missing or damaged.
+    Raises ValueError where there is no run, or what is asked for is missing or damaged.
     """
     try:
         with told_as_os_errors(workdir):
-            return _load_record(folder_of(workdir))
+            return _load_record(folder_of(workdir), step)
     except OSError as error:
         raise ValueError(f"{workdir}: cannot be read ({error})") from error
 
 
-def _load_record(folder: Path) -> dict[str, Any]:
+def _load_record(folder: Path, step: int | None) -> dict[str, Any]:
     path, tokenizer = folder / "config.json", folder / "tokenizer.model"
     again = "put it back from a backup, or start train.py again as before: it writes the file anew"
     if not path.exists():
@@ -269,6 +273,13 @@ def _load_record(folder: Path) -> dict[str, Any]:
         record = _read_record(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {again}") from error
+    earlier = _earlier_record(folder, step, record[SEAL]) if step is not None else None
+    if earlier and earlier["tokenizer"] != record["tokenizer"]:
+        raise ValueError(
+            f"{folder}: checkpoint {step} was saved with another tokenizer than {tokenizer.name}, "
+            "which is that of the run's newest config"
+        )
+    record = earlier or record
     if not record["tokenizer"]:
         return record
     if not tokenizer.exists():
@@ -278,9 +289,45 @@ def _load_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def load_fingerprint(workdir: str) -> str:
-    """That of the data that a run was started with. Raises ValueError as `load_record`."""
-    return load_record(workdir)["data"]["fingerprint"]
+def _earlier_record(folder: Path, step: int, newest: str) -> dict[str, Any] | None:
+    """What a checkpoint was saved with, unless that is `newest`, or can't be told: who reads its
+    tensors hears of that."""
+    try:
+        sealed = read_sidecar(folder / "checkpoints" / str(step)).get("config", newest)
+    except ValueError as error:
+        log.warning("checkpoint %d: %s", step, error)
+        return None
+    return None if sealed == newest else _records(folder).get(sealed)
+
+
+def _records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The run's config.json and all that came before it, by their seals."""
+    records = {}
+    for path in sorted(folder.glob("config*.json")):
+        try:
+            record = _read_record(path)
+        except ValueError as error:
+            log.warning("%s is damaged (%s)", path, error)
+        else:
+            records[record[SEAL]] = record
+    return records
+
+
+def load_versions(folder: Path) -> dict[str, Any]:
+    """What a run's process said of itself, see laser/training/versions.py; nothing where it is one
+    of before. Raises ValueError if it is damaged."""
+    path = folder / VERSIONS
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: is damaged ({error}); delete it") from error
+
+
+def load_fingerprint(workdir: str, step: int | None = None) -> str:
+    """That of the data of a run, see `load_record`. Raises ValueError as that."""
+    return load_record(workdir, step)["data"]["fingerprint"]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -341,12 +388,7 @@ def check_origin(
     """
     if "config" not in sidecar:
         return
-    known = [record[SEAL]] if record else []
-    for path in sorted(folder.glob("config*.json")):
-        try:
-            known.append(_read_record(path)[SEAL])
-        except ValueError as error:
-            log.warning("%s is damaged (%s)", path, error)
+    known = _records(folder).keys() | ({record[SEAL]} if record else set())
     if sidecar["config"] not in known:
         raise ValueError(
             f"{folder / 'config.json'} is not the one that checkpoint {step} was saved with: put "

@@ -1,6 +1,7 @@
 """The command line of preparation: what it prints, and how mistakes end."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -17,8 +18,11 @@ from absl import flags
 
 import train
 from configs import c4
+from data.preparation import estimate as estimate_module
+from data.preparation.config import StoreConfig
 from data.reading.store import TokenStore
 from data.sources import corpus
+from data.sources.text_files import TextFolder
 from data.tokenizer import Tokenizer
 from laser.training.flags import parse
 from scripts import prepare_data
@@ -96,7 +100,7 @@ def test_the_config_of_c4_names_real_flags():
     for name in values:
         config[name] = values[name]
     config(["prepare_data.py", f"--flagfile={ROOT / 'configs' / 'c4_store.flags'}"])
-    assert config.source == "tfds:c4/en:3.1.0"
+    assert config.source == "c4/en"  # a folder as it is published, and no set that must be built
     assert config.output == c4.get_config().data.store
 
 
@@ -197,6 +201,27 @@ def test_a_full_disk_ends_it_in_one_line_and_the_same_command_goes_on(
     assert "Traceback" not in done.stderr
     assert _script(*arguments, f"--output={tmp_path / 'reference'}").returncode == 0
     assert contents(tmp_path / "store") == contents(tmp_path / "reference")
+
+
+def test_the_estimate_counts_the_second_reading_for_duplicates(source, tokenizer_path, monkeypatch):
+    """And the time that the reading takes, of which the processor need not know."""
+    config = StoreConfig(str(source), tokenizer=tokenizer_path)
+    read = TextFolder.read
+
+    def slowly(self, part):
+        time.sleep(1.0)
+        return read(self, part)
+
+    monkeypatch.setattr(TextFolder, "read", slowly)
+    once = estimate_module.estimate(config, "store", workers=1)
+    twice = estimate_module.estimate(
+        dataclasses.replace(config, drop_duplicates=True), "store", workers=1
+    )
+    assert once.seconds > 1
+    assert (once.hashing_seconds > 0, twice.hashing_seconds > 1) == (False, True)
+    assert twice.seconds > once.seconds + 0.9
+    assert "0 h 01 min of it to find duplicates, for which all is read twice" in str(twice)
+    assert "duplicates" not in str(once)
 
 
 def test_the_estimate_is_near_what_comes_and_writes_nothing(source, tmp_path, tokenizer_path):

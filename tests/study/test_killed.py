@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from laser.training import versions
 from scripts import inspect_attention
 from study import measure
 from study.plan import Plan
@@ -108,6 +109,13 @@ def test_killed_twice_on_the_way_to_its_report(study, alone, tmp_path):
     difference = laser - results["attention=standard"]["eval_loss"]
     assert f"| 1 | {difference:+.4f} | – |" in report
     assert failed["reason"] in report
+
+
+def test_a_run_says_what_it_was_trained_by(alone):
+    said = json.loads((alone / "versions.json").read_text())
+    assert (said["machine"], said["devices"]) == (versions.machine(), "1 cpu")
+    assert said["packages"] == versions.packages()
+    assert said["commit"]
 
 
 def test_bits_per_byte_of_held_out_text(alone, tmp_path):

@@ -14,9 +14,11 @@ import pytest
 
 from configs import base
 from data.sealed import file_sha256, seal
+from laser.training import versions
 from laser.training.config import to_dict
+from laser.training.run_folder import load_versions
 from scripts.study import main
-from study import figures, report, results, run, tables, versions
+from study import estimate, figures, report, results, run, tables
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +76,11 @@ def fake(tmp_path, monkeypatch):
     return [f"--study={file}", f"--output={tmp_path / 'out'}"], started, codes, tmp_path / "out"
 
 
-def _write_run(folder, plan, key):
+TRAINED_BY = {"commit": "abc", "packages": {"jax": "9"}, "machine": "another", "devices": "1 cpu"}
+
+
+def _write_config(folder, plan, key, **others):
+    """Returns the settings of the run."""
     for stage in plan.study.stages:
         for sign in (1, -1):  # by the loss, or by the error
             for cell in plan.cells(stage, lambda cell, sign=sign: sign * _loss(cell.settings)):
@@ -83,7 +89,14 @@ def _write_run(folder, plan, key):
     (folder / "tokenizer.model").write_bytes(b"t")
     record = {"config": config, "data": {"fingerprint": "f"}, "init_step": None,
               "tokenizer": file_sha256(folder / "tokenizer.model")}  # fmt: skip
+    record["config"]["optimizer"] |= others
     (folder / "config.json").write_text(json.dumps(seal(record)))
+    (folder / "versions.json").write_text(json.dumps(TRAINED_BY))
+    return settings
+
+
+def _write_run(folder, plan, key, **others):
+    settings = _write_config(folder, plan, key, **others)
     final = _loss(settings)
     common = {"gradient_norm": 1.0, "seconds_per_step": 0.5, "skipped_steps": 0.0}
     lines = [{"step": step, "loss": final + 1, **common} for step in range(10, 501, 10)]
@@ -239,7 +252,34 @@ def test_a_run_that_ends_without_a_number_has_failed(fake):
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert versions.versions()["commit"] == "unknown"
+    assert versions.here()["commit"] == "unknown"
+
+
+def test_a_result_says_what_its_run_was_trained_by(fake):
+    arguments, _, codes, out = fake
+    codes["main/seed=2,attention=laser,learning_rate=0.003"] = (3, "diverged")
+    assert main(arguments) == 0
+    name = "seed={},attention=laser,learning_rate=0.003"
+    folders = [out / "main" / name.format(seed) for seed in (1, 2)]
+    done, failed = (json.loads((folder / "result.json").read_text()) for folder in folders)
+    assert {name: done[name] for name in TRAINED_BY} == TRAINED_BY
+    assert not {*TRAINED_BY} & {*failed}  # it left nothing that says so
+    (folders[0] / "versions.json").write_text("{")
+    with pytest.raises(ValueError, match=r"versions\.json: is damaged"):
+        load_versions(folders[0])
+
+
+def test_the_speed_is_that_of_such_a_machine(monkeypatch):
+    here = {"machine": versions.machine()}
+    for accelerator, devices, same in (
+        (False, "8 cpu", True), (False, "4 TPU v5 lite", False), (True, "4 TPU v5 lite", True),
+        (True, "8 cpu", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(estimate, "has_accelerator", lambda there=accelerator: there)
+        assert estimate._on_such_a_machine({**here, "devices": devices}) == same
+        assert estimate._on_such_a_machine(here)  # a result of before
+        assert not estimate._on_such_a_machine({"machine": "another", "devices": devices})
+        assert not estimate._on_such_a_machine({})
 
 
 def test_so_many_runs_at_a_time(fake, monkeypatch):
@@ -265,6 +305,56 @@ def test_a_run_that_is_killed_goes_on_once(fake):
     assert main(arguments) == 0
     assert started.count(key) == 2
     assert "killed by signal 9, 2 times (9: out of memory?)" in (out / "report.md").read_text()
+
+
+def test_measuring_that_is_killed_is_no_result(fake, tmp_path, monkeypatch, capsys):
+    arguments, started, _, out = fake
+    measured = STUDY.replace('why="rates"', 'measures=("continuations",)')
+    (tmp_path / "mine.py").write_text(measured)
+    launch = run._launch
+
+    def kill_what_measures(command, log_file):
+        if "study.measure" in command:
+            end = "import os; os.kill(os.getpid(), 9)"
+            return subprocess.Popen([sys.executable, "-c", end])
+        process = launch(command, log_file)
+        (log_file.parent / "checkpoints" / "500").mkdir(parents=True)
+        return process
+
+    monkeypatch.setattr(run, "_launch", kill_what_measures)
+    assert main(arguments) == 2
+    assert "its measuring was killed by signal 9, 2 times" in capsys.readouterr().err
+    assert started == ["rates/learning_rate=0.001,attention=standard"]  # and once
+    assert not (out / started[0] / "result.json").exists()
+
+
+def test_a_share_without_runs_ends_without_a_report(fake, tmp_path, capsys):
+    arguments, started, _, out = fake
+    study = STUDY.replace('Study([rates, main], [compare], sizes=("main",))', "Study([rates])")
+    (tmp_path / "mine.py").write_text(study)
+    out.mkdir()
+    (out / "study.json.host-1.tmp").write_text("{")  # another machine begins just now
+    assert main([*arguments, "--share=3/3"]) == 0
+    assert "this share has no runs" in capsys.readouterr().out
+    assert started == []
+    assert not (out / "report.md").exists()
+    assert main([*arguments, "--report"]) == 2
+    assert main([*arguments, "--share=1/3"]) == 0
+    assert main([*arguments, "--share=3/3"]) == 0
+    assert (out / "report.md").exists()
+
+
+def test_what_cannot_be_read_or_written_is_one_line(fake, tmp_path, capsys):
+    arguments, _, _, out = fake
+    assert main([arguments[0], f"--output={tmp_path / 'mine.py' / 'out'}"]) == 1
+    told = capsys.readouterr().err
+    assert "Not a directory" in told
+    assert told.count("\n") == 1
+    out.mkdir()
+    for content in ("{", "[]", '{"study": "x.py"}'):
+        (out / "study.json").write_text(content)
+        assert main(arguments) == 2
+        assert f"{out / 'study.json'}: is damaged" in capsys.readouterr().err
 
 
 def test_shares_have_each_run_once(fake, monkeypatch, capsys):
@@ -343,8 +433,32 @@ def test_the_place_of_the_data_is_that_of_each_machine(fake):
     assert main([*arguments, "--", elsewhere]) == 0
     before = (out / "study.json").read_text()
     assert elsewhere in before
-    assert main([*arguments, "--", "--config.data.store=/data/other"]) == 0
+    other = ["--config.data.store=/data/other", "--config.data.cache_dir=/tmp/blocks",
+             "--config.data.requests=8", "--config.training.wandb_project=mine"]  # fmt: skip
+    assert main([*arguments, "--", *other]) == 0
+    assert main([*arguments, "--report", "--", *other]) == 0
     assert (out / "study.json").read_text() == before
+    assert main([*arguments, "--", "--config.model.mlp_dim=8"]) == 2
+
+
+def test_a_run_by_hand_of_another_config_is_refused(fake, capsys):
+    arguments, _, _, out = fake
+    key = "rates/learning_rate=0.001,attention=laser"
+    (out / key / "checkpoints" / "500").mkdir(parents=True)
+    (out / "study.json").write_text(
+        json.dumps({"study": arguments[0].partition("=")[2], "flags": []})
+    )
+    plan = run.Plan(arguments[0].partition("=")[2])
+    _write_run(out / key, plan, key, learning_rate=0.002)
+    for asked in (["--report"], ["--commands"], []):
+        assert main([*arguments, *asked]) == 2
+        told = capsys.readouterr().err
+        assert "another config (optimizer.learning_rate: 0.002 -> 0.001)" in told
+        assert key in told
+        assert not (out / key / "result.json").exists()
+    _write_run(out / key, plan, key)
+    assert main([*arguments, "--report"]) == 0
+    assert main(arguments) == 0
 
 
 def test_numbers_of_another_measure_are_not_mixed(fake, tmp_path, capsys):
@@ -395,6 +509,7 @@ def test_runs_that_were_trained_elsewhere_are_collected(fake, capsys):
     diverging = Path(shlex.split(lines[0])[-1].partition("=")[2])
     assert diverging == out / "rates" / "learning_rate=0.001,attention=standard"
     diverging.mkdir(parents=True)
+    _write_config(diverging, plan, diverging.relative_to(out).as_posix())
     limit = base.get_config().training.max_skipped_steps
     skipped = [
         {"step": step, "row_ids": [], "loss": "nan", "gradient_norm": "1.0"}
@@ -404,11 +519,12 @@ def test_runs_that_were_trained_elsewhere_are_collected(fake, capsys):
     for line in lines[1:]:
         train(line)
     assert main([*arguments, "--commands"]) == 0
-    assert capsys.readouterr().out.splitlines() == lines[:1]  # it may still get out of it
+    begun = [f"# begun: {lines[0]}"]  # and it may still get out of it
+    assert capsys.readouterr().out.splitlines() == begun
     large = {**skipped[-1], "loss": "3.0", "gradient_norm": "99.0"}
     _write_lines(diverging / "skipped.jsonl", [*skipped[:-1], large])
     assert main([*arguments, "--commands"]) == 0
-    assert capsys.readouterr().out.splitlines() == lines[:1]
+    assert capsys.readouterr().out.splitlines() == begun
     _write_lines(diverging / "skipped.jsonl", skipped)
     assert main([*arguments, "--commands"]) == 0
     rest = capsys.readouterr().out.splitlines()

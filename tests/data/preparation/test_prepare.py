@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from data.preparation import prepare as prepare_module
 from data.preparation import shards as shards_module
 from data.preparation.config import StoreConfig
+from data.preparation.estimate import estimate
 from data.preparation.prepare import prepare
 from data.reading.store import TokenStore
 from data.sources import text_files
@@ -503,3 +505,38 @@ def test_ids_above_65535_need_four_bytes(run, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "MIN_PART", 10**6)
     assert run()["dtype"] == "<u4"
     assert TokenStore(tmp_path / "store").split("train").rows([0], 5)[0].max() == 2**16
+
+
+def test_two_at_once_in_one_folder(run, source, tmp_path, monkeypatch):
+    """The second one is told so, and what the first one writes is left alone."""
+    write, told = shards_module.write_part, []
+
+    def meanwhile(*arguments, **options):
+        if not told:
+            begun = tmp_path / "store" / "train-00000.bin.tmp"
+            begun.write_bytes(b"the first one's")
+            with pytest.raises(ValueError) as error:
+                run(max_broken=1)
+            told.append(str(error.value))
+            assert begun.read_bytes() == b"the first one's"
+            begun.unlink()
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(prepare_module, "write_part", meanwhile)
+    run()
+    assert "store: another process prepares it; wait for its end" in told[0]
+    assert run() == run()  # and none is at work any more
+    run("other")
+    assert contents(tmp_path / "store") == contents(tmp_path / "other")
+
+
+def test_a_tokenizer_may_lie_behind_an_address(run, tmp_path, tokenizer_path):
+    fsspec = pytest.importorskip("fsspec")
+    address = f"memory://{tmp_path.name}/mine.model"
+    system, path = fsspec.core.url_to_fs(address)
+    system.pipe_file(path, Path(tokenizer_path).read_bytes())
+    run("here")
+    run("there", tokenizer=address)
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+    config = StoreConfig(str(tmp_path / "source"), tokenizer=address)
+    assert estimate(config, tmp_path / "store").tokens > 0

@@ -1,5 +1,6 @@
 """Blocks that are kept on this machine: read once from the bucket, and never trained on damaged."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,6 +89,33 @@ def test_a_full_cache_keeps_what_it_has_and_says_so_once(address, reads, tmp_pat
     before = len(reads)
     assert file.read(0, 64) == CONTENT[:64]
     assert len(reads) == before
+
+
+def test_pieces_of_files_of_before_make_room(address, reads, tmp_path, caplog):
+    folder = tmp_path / "cache"
+    before = opened(address, folder)
+    before.read(0, 640)
+    for age, path in enumerate(sorted(folder.iterdir(), key=lambda p: int(p.name.split("-")[1]))):
+        os.utime(path, (age, age))
+    (folder / "of an older version").write_bytes(b"x")
+    address._system.pipe_file(address._path, CONTENT[::-1])
+    limit = 10 * (64 + DIGEST) + 1
+    file = opened(address, folder, limit)
+    assert file.read(0, 256) == CONTENT[::-1][:256]
+    kept = {int(path.name.split("-")[1]) for path in folder.iterdir() if _is_of(path, before)}
+    assert kept == set(range(4, 10))  # the oldest are gone
+    for start in range(256, 896, 64):
+        assert file.read(start, 64) == CONTENT[::-1][start : start + 64]
+    assert not any(_is_of(path, before) for path in folder.iterdir())
+    assert len(list(folder.iterdir())) == 10
+    assert caplog.text.count("GB is reached; what is there is used") == 1
+    asked = len(reads)  # its own pieces stay, also after a restart
+    assert opened(address, folder, limit).read(0, 640) == CONTENT[::-1][:640]
+    assert len(reads) == asked
+
+
+def _is_of(path, file):
+    return path.name.startswith(cache_module._beginning(file._name))
 
 
 def test_a_disk_that_is_full_ends_the_keeping_alone(address, tmp_path, monkeypatch, caplog):

@@ -164,7 +164,7 @@ def test_a_store_is_listed_and_not_asked_for_file_by_file(shown, address, monkey
     info = files.Address.info
     monkeypatch.setattr(files.Address, "info", lambda self: asked.append(str(self)) or info(self))
     store = TokenStore(address)
-    assert len(asked) == (1 if address.startswith("gs://") else 7)  # of the manifest alone
+    assert len(asked) == 1  # of the manifest
     monkeypatch.setattr(files, "CHECKED_AGAIN_SECONDS", 0.0)
     store.split("train").piece(0, 3, 5)  # a listing tells versions as a look at the file does
 
@@ -175,6 +175,32 @@ def test_a_store_is_listed_and_not_asked_for_file_by_file(shown, address, monkey
     with caplog.at_level("INFO"):
         assert TokenStore(address).fingerprint == store.fingerprint
     assert "asking for each file by itself (no listing here)" in caplog.text
+
+
+def test_looking_again_costs_one_listing_however_many_files_are_read(
+    make_store, tmp_path, monkeypatch
+):
+    local = make_store(train=[STREAM] * 30)
+    address = f"memory://{tmp_path.name}/many"
+    system, path = upload(local.path, address)
+    clock = [0.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
+    split = TokenStore(address).split("train")
+    asked = []
+    for name in ("info", "list_files"):
+        look = getattr(files.Address, name)
+        monkeypatch.setattr(
+            files.Address, name, lambda self, look=look: asked.append(str(self)) or look(self)
+        )
+    for i in range(300):  # each file once in 75 seconds
+        clock[0] += 2.5
+        split.piece(i % 30 * 90, 1, 10)
+    assert asked == [address] * 12  # once a minute
+    system.pipe_file(f"{path}/README", b"no file of the store")
+    system.pipe_file(f"{path}/train-00007.bin", bytes(2 * len(STREAM)))
+    clock[0] += 60  # also where another file is read
+    with pytest.raises(StoreChangedError, match=r"train-00007\.bin: was written to"):
+        split.piece(0, 1, 10)
 
 
 def test_a_bucket_that_does_not_answer_is_no_reason_to_prepare_again(shown, address, monkeypatch):

@@ -292,11 +292,31 @@ def test_more_shards_than_files_may_be_open(make_store, hard):
         check=False,
     )
     if hard == 400:
-        assert (
-            "ValueError: the store needs 858 open files and this system allows 400" in done.stderr
-        )
+        assert "ValueError: the data need 858 open files and this system allows 400" in done.stderr
     else:
         assert done.stdout.split() == [str(sum(2 + i for i in range(300)) + 300), "300"]
+
+
+SEVERAL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))
+from data.reading.store import TokenStore
+splits = [TokenStore(path).split("train") for path in sys.argv[1:]]
+for split in splits:
+    print(split.rows(range(split.num_rows(1)), 1)[:, 1].sum())
+"""
+
+
+def test_stores_of_a_mixture_have_open_files_enough_together(make_store):
+    stores = [make_store(train=[[1], *[[2 + i, 1] for i in range(400)]]) for _ in range(3)]
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, *(str(store.path) for store in stores)],
+        cwd=Path(__file__).resolve().parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [str(sum(range(2, 402)) + 400)] * 3, done.stderr
 
 
 def test_a_changed_offsets_file_is_found(make_store):

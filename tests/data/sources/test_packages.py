@@ -3,14 +3,21 @@
 import gzip
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from data.sources import packages
 from scripts.fetch_text import main
 
+ROOT = Path(__file__).resolve().parents[3]
 SERVICES = 12
 TEXT = "text " * 12 + "."
 
@@ -106,6 +113,62 @@ def test_whole_units_are_held_out_and_nothing_is_there_twice(
     assert sum(text == f"Page 3\n\n{TEXT}" for text in everything) == 1
     sources = json.loads((output / "SOURCES.json").read_text())
     assert sources["salt"]["train"]["duplicates"] + sources["salt"]["validation"]["duplicates"] == 1
+
+
+def test_a_text_has_its_name_when_it_is_whole(archives, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "text"
+    arguments = [f"--output={output}", f"--archives={archives}"]
+    write = packages._write
+
+    def full(path, units, seen):
+        if path.stem == "plays":
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, units, seen)
+
+    monkeypatch.setattr(packages, "_write", full)
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "No space left on device" in told
+    assert told.count("\n") == 1
+    assert not output.exists()
+    monkeypatch.setattr(packages, "_write", write)
+    output.mkdir()  # an empty one is as good as none
+    assert main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archives", "text"]
+    assert sorted(path.name for path in output.iterdir()) == ["SOURCES.json", "train", "validation"]
+
+
+@pytest.mark.parametrize("name", ["botocore-1.44.8-py3-none-any.whl", "salt-3008.5.tar.gz"])
+def test_a_damaged_package_is_named(archives, tmp_path, capsys, name):
+    path = archives / name
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main([f"--output={tmp_path / 'text'}", f"--archives={archives}"]) == 2
+    assert f"{path}: is damaged" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_in_one_line(tmp_path):
+    """While the program waits for pip, which here never answers."""
+    command = [sys.executable, str(ROOT / "scripts" / "fetch_text.py"), f"--output={tmp_path}/text"]
+    waits = "import time\nopen('asked', 'w').close()\ntime.sleep(60)\n"
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
+    (tmp_path / "pip" / "__main__.py").write_text(waits)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "asked").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert told.strip().splitlines()[-1].startswith("stopped; what was downloaded is kept")
+    assert "fetch_text.py" not in told
 
 
 def test_nothing_is_written_over(tmp_path, capsys):

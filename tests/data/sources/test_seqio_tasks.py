@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from data.sources import corpus, text_files
 from data.sources.parts import Broken, texts
 from data.sources.registry import open_source
 from data.tokenizer import Tokenizer
+from tests import buckets
 from tests.lazily import Lazily
 
 pytestmark = pytest.mark.slow  # they import TensorFlow
@@ -137,6 +139,44 @@ def test_tfds_is_prepared_without_tensorflow(tmp_path, tfds_folder, tokenizer_pa
     assert TokenStore(tmp_path / "store").split("train").num_documents == 80
 
 
+AFAR = """
+import sys
+from data.sources.registry import open_source
+try:
+    source = open_source("c4")
+    print(*source.files().values(), sep="\\n")
+    print(sum(len(list(source.read(part))) for part in source.parts))
+    print(sys.modules.keys() & {"tensorflow", "seqio", "jax"})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_tfds_in_a_bucket_is_read_without_tensorflow(tmp_path, tfds_folder):
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    _write_tfds(tfds_folder)
+
+    def read(place):
+        environment = {**os.environ, **bucket.environment, "TFDS_DATA_DIR": place}
+        command = [sys.executable, "-c", AFAR]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    with buckets.running() as bucket:
+        bucket.upload(tfds_folder / "c4" / "en" / "3.1.0", "tfds/c4/en/3.1.0")
+        *files, documents, loaded = read(f"{bucket.address}/tfds")
+        folder = tfds_folder / "c4" / "en" / "3.1.0"
+        sizes = [path.stat().st_size for path in sorted(folder.glob("c4-*"))]
+        assert [int(file.split(", ")[0]) for file in files] == sizes
+        assert all(int(file.split(", ")[1]) > 0 for file in files)
+        assert (documents, loaded) == ("82", "set()")
+        (line,) = read("gs://denied/tfds")
+        assert "cannot be read" in line
+        assert "gs://denied/tfds" in line
+
+
 def test_other_sets_of_tfds_are_found_by_name(tfds_folder):
     languages = {"af": ["een", "twee"], "af-validation": ["drie"], "am": ["x"]}
     _write_tfds(tfds_folder, "c4/multilingual:3.1.0", documents=languages)
@@ -182,7 +222,12 @@ def test_a_set_with_a_validation_split_takes_no_fraction(tfds_folder):
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("c4/en:3.1.0", "build it with `tfds build c4/en:3.1.0`"),
+        ("c4/en:3.1.0", "give a folder with allenai's .json.gz files of C4, point TFDS_DATA_DIR"),
+        ("c4/en:3.1.0", "or build it with `tfds build c4/en:3.1.0`, a cluster's work"),
+        (
+            "lm1b:1.1.0",
+            "point TFDS_DATA_DIR to where it is, or build it with `tfds build lm1b:1.1.0`",
+        ),
         ("no_such_set/en:3.1.0", "TensorFlow Datasets has no such set"),
         ("c4/en", "write it as NAME/CONFIG:VERSION"),
     ],

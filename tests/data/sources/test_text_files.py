@@ -226,6 +226,25 @@ def test_parts_are_the_whole_however_they_are_cut(tmp_path, monkeypatch, part_by
         assert not read or 0 < read[-1] <= part.size
 
 
+def test_cutting_looks_at_each_slice_once(tmp_path, monkeypatch):
+    """Hundreds of thousands of small files share a part."""
+    looked = []
+
+    class Counted(text_files.Slice):
+        @property
+        def stop(self):
+            looked.append(self.file)
+            return self[2]
+
+    monkeypatch.setattr(text_files, "Slice", Counted)
+    for i in range(100):
+        (tmp_path / f"{i}.txt").write_text("x" * i)
+    parts = TextFolder(tmp_path).parts
+    assert [len(part.content) for part in parts] == [100]
+    assert parts[0].size == sum(range(100))
+    assert len(looked) < 1000
+
+
 def test_a_folder_as_large_as_c4_has_a_part_for_each_file(tmp_path, monkeypatch):
     for i in range(1024):
         name = f"c4-train.{i:05d}-of-01024.json.gz"
