@@ -45,8 +45,9 @@ tones: .venv/.runtime  ## a Conformer that learns to spell made-up words of tone
 # More lists by WITH="wandb images".
 tpu: .venv/.tpu $(WITH:%=.venv/.%)  ## install what training on this TPU VM needs
 
-# One worker more than cores, as tests also wait. A worker has up to 4 GB in memory.
-WORKERS := $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
+# Twice the cores, as tests also wait, for other processes above all. A worker has up to 4 GB in
+# memory: with less, as `make WORKERS=2 test`.
+WORKERS ?= $(shell echo $$((2 * $$(getconf _NPROCESSORS_ONLN))))
 PYTEST := .venv/bin/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 
 test: lint types  ## ruff, mypy and every test, the slow ones too

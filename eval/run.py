@@ -6,6 +6,7 @@ Requires no token store: config, tokenizer and parameters are in the folder.
 import dataclasses
 import functools
 import hashlib
+import math
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from laser.training import checkpoint, hosts, sharding
 from laser.training.checkpoint import CheckpointError, restore_parameters
 from laser.training.compiler import keep_programs
 from laser.training.config import MeshConfig, RunConfig, load_config
+from laser.training.hardware import CHIPS
 from laser.training.run_folder import load_record, load_run_config
 from models.families import Parameters, init_parameters
 
@@ -117,9 +119,22 @@ def offline_score(model: TrainedModel) -> tuple[float, int]:
 
 
 def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
-    """All devices, each with its share of the parameters as far as their dims divide: so that a
-    model is read where a copy for each chip would not fit. The run's own mesh was for others."""
+    """All devices, with as many copies of the parameters as their memory has room for: weights that
+    are split are gathered for each batch and each new token. The run's own mesh was for others."""
+    device = jax.devices()[0]
+    chip = CHIPS.get(device.device_kind)
+    parameters = jax.tree.leaves(sharding.abstract_parameters(config.model))
+    gib = sum(math.prod(x.shape) * x.dtype.itemsize for x in parameters) / 2**30
+    shares = devices_a_copy(gib, chip.hbm_gib if chip else 0.0, jax.device_count())
     # The batch of training does not matter here: one that divides.
     batch = dataclasses.replace(config.training, batch_size=jax.device_count(), accumulation=1)
-    mesh = MeshConfig(data=1, fsdp=-1, tensor=1, max_unsharded=1.0)
+    mesh = MeshConfig(data=-1, fsdp=shares, tensor=1, max_unsharded=1.0)
     return sharding.make_mesh(dataclasses.replace(config, mesh=mesh, training=batch))
+
+
+def devices_a_copy(parameters_gib: float, memory_gib: float, devices: int) -> int:
+    """The fewest devices that hold a copy in float32, one in bfloat16 for generation, and have two
+    fifths of their memory left for all else. 1 where their memory is not known, as a CPU's."""
+    counts = [count for count in range(1, devices + 1) if devices % count == 0]
+    fit = [count for count in counts if 1.5 * parameters_gib / count <= 0.6 * memory_gib]
+    return (fit or counts[-1:])[0] if memory_gib else 1

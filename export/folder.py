@@ -12,6 +12,7 @@ README.md            the model card, to be edited
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -171,11 +172,23 @@ def import_run(folder: Path, workdir: Path) -> Origin:
         made = Path(temporary) / "run"
         with Checkpoints(made, origin.config.checkpoint) as checkpoints:
             # In the host's memory: one accelerator alone may not hold the whole model.
-            params = jax.device_put(params, jax.local_devices(backend="cpu")[0])
+            params = jax.device_put(params, _cpu())
             checkpoints.save(origin.step, {"params": params}, note={"config": record[SEAL]})
         write_run(made, record, tokenizer or "")
         made.rename(workdir)
     return origin
+
+
+def _cpu() -> jax.Device:
+    """The processor of this host. Raises ValueError where jax was told to leave it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(
+            f"JAX_PLATFORMS={platforms}: the model is put together in the host's memory; use "
+            f"{platforms},cpu"
+        ) from error
 
 
 def _verify(folder: Path) -> None:

@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from laser.training import hosts
+
 ROWS = 2  # that differ; each device has both of them
 TENSORS = ("output", "d_query", "d_key", "d_value")
 BF16, F32 = "bfloat16", "float32"
@@ -108,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for case in CASES if not case.more or arguments.all]
     if arguments.only:
         cases = [case for case in CASES if case.name in arguments.only]
+    try:
+        hosts.refuse_several()
+    except ValueError as error:
+        print(f"check_attention.py: error: {error}", file=sys.stderr)
+        return 2
     device, began = jax.local_devices()[0], time.perf_counter()
     print(f"{jax.local_device_count()} x {device.device_kind}, jax {jax.__version__}", flush=True)
     print(

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laser.training.config",
         "laser.training.fields",
         "laser.training.folders",
+        "laser.training.hardware",
         "laser.training.hosts",
         "laser.training.objectives",
         "laser.training.preemption",

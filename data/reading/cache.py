@@ -7,7 +7,6 @@ not read make room, as those of stores of before; when none are left nothing mor
 reads each place once, so to go on would throw away each piece just before it is of use.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -98,9 +97,12 @@ class Cache:
             while self._there and not self._is_full and self._used + size > self._limit:
                 _, name, there = self._there.popleft()
                 if name.partition("-")[0] not in self._in_use:
-                    with contextlib.suppress(FileNotFoundError):  # another process was first
-                        (self._folder / name).unlink()
-                    self._used -= there
+                    try:
+                        (self._folder / name).unlink(missing_ok=True)  # another process was first
+                    except OSError as error:  # as of another user's; no read may fail of it
+                        log.warning("cache %s: %s: %s", self._folder, name, error.strerror)
+                    else:
+                        self._used -= there
             if not self._is_full and self._used + size > self._limit:
                 self._end(f"its limit of {self._limit / 1e9:g} GB is reached")
             return not self._is_full

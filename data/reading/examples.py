@@ -35,8 +35,9 @@ class Examples:
       prompts: as they are read: where a prompt does not fit, its left is gone.
       truncated: number of those.
       max_target: tokens of the longest answer, EOS included.
-      longest: tokens that are fed of the longest prompt with the longest answer, which is all but
-        the last one: no row has more, and none that is decoded up to `max_target`.
+      longest: tokens of the longest row that are fed, which is all but the last one.
+      longest_decoded: the same of the longest prompt with the longest answer, which a model may
+        give it though it is another example's.
       fingerprint: SHA-256 over all tokens and weights, as hex digits.
     """
 
@@ -74,7 +75,8 @@ class Examples:
             np.concatenate([[tokenizer.eos_id], prompt, target]).astype(np.int32)
             for prompt, target in zip(prompts, targets)
         ]
-        self.longest = int(self._prompt_lengths.max()) + self.max_target
+        self.longest = max(map(len, self._tokens)) - 1
+        self.longest_decoded = int(self._prompt_lengths.max()) + self.max_target
         digest = hashlib.sha256(self._prompt_lengths.astype("<i8").tobytes())
         for tokens in self._tokens:
             digest.update(len(tokens).to_bytes(8, "little") + tokens.astype("<i4").tobytes())

@@ -102,7 +102,7 @@ def make_evaluation(
       validation: their validation splits, in the order of `pairs`.
       workdir: of the run.
     """
-    generator = Generator(config.model, tokenizer, mesh, max_length=config.data.seq_len)
+    generator = Generator(config.model, tokenizer, mesh, max_length=validation.longest_decoded)
 
     def evaluate(params: Parameters, step: int) -> dict[str, float]:
         generated = generator.generate(

@@ -124,7 +124,7 @@ def dispatch(
             if (platform := platform_of_program()) != "tpu":
                 raise ValueError(
                     f"implementation='pallas' runs on TPUs, and this program is for {platform}; "
-                    "use 'auto' or 'chunked'"
+                    "use 'auto' or 'chunked', or describe the TPUs by jax.set_mesh"
                 )
         out, range_nats = module.attention(query, key, value, kind=kind, **options)
     else:

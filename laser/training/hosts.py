@@ -83,10 +83,10 @@ def name(index: int) -> str:
 def refuse_several() -> None:
     """For programs of one host: raises ValueError on a slice of several, whose chips would wait for
     the others."""
-    if _here is None and _cluster() is not None:
+    if _here is None and os.environ.get("JAX_PLATFORMS") != "cpu" and _cluster() is not None:
         raise ValueError(
             "this runs on one host, and here are several: take a machine or a slice of one host, "
-            "such as v5litepod-8"
+            "such as v5litepod-8, or the processor of this one by JAX_PLATFORMS=cpu"
         )
 
 

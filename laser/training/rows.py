@@ -75,7 +75,7 @@ class Rows(Protocol):
         """What is logged of the data of the first `steps` steps."""
 
     def validation_parts(self, config: RunConfig, sharding: Sharding) -> list[Validation]:
-        """What is evaluated, by its first training.eval_batches if there are any."""
+        """What is evaluated, by training.eval_batches of it if there are any."""
 
 
 class StoreRows:

@@ -6,13 +6,15 @@ import shutil
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from data.sealed import SEAL, seal
 from eval.opening import check_hosts_agree
-from eval.run import fingerprint, mesh_of, open_model
+from eval.run import devices_a_copy, fingerprint, mesh_of, open_model
 from laser.training import hosts
 from laser.training.config import load_config
+from laser.training.hardware import CHIPS, Chip
 from laser.training.run_folder import load_record
 
 
@@ -56,7 +58,25 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(trained_run, tmp_path):
     assert "checkpoint 4 was saved with another tokenizer than tokenizer.model" in str(error.value)
 
 
-def test_every_device_has_its_share_of_the_parameters(trained_run):
+@pytest.mark.parametrize(
+    ("gib", "memory", "count"),
+    [
+        (1.2, 15.75, 1),  # the 301m on v5e-8
+        (8.3, 15.75, 2),  # the 2.2B
+        (28.8, 15.75, 8),  # the 7.7B
+        (28.8, 95.74, 1),
+        (500, 15.75, 8),  # who knows
+        (500, 0, 1),  # a CPU
+    ],
+)
+def test_a_copy_lies_on_as_few_devices_as_hold_it(gib, memory, count):
+    assert devices_a_copy(gib, memory, 8) == count
+
+
+def test_a_model_that_one_device_cannot_hold_is_split(trained_run, monkeypatch):
+    copies = jax.tree.map(np.asarray, open_model(trained_run).params)
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setitem(CHIPS, kind, Chip("small", 1e12, hbm_gib=2**-14))
     model = open_model(trained_run)
     on_each = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(model.params):
@@ -64,19 +84,21 @@ def test_every_device_has_its_share_of_the_parameters(trained_run):
             on_each[shard.device] += shard.data.nbytes
     whole = sum(x.nbytes for x in jax.tree.leaves(model.params))
     assert max(on_each.values()) < 1.3 * whole / len(on_each)
+    jax.tree.map(np.testing.assert_array_equal, model.params, copies)
 
 
 def test_a_model_planned_for_a_pod_lies_on_the_devices_here():
     from configs import c4
 
     config = load_config(c4.get_config("size=2p2b,attention=laser,slice=v5e-256"))
-    sizes = mesh_of(config).shape
-    assert {name: size for name, size in sizes.items() if size > 1} == {"fsdp": 8}
+    assert mesh_of(config).size == 8
 
 
 def test_programs_of_one_host_refuse_a_slice_of_several(trained_run, monkeypatch):
     for name, value in zip(hosts.VARIABLES, ("localhost:1", "2", "0")):
         monkeypatch.setenv(name, value)
+    open_model(trained_run)  # JAX_PLATFORMS=cpu, which waits for nobody
+    monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(ValueError) as error:
         open_model(trained_run)
     assert "this runs on one host, and here are several" in str(error.value)

@@ -472,6 +472,20 @@ def test_a_model_comes_back_through_the_hosts_memory(store, tmp_path, monkeypatc
     assert placed == [{host}] * len(placed) != []
 
 
+def test_a_model_comes_back_only_where_jax_has_the_processor(store, tmp_path, monkeypatch):
+    exported(tmp_path / "out", store, MODELS["laser"])
+
+    def without(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", without)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    with pytest.raises(ValueError) as error:
+        import_run(tmp_path / "out", tmp_path / "run")
+    assert "use tpu,cpu" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 TINY = {
     "model.num_layers": 1, "model.model_dim": 16, "model.mlp_dim": 32, "model.num_heads": 2,
     "training.steps": 1, "training.eval_every": 1, "training.eval_batches": 1,

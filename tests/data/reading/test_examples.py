@@ -133,7 +133,9 @@ def test_the_longest_prompt_has_room_for_the_longest_answer(tokenizer):
     prompt, answer = tokenizer.encode(long.prompt), tokenizer.encode(" entailment")
     assert examples.max_target == len(answer) + 1
     # EOS, the prompt, the answer; its own EOS is not fed.
-    assert examples.longest == 1 + len(prompt) + len(answer)
+    assert examples.longest_decoded == 1 + len(prompt) + len(answer)
+    own = tokenizer.encode(" no")
+    assert examples.longest == 1 + len(prompt) + len(own)
 
 
 def test_characters_of_several_bytes_are_cut_somewhere(tokenizer):

@@ -177,7 +177,9 @@ def test_any_answer_fits_behind_the_longest_prompt(trained_run):
     pairs = [long, Pair("It was:", (" an entailment of all that",))]
     rows = ExampleRows(config, trained_run / "tokenizer.model", pairs, pairs)
     assert len(model.tokenizer.encode(long.prompt)) + 2 <= 128  # with this example's own answer
-    length = rows.row_length(config)
+    assert rows.row_length(config) == 128
+    length = rows.validation.longest_decoded
+    assert length > 128
     generator = Generator(config.model, model.tokenizer, mesh_of(config), max_length=length)
     decoded = {"max_new_tokens": rows.validation.max_target}
     assert len(generator.generate(model.params, rows.validation.prompts, **decoded)) == 2
