@@ -284,7 +284,8 @@ class Runner:
         cell = progress.cell
         folder = self._folder.path / cell.key
         said = _lines_from(folder / LOG, progress.log_from)
-        reason = said[-1][:300] if said else "no message"
+        # It goes into numbers that others read, on whose machines the folder is elsewhere.
+        reason = said[-1].replace(f"{folder}/", "")[:300] if said else "no message"
         of_memory = [line[:300] for line in said if OUT_OF_MEMORY.search(line)]
         if code == exits.DONE and (measures := self._measures(cell)) and not progress.measuring:
             if not self._stop:

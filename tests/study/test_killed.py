@@ -102,6 +102,7 @@ def test_killed_twice_on_the_way_to_its_report(study, alone, tmp_path):
     failed = results.pop("learning_rate=1e+38")
     assert failed["status"] == "failed"
     assert "not finite" in failed["reason"]
+    assert str(output) not in failed["reason"]
     assert [result["status"] for result in results.values()] == ["done"] * 2
     laser = results["attention=laser"]["eval_loss"]
     assert laser == _final_loss(alone)
