@@ -37,7 +37,7 @@ def open_run(
         tasks = []
         if config.evaluation.tasks:
             tasks = during_training.load_tasks(config, Tokenizer(rows.tokenizer_path))
-    check_hosts_agree(tasks)
+    check_tasks_agree(tasks)
     run = loop.open_run(config, rows, workdir, allow_config_change)
     evaluations = []
     if tasks:
@@ -49,7 +49,7 @@ def open_run(
     return run, evaluations + _of_rows(run, rows, texts)
 
 
-def check_hosts_agree(tasks: Sequence[TaskData]) -> None:
+def check_tasks_agree(tasks: Sequence[TaskData]) -> None:
     """Raises ValueError, on all hosts, if one has read other data of a task than host 0: they would
     score other rows together, or wait for a batch that another does not have."""
     own = json.dumps({data.task.name: data.fingerprint for data in tasks})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.sealed import SEAL, seal
-from eval.opening import check_hosts_agree
+from eval.opening import check_tasks_agree
 from eval.run import devices_a_copy, fingerprint, mesh_of, open_model
 from laser.training import hosts
 from laser.training.config import load_config
@@ -115,8 +115,8 @@ def test_hosts_with_other_data_of_a_task_are_named(monkeypatch):
     ]
     same = {"copa": "of copa", "cb": "of cb"}
     told(same, same)
-    check_hosts_agree(tasks)
+    check_tasks_agree(tasks)
     told(same, {**same, "cb": "other"})
     with pytest.raises(ValueError) as error:
-        check_hosts_agree(tasks)
+        check_tasks_agree(tasks)
     assert "has other data of cb than host 0" in str(error.value)
