@@ -45,6 +45,11 @@ def saved_steps(workdir: Path) -> list[int]:
     return checkpoint.saved_steps(workdir)
 
 
+def chosen_step(workdir: Path, step: int | None) -> int:
+    """`step`, or that of the newest checkpoint if it is None. Raises as `saved_steps`."""
+    return saved_steps(workdir)[-1] if step is None else step
+
+
 def fingerprint(workdir: Path, step: int) -> str:
     """Of a checkpoint's parameters (by the checksums it was saved with), its model's config, the
     length of its rows and its tokenizer: what scores depend on beside the prompts.
@@ -72,9 +77,9 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
       ValueError: there is no run of a decoder in the folder, or there are other hosts.
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    step = saved_steps(workdir)[-1] if step is None else step
+    step = chosen_step(workdir, step)
     config = load_decoder_config(workdir, step)
-    step, params, mesh = open_parameters(workdir, config, step)
+    params, mesh = open_parameters(workdir, config, step)
     tokenizer = Tokenizer(str(workdir / "tokenizer.model"))
     scorer = Scorer(config.model, config.data.seq_len, mesh)
     generator = Generator(config.model, tokenizer, mesh, max_length=config.data.seq_len)
@@ -82,12 +87,11 @@ def open_model(workdir: Path, step: int | None = None) -> TrainedModel:
 
 
 def open_parameters(
-    workdir: Path, config: RunConfig, step: int | None = None
-) -> tuple[int, Parameters, jax.sharding.Mesh]:
-    """The parameters of a checkpoint of any model, the newest if `step` is None: its step, they,
-    and the mesh that they lie on. Raises as `open_model`."""
+    workdir: Path, config: RunConfig, step: int
+) -> tuple[Parameters, jax.sharding.Mesh]:
+    """The parameters of a checkpoint of any model, and the mesh that they lie on. Raises as
+    `open_model`."""
     hosts.refuse_several()
-    step = saved_steps(workdir)[-1] if step is None else step
     keep_programs(workdir, jax.default_backend())
     mesh = mesh_of(config)
     abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
@@ -95,7 +99,7 @@ def open_parameters(
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    return step, restore_parameters(workdir, abstract, step), mesh
+    return restore_parameters(workdir, abstract, step), mesh
 
 
 def load_decoder_config(workdir: Path, step: int | None = None) -> RunConfig:

@@ -30,7 +30,7 @@ import jax
 
 from data.reading.files import folder_to_write
 from eval.likelihood import results
-from eval.run import fingerprint, open_parameters, saved_steps
+from eval.run import chosen_step, fingerprint, open_parameters
 from export.card import model_card
 from export.folder import Origin, import_run, write_export
 from export.layouts import choose_layout
@@ -72,10 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 def _export(workdir: Path, step: int | None, output: Path) -> None:
     if output.exists():
         raise ValueError(f"output={output}: exists; choose another or remove it")
-    step = saved_steps(workdir)[-1] if step is None else step
+    step = chosen_step(workdir, step)
     config = load_run_config(str(workdir), step)
     layout = choose_layout(config.model)
-    step, params, _ = open_parameters(workdir, config, step)
+    params, _ = open_parameters(workdir, config, step)
     origin = Origin(config, step, load_fingerprint(str(workdir), step))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     scores = results.of_checkpoint(workdir / "eval" / str(step), fingerprint(workdir, step))

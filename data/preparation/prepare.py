@@ -75,7 +75,11 @@ def prepare(
     folder = folder_to_write(output)
     source = config.open()
     request = config.request(source)
-    with _alone_in(folder):
+    _make(folder, folder)
+    busy = (
+        f"output={folder}: another process prepares it; wait for its end, or choose another folder"
+    )
+    with alone_in(folder, busy):
         if (folder / MANIFEST).exists():
             _check_finished(folder, request, config.max_broken)
             log.info("%s is complete already", folder)
@@ -94,22 +98,18 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other preparations from it, until this ends or its process does.
+def alone_in(folder: Path, busy: str) -> Iterator[None]:
+    """Keeps other preparations from a folder, until this ends or its process does.
 
-    The folder itself is locked: a file in it would be one of the store's. Raises ValueError if one
-    is at work there, or no folder can be made.
+    The folder itself is locked: a file in it would be one of the store's. Raises ValueError, which
+    says `busy`, if one is at work there.
     """
-    _make(folder, folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"output={folder}: another process prepares it; wait for its end, or choose "
-                "another folder"
-            ) from None
+            raise ValueError(busy) from None
         except OSError as error:  # as on NFS
             log.warning("%s: no locks there (%s): prepare it once at a time", folder, error)
         yield

@@ -10,20 +10,18 @@ Recordings and transcripts of lengths that are not wanted are left out and count
 has it. What is broken is named, counted and skipped, up to a limit.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import itertools
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.preparation.prepare import PROGRESS, REQUEST, check_files, check_same
+from data.preparation.prepare import PROGRESS, REQUEST, alone_in, check_files, check_same
 from data.preparation.shards import (
     SHOWN,
     Counts,
@@ -127,7 +125,7 @@ def prepare(config: SpeechConfig, output: str | Path) -> dict[str, Any]:
         return _finished(folder, request, config.max_broken)
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with _alone(partial):
+    with alone_in(partial, f"{partial}: another process is writing it; wait for it"):
         if not (partial / MANIFEST).exists():  # else it was stopped just before its end
             seen = _seen(parts)
             _begin(partial, request, seen)
@@ -160,21 +158,6 @@ def _finished(folder: Path, request: Record, max_broken: int) -> Record:
                 f"recordings of {name}; allow as many, or mend them and choose another folder"
             )
     return manifest
-
-
-@contextlib.contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Raises ValueError while another process is inside."""
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"{partial}: another process is writing it; wait for it"
-            raise ValueError(message) from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _begin(partial: Path, request: Record, seen: dict[str, str]) -> None:

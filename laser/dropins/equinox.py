@@ -89,24 +89,23 @@ def _as_one_batch(function):
     return function
 
 
+def _laser(is_causal, query, key, value, mask):
+    return dot_product_attention(query, key, value, mask=mask, is_causal=is_causal, kind="laser")
+
+
+def _vjp(is_causal, query, key, value, mask, d_out):
+    _, vjp = jax.vjp(lambda *arrays: _laser(is_causal, *arrays, mask), query, key, value)
+    return vjp(d_out)
+
+
 @functools.cache
 def _forward(is_causal: bool):
-    return _as_one_batch(
-        lambda query, key, value, mask: dot_product_attention(
-            query, key, value, mask=mask, is_causal=is_causal, kind="laser"
-        )
-    )
+    return _as_one_batch(functools.partial(_laser, is_causal))
 
 
 @functools.cache
 def _gradients(is_causal: bool):
-    def gradients(query, key, value, mask, d_out):
-        def function(*arrays):
-            return dot_product_attention(*arrays, mask=mask, is_causal=is_causal, kind="laser")
-
-        return jax.vjp(function, query, key, value)[1](d_out)
-
-    return _as_one_batch(gradients)
+    return _as_one_batch(functools.partial(_vjp, is_causal))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

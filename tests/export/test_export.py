@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base, bert, vit
-from eval.run import fingerprint, open_model, open_parameters
+from eval.run import chosen_step, fingerprint, open_model, open_parameters
 from export.card import model_card
 from export.folder import Origin, import_run, load_exported, write_export
 from export.layouts import choose_layout
@@ -524,8 +524,11 @@ def test_other_runs_go_out_and_come_back(command, layout, files, store, tmp_path
     assert "error 0." in card or "error 1.0" in card
     assert export.main([f"--from_export={out}", f"--workdir={again}"]) == 0
     config = load_run_config(str(run))
-    (_, first, _), (step, second, _) = (open_parameters(path, config) for path in (run, again))
+    step = chosen_step(again, None)
     assert step == 1
+    (first, _), (second, _) = (
+        open_parameters(path, config, chosen_step(path, None)) for path in (run, again)
+    )
     assert load_run_config(str(again)) == config
     assert_same(*(jax.tree.map(np.asarray, x) for x in (second, first)))
     # And it is a beginning for another run.

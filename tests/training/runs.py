@@ -227,12 +227,13 @@ def assert_same_parameters(one, other):
     import jax
     import numpy as np
 
-    from eval.run import open_parameters
+    from eval.run import chosen_step, open_parameters
     from laser.training.run_folder import load_run_config
 
     found = []
     for workdir in (one, other):
-        step, params, _ = open_parameters(Path(workdir), load_run_config(str(workdir)))
+        step = chosen_step(Path(workdir), None)
+        params, _ = open_parameters(Path(workdir), load_run_config(str(workdir)), step)
         found.append((step, jax.tree.map(np.asarray, params)))
     jax.tree.map(np.testing.assert_array_equal, *found)
 
