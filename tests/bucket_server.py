@@ -3,13 +3,14 @@
     python tests/bucket_server.py PORT [FAIL_EVERY]
 
 Here a write or removal may ask for the generation that is replaced, and a read says which it is. An
-object can be moved. In the bucket `denied` nobody may do anything. Every FAIL_EVERY-th read answers
-that it is busy.
+object can be moved, and keeps a last byte that is a carriage return. In the bucket `denied` nobody
+may do anything. Every FAIL_EVERY-th read answers that it is busy.
 """
 
 import itertools
 import socketserver
 import sys
+from email.parser import BytesParser
 from http import HTTPStatus
 
 from gcp_storage_emulator.exceptions import NotFound
@@ -64,6 +65,16 @@ def move(request, response, storage, *rest, **more):
     if response.status == HTTPStatus.OK:
         objects.delete(request, response, storage, *rest, **more)
 
+
+class Parser(BytesParser):
+    """gcsfs ends the parts of an upload with a line feed; after a carriage return, which is the
+    content's last byte, both would be taken for the end."""
+
+    def parsebytes(self, text, headersonly=False):
+        return super().parsebytes(text.replace(b"\n--==0==", b"\r\n--==0=="), headersonly)
+
+
+server.BytesParser = Parser
 
 # Its answer to what it doesn't know would be taken for a failure that is worth half a minute of
 # asking again.

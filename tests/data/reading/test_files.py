@@ -53,6 +53,13 @@ def shown(make_store, address):
     return local, TokenStore(address), system, path
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\r\r", b"\n--"])
+def test_the_bucket_of_these_tests_keeps_every_byte(bucket, end):
+    system, path = fsspec.core.url_to_fs(f"{bucket}/file")
+    system.pipe_file(path, end + b"\n" + end)
+    assert system.cat_file(path) == end + b"\n" + end
+
+
 def test_a_store_behind_an_address_is_the_same(shown):
     local, store, _, _ = shown
     assert store.fingerprint == local.fingerprint
