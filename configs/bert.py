@@ -7,12 +7,22 @@ Command   python train.py --config=configs/bert.py:size=SIZE --workdir=DIR
 Hardware  tiny: two cores of a CPU; 2p2b: as many chips as the decoder of that size
 Hours     the paper's sizes did not run
 Result    paper, section 4.2: masked-LM error 0.2125 by LASER, 0.2145 by standard attention (2p2b),
-          on Wikipedia; the default store is C4, as of the decoders, and gives other numbers
+          on Wikipedia; the default store is C4, as of the decoders, and gives other numbers.
+          configs/studies/bert_2p2b.py compares both on Wikipedia. Not run here
 
-The form is that of PAX's BertModel (the paper names PAX and BERT): the decoder's pre-norm blocks
-without biases, ReLU, positions that restart in every document, one embedding for input and output,
-soft caps on both logits, and no next-sentence prediction. 15 % of the tokens are chosen anew at
-every step (data/reading/masking.py). Lines marked `paper` repeat what the paper states.
+The form follows PAX's BertModel (the paper names PAX and BERT): the decoder's pre-norm blocks,
+ReLU, positions that restart in every document, one embedding for input and output, soft caps on
+both logits, and no next-sentence prediction. 15 % of the tokens are chosen anew at every step
+(data/reading/masking.py). What PAX has and this has not:
+
+    temperature      PAX trains one for every dim of the queries: attention=laser+per_dim_temp
+    biases           of the MLP and of the output logits; here are none but the norms'
+    initialisation   Xavier's; here variances of 1 / fan-in (models/decoder.py)
+    schedule         an exponential decay, and no eps of 1e-24: see below
+    tokens           MLPerf's WordPiece of 30,522, in rows that MLPerf has made; here a
+                     SentencePiece of 32,000, PAX's size of the embedding, and packed documents
+
+Lines marked `PAX` repeat its classes, the sizes of 2p2b the paper; all else is ours.
 """
 
 from ml_collections import ConfigDict

@@ -50,7 +50,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.block_rows, config.data.read_ahead = 1, 0  # recordings are read one by one
 
     # One of the five points that AlgoPerf has published of NAdamW. The paper's space (table 8) has
-    # a warm-up of 5 % of the steps and b2 of 0.9, 0.99 or 0.999 instead.
+    # a warm-up of 5 % of the steps and b2 of 0.9, 0.99 or 0.999 instead, and is searched by
+    # configs/studies/conformer.py.
     optimizer = config.optimizer
     optimizer.name = "nadamw"
     optimizer.learning_rate = 1.7486e-3

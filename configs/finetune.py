@@ -3,6 +3,11 @@
     task   boolq | cb | copa | multirc | record | rte | wic | wsc, several as copa+rte,
            or superglue for all of them                             (default superglue)
 
+What the paper's "on the SuperGLUE dataset for 10 epochs" means is open, for Table 3 has four tasks:
+the default trains one mixture of eight and keeps the epoch with the best mean over the eight, on
+the split that is reported. Report the last epoch's numbers beside it; docs/finetune-export.md has
+the other readings.
+
 Model and length of rows are those of the run in init_from, and so is the tokenizer; the optimizer
 starts anew. Give the folder with the data by --config.data.tasks_dir, or prepare them with
 TensorFlow Datasets. Lines marked `paper` repeat what the paper states (Table 3).

@@ -47,7 +47,8 @@ class Stage:
       hold: argument or field → its value, where it is not that of the recipe.
       why: what the stage is for, in a line for the report.
       measures: what is measured of every run at the end beside its loss: "domains", bits per byte
-        of each file of held-out text, and "continuations", the task of eval/tasks/offline.py.
+        of each file of held-out text, "continuations", the task of eval/tasks/offline.py, and
+        "oneshot", the accuracy on the study's tasks as scripts/evaluate.py has it.
     """
 
     name: str
@@ -82,6 +83,8 @@ class Study:
       compare: pairs of groups, for the table of differences.
       sizes: stages whose runs differ in size, for the power law of loss and size.
       held_out: folder of text in .jsonl files, one for each domain; "" = none.
+      tasks: names of eval/tasks/catalogue.py, for "oneshot". Where their data are is said to
+        scripts/study.py.
       measure: what decides, the lower the better: a name in the runs' metrics.jsonl.
     """
 
@@ -89,4 +92,5 @@ class Study:
     compare: Sequence[Comparison] = ()
     sizes: Sequence[str] = ()
     held_out: str = ""
+    tasks: Sequence[str] = ()
     measure: str = "eval/loss"

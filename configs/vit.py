@@ -25,7 +25,7 @@ from configs.arguments import choose, parse_arguments, set_attention
 
 # Image, patch, classes, layers, model dim, MLP dim, heads:
 SIZES = {
-    "s16": (224, 16, 1000, 12, 384, 1536, 6),  # paper
+    "s16": (224, 16, 1000, 12, 384, 1536, 6),  # AlgoPerf's of the paper's "S/16"
     "ti16": (224, 16, 1000, 12, 192, 768, 3),
     "digits": (8, 2, 10, 4, 64, 256, 4),
 }

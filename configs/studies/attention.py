@@ -13,9 +13,9 @@ runs, with a worse one on either side. The 1m tried the larger three of five tha
 planned; the best of both arms was the largest, so a larger one was added. The 4m began with 8e-3
 for both and 4e-3 for standard attention, which was better by 0.13 nats, and went on downwards. The
 1m comes first because it costs least; the comparison that decides is the one of the 4m. From
-`main` on a seed is one of the data's order, too, and activations are bfloat16, as in the paper's
-runs; the stages before have one order of rows, and float32. Both were settled before the first run
-of `main`.
+`main` on a seed is one of the data's order, too, and activations are bfloat16, as in configs/c4.py;
+the stages before have one order of rows, and float32. Both were settled before the first run of
+`main`.
 """
 
 from ml_collections import ConfigDict

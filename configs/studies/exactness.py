@@ -2,9 +2,11 @@
 
     python scripts/study.py --study=configs/studies/exactness.py --output=studies/exactness
 
-Stage `dtype` is table 11 at this scale: both attentions in float32 and in bfloat16. Stage `wrapper`
-trains LASER by this repository's form and by the paper's log-weighted-sum-exp wrapper, whose
-maximum runs over the whole row (laser/attention/reference.py), at rates up to where training
+Stage `dtype` asks table 11's question at this scale: both attentions in float32, and with
+activations in bfloat16. Weights are float32 in both, where the paper's were bfloat16, too: what is
+compared is float32 with the mixed precision of configs/c4.py, in which runs are trained here. Stage
+`wrapper` trains LASER by this repository's form and by the paper's log-weighted-sum-exp wrapper,
+whose maximum runs over the whole row (laser/attention/reference.py), at rates up to where training
 breaks down. Text and tokenizer are those of attention.py.
 """
 

@@ -1,10 +1,12 @@
 """The paper's one-shot accuracies in percent, to stand beside ours (arXiv 2411.03493).
 
-Tables 2 and 6; the columns of Table 2 are in the order that fits their stated means. A figure is
-shown only for a model of the same size with the same attention. The paper names its tasks and gives
-no prompts, so the protocols may differ from its own.
+Tables 2, 6 and 7; the columns of Table 2 are in the order that fits their stated means. A figure is
+shown only beside a model of the same size with the same attention that has seen as many tokens; of
+what text cannot be told. The paper names its tasks and gives no prompts, so the protocols may
+differ from its own.
 """
 
+from laser.training.config import RunConfig
 from models.config import ModelConfig
 
 Figures = dict[str, float]
@@ -42,21 +44,53 @@ _TABLE_7 = {
 # (layers, model dim, MLP dim, heads, head size)
 SIZE_2P2B = (32, 2048, 8192, 8, 512)
 SIZE_7P7B = (32, 3440, 11584, 16, 720)
+# Tasks, accuracies by attention, size, and tokens of the training: 160,000 steps of 1024 x 1024 in
+# Table 2, and as Tables 6 and 7 say.
+_TABLES = (
+    (_TASKS_2P2B, _TABLE_2, SIZE_2P2B, 160_000 * 2**20),
+    (_TASKS_7P7B, _TABLE_6, SIZE_7P7B, 44e9),
+    (_TASKS_DIFF, _TABLE_7, SIZE_2P2B, 24e9),
+)
+TOLERANCE = 0.01  # of the number of tokens
 
 
 def figures(model: ModelConfig) -> Figures:
-    """Name of the task in the paper → accuracy in percent; empty where it has no such model."""
+    """Name of the task in the paper → accuracy in percent; empty where it has no such model.
+
+    Standard attention with any temperature has the column `+ temp`, of which the paper does not
+    state the temperature.
+    """
+    found = _table(model)
+    return found[0] if found else {}
+
+
+def figures_beside(config: RunConfig, step: int) -> Figures:
+    """As `figures`, of the model of a run's checkpoint; empty where the paper's has seen another
+    number of tokens, or has a temperature that is not stated."""
+    assert isinstance(config.model, ModelConfig)
+    found = _table(config.model)
+    if not found or config.model.attention.temperature != 1:
+        return {}
+    tokens = step * config.training.batch_size * config.data.seq_len
+    return found[0] if abs(tokens / found[1] - 1) <= TOLERANCE else {}
+
+
+def _table(model: ModelConfig) -> tuple[Figures, float] | None:
+    """A model's figures, and the tokens that the paper's has seen."""
     size = (model.num_layers, model.model_dim, model.mlp_dim, model.num_heads, model.head_dim)
     name = _attention(model)
-    if model.mlp != "gelu" or model.kv_heads != model.num_heads:
-        return {}
-    if size == SIZE_2P2B and name in _TABLE_2:
-        return dict(zip(_TASKS_2P2B, _TABLE_2[name], strict=True))
-    if size == SIZE_2P2B and name in _TABLE_7:
-        return dict(zip(_TASKS_DIFF, _TABLE_7[name], strict=True))
-    if size == SIZE_7P7B and name in _TABLE_6:
-        return dict(zip(_TASKS_7P7B, _TABLE_6[name], strict=True))
-    return {}
+    # What else makes another model, as configs/c4.py has it. `remat`, `unroll` and the like do not.
+    same = (
+        model.kind == "decoder"
+        and model.vocab_size == 32_000
+        and model.kv_heads == model.num_heads
+        and (model.mlp, model.norm, model.positions) == ("gelu", "layernorm", "sinusoidal")
+        and model.logits_soft_cap == model.attention.soft_cap == 0
+    )
+    for tasks, accuracies, of_size, tokens in _TABLES:
+        if same and size == of_size and name in accuracies:
+            return dict(zip(tasks, accuracies[name], strict=True)), tokens
+    return None
 
 
 def _attention(model: ModelConfig) -> str:

@@ -75,6 +75,13 @@ def test_sizes_have_the_paper_s_number_of_parameters(size, millions):
     assert count / 1e6 == pytest.approx(millions, rel=5e-4)
 
 
+def test_c4_keeps_the_checkpoints_that_table_10_averages():
+    for size in SIZES:
+        checkpoint = load_config(c4.get_config(f"size={size}")).checkpoint
+        assert checkpoint.keep == 5
+        assert checkpoint.every == (250 if size == "7p7b" else 1000)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "tokens"),
     [("c4", "", 167.8e9), ("studies.diff_2p2b", "", 24e9), ("studies.short_7p7b", "", 44e9)],
@@ -158,7 +165,7 @@ def test_studies_take_the_layout_of_a_slice(name, slice_name, accumulation, unro
         ("paper", {"v5e-64": 30}),  # the grid; the sizes wait for it
         ("diff_2p2b", {"v5e-256": 4}),
         ("float32_2p2b", {"v5e-256": 4}),
-        ("lamb_301m", {"v5e-64": 2}),
+        ("lamb_301m", {"v5e-64": 8}),  # the rates; the two whole runs wait for them
         ("short_7p7b", {"v5e-256": 2}),
     ],
 )
