@@ -69,7 +69,10 @@ def inspect(run: Path, text: str, rows: int) -> dict[str, Any]:
             f"take at most {(len(tokens) - 1) // length}"
         )
     (batch,) = batches(tokens[: rows * length + 1], rows, length)
-    captured = inspection.capture(config.model, model.params, batch["inputs"])
+
+    def captured():
+        return inspection.capture(config.model, model.params, batch["inputs"])
+
     norms = inspection.make_gradient_norms(config, batch)
     gradients = {step: norms(open_model(run, step).params) for step in steps}
     return {
@@ -77,8 +80,9 @@ def inspect(run: Path, text: str, rows: int) -> dict[str, Any]:
         "step": model.step,
         "attention": config.model.attention.kind,
         "rows": rows,
-        "probabilities": inspection.probabilities(config.model, captured),
-        "reconstruction": inspection.reconstruction(config.model, captured),
+        "probabilities": inspection.probabilities(config.model, captured()),
+        "reconstruction": inspection.reconstruction(config.model, captured()),
+        "reconstruction_over": "rows and layers",
         "gradients": gradients,
     }
 
@@ -91,7 +95,8 @@ def report(found: dict[str, Any]) -> str:
     for name in ("a", "a (1 - a)"):
         told = ", ".join(f"{share:.1%} below {limit}" for limit, share in shares[name].items())
         lines.append(f"  {name:<10} {told}")
-    lines.append("error of the attention output in bfloat16, mean (deviation) over layers")
+    over = found.get("reconstruction_over", "layers")  # which the first recorded ones are over
+    lines.append(f"error of the attention output in bfloat16, mean (deviation) over {over}")
     for name, (mean, deviation) in found["reconstruction"].items():
         lines.append(f"  {name:<24} {mean:.5f} ({deviation:.5f})")
     step, norms = list(found["gradients"].items())[-1]

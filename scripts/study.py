@@ -5,7 +5,8 @@
     python scripts/study.py --study=... --output=... -- --config.data.store=/data/packages
 
 It ends with the report, in OUTPUT/report.md; --report alone writes it from what is there. What
-stands after `--` goes on to train.py, for every run. The same command goes on where it was, however
+stands after `--` goes on to train.py, for every run. A study that measures one-shot tasks reads
+them from --data_dir, as scripts/evaluate.py does. The same command goes on where it was, however
 it ended; delete a run's folder to train it again. Several machines may work on one output
 folder, as --share=1/3, --share=2/3 and --share=3/3. Runs that were started by hand, by the lines of
 --commands, count as soon as they have ended.
@@ -22,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.reading.files import folder_to_write
 from laser.training.console import start_logging
+from study.chips import divided
 from study.estimate import estimate
+from study.measure import load_tasks
 from study.plan import Plan, held_out_files
 from study.report import read_numbers, write_report
 from study.run import Folder, Runner, commands, recorded_flags
@@ -44,15 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.estimate:
             print(estimate(folder))
             return 0
+        chips = divided(arguments.at_once)
         train = not (arguments.report or arguments.commands)
-        if train and any("domains" in stage.measures for stage in folder.plan.study.stages):
-            held_out_files(folder.plan.study.held_out)
+        if train:
+            _check_what_is_measured(folder, arguments.data_dir)
         if not arguments.report or arguments.adopt:
             folder.begin()
         if train:
             print(estimate(folder), flush=True)
-        share, at_once = arguments.share, arguments.at_once
-        code = Runner(folder, share=share, at_once=at_once, train=train).run()
+        share, data_dir = arguments.share, arguments.data_dir
+        code = Runner(folder, share=share, chips=chips, train=train, data_dir=data_dir).run()
         if code == 0 and arguments.commands:
             print("\n".join(commands(folder, share)))
         elif code == 0 and train and not folder.has_results():
@@ -68,6 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _check_what_is_measured(folder: Folder, data_dir: str) -> None:
+    """Raises ValueError if something is not there of which runs without a result are measured."""
+    study = folder.plan.study
+    open_measures = {
+        measure
+        for stage, cells in folder.stages()
+        if cells is None or any(folder.result(cell) is None for cell in cells)
+        for measure in stage.measures
+    }
+    if "domains" in open_measures:
+        held_out_files(study.held_out)
+    if "oneshot" in open_measures:
+        load_tasks(study.tasks, data_dir)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -81,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help="only print train.py's flags for what can be trained",
     )
     parser.add_argument("--report", action="store_true", help="only report on what was trained")
+    parser.add_argument("--data_dir", default="", help="where the data of one-shot tasks are")
     parser.add_argument(
         "--adopt", type=Path, metavar="NUMBERS", help="runs of a numbers.json need no training"
     )

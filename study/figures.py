@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study.results import LOSS
+from study.results import LOSS, all_parameters
 from study.statistics import mean_interval
 from study.tables import RATE, ends_by_rate, finals, fits, grouped, label, pairs, said, sized
 
@@ -111,12 +111,13 @@ def _sizes(record: Record, path: Path) -> Path | None:
     figure, axis = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
     for i, (attention, law) in enumerate(laws.items()):
         runs = sized(record)[attention]
-        sizes, losses = [r["parameters"] for r in runs], [r["eval_loss"] for r in runs]
+        sizes = [all_parameters(r, record["config"]) for r in runs]
+        losses = [r["eval_loss"] for r in runs]
         axis.plot(sizes, losses, "o", color=f"C{i}")
         line = np.geomspace(min(sizes), max(sizes), 50)
         told = f"{attention}: {law.a.value:.2f} n^{law.b.value:.3f}, {len(sizes)} runs"
         axis.plot(line, law.a.value * line**law.b.value, color=f"C{i}", label=told)
-    axis.set(xscale="log", xlabel="parameters beside the embedding", yscale="log")
+    axis.set(xscale="log", xlabel="parameters, those of the embedding with them", yscale="log")
     axis.set(ylabel="final validation loss (nats)")
     return _save(figure, axis, path)
 

@@ -1,12 +1,13 @@
 """What the attention of a trained model looks like, on text that it was not trained on.
 
-The queries, keys and values of every layer are those of the run's own forward pass, in float32.
+The queries, keys and values of every layer are those of the run's own forward pass, in float32, of
+one row and one layer at a time: those of all layers of a large model fill no machine's memory.
 Shapes: B batch, T positions, H heads, D head size.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from laser.training import sharding
 from laser.training.config import RunConfig
 from laser.training.step import make_gradient
 from models.config import ModelConfig
-from models.decoder import Parameters, embed, positions
+from models.decoder import embed, positions
+from models.families import Parameters
 from models.layers import Block
 
 SMALL = (1e-3, 1e-7)
@@ -29,11 +31,15 @@ PROJECTIONS = ("query", "key", "value")
 Captured = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def capture(model: ModelConfig, params: Parameters, tokens_BT: np.ndarray) -> list[list[Captured]]:
-    """(query, key, value) of each map of attention of each layer, each (B, T, H, ·)."""
+def capture(
+    model: ModelConfig, params: Parameters, tokens_BT: np.ndarray
+) -> Iterator[list[Captured]]:
+    """Of each layer, and in it of each row, (query, key, value) of each map of attention, each
+    (1, T, H, ·)."""
     model = dataclasses.replace(model, dtype="float32")
-    where = positions(tokens_BT.shape, None, None)
-    x_BTM = embed(model, jnp.asarray(params["embedding"]), jnp.asarray(tokens_BT), where)
+    where = positions((1, tokens_BT.shape[1]), None, None)
+    embedding = jnp.asarray(params["embedding"])
+    rows = [embed(model, embedding, jnp.asarray(row[None]), where) for row in tokens_BT]
     graph = nnx.graphdef(nnx.eval_shape(lambda: Block(model, nnx.Rngs(params=0))))
 
     @jax.jit
@@ -44,12 +50,11 @@ def capture(model: ModelConfig, params: Parameters, tokens_BT: np.ndarray) -> li
         projected = queries, [each(key) for key in keys], each(value)
         return block(x_BTM, layer, where, None, None)[0], projected
 
-    found = []
     for layer in range(model.num_layers):
         weights = jax.tree.map(lambda x, i=layer: x[i], params["blocks"])
-        x_BTM, (queries, keys, value) = run(x_BTM, jnp.asarray(layer), weights)
-        found.append([(query, key, value) for query, key in zip(queries, keys)])
-    return found
+        for i, x_BTM in enumerate(rows):
+            rows[i], (queries, keys, value) = run(x_BTM, jnp.asarray(layer), weights)
+            yield [(query, key, value) for query, key in zip(queries, keys)]
 
 
 def log_probabilities(model: ModelConfig, query: jax.Array, key: jax.Array) -> jax.Array:
@@ -60,7 +65,7 @@ def log_probabilities(model: ModelConfig, query: jax.Array, key: jax.Array) -> j
     return log_probs[jnp.broadcast_to(seen, log_probs.shape)]
 
 
-def probabilities(model: ModelConfig, captured: Sequence[Sequence[Captured]]) -> dict[str, Any]:
+def probabilities(model: ModelConfig, captured: Iterable[Sequence[Captured]]) -> dict[str, Any]:
     """Shares of small probabilities, and histograms of a and of a (1 - a) by their logarithm."""
     edges = np.linspace(-12, 0, BINS + 1)
     counts = {"a": np.zeros(BINS), "a (1 - a)": np.zeros(BINS)}
@@ -86,10 +91,11 @@ def probabilities(model: ModelConfig, captured: Sequence[Sequence[Captured]]) ->
 
 
 def reconstruction(
-    model: ModelConfig, captured: Sequence[Sequence[Captured]]
+    model: ModelConfig, captured: Iterable[Sequence[Captured]]
 ) -> dict[str, tuple[float, float]]:
     """Relative error of attention outputs in bfloat16 (paper, appendix A.5, does not say of what
-    norm): ‖rounded - exact‖ / ‖exact‖, Frobenius, mean and deviation over layers and maps.
+    norm): ‖rounded - exact‖ / ‖exact‖, Frobenius, mean and deviation over rows, layers and maps, as
+    the paper's are over 4,800 cached inputs of one row and layer each.
 
     Rounded are queries, keys and values and what the formula computes from them, as XLA compiles
     it, which may keep more precision between operations that it fuses. Exact is what

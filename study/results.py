@@ -48,6 +48,9 @@ def write_done(cell: Cell, folder: Path, measure: str) -> dict[str, Any]:
     batch = record["config"]["training"]["batch_size"] * record["config"]["data"]["seq_len"]
     model = load_config(record["config"]).model
     speeds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
+    if not speeds:  # each process made one step, which compiles and has no speed
+        last = [line for line in lines if "time/steps" in line][-1]
+        speeds = [last["time/steps"] / last["step"]]
     norms = [
         [line["step"], line["gradient_norm"] and float(f"{line['gradient_norm']:.4g}")]
         for line in lines
@@ -66,6 +69,7 @@ def write_done(cell: Cell, folder: Path, measure: str) -> dict[str, Any]:
         "steps": final["step"],
         "tokens": final["step"] * batch,
         "parameters": beside_embedding(model),
+        "all_parameters": beside_embedding(model) + model.outer_weights,
         "seconds_per_step": statistics.median(speeds),
         "gradient_norm": norms[:: max(1, len(norms) // 50)],
         "config": comparable(record["config"]),
@@ -180,6 +184,15 @@ def final(result: Mapping[str, Any], measure: str) -> float:
 def beside_embedding(model: ModelConfig) -> int:
     """Parameters of the matrices in the blocks."""
     return model.num_layers * (model.attention_weights + model.mlp_weights)
+
+
+def all_parameters(result: Mapping[str, Any], shared: Mapping[str, Any]) -> int:
+    """Parameters of all matrices of a finished run, the embedding's with them. Older numbers, which
+    are of decoders alone, do not have it; `shared` are the fields that all configs have."""
+    if "all_parameters" in result:
+        return result["all_parameters"]
+    config = {**shared, **result["config"]}
+    return result["parameters"] + config["model.vocab_size"] * config["model.model_dim"]
 
 
 def _identity(cell: Cell) -> dict[str, Any]:

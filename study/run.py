@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -51,6 +51,7 @@ class Progress:
     process: subprocess.Popen | None = None  # None: it was trained before
     log_from: int = 0  # where in its log this process began
     measuring: bool = False
+    chips: Mapping[str, str] = field(default_factory=dict)  # variables that name them
     started: float = field(default_factory=time.monotonic)
 
 
@@ -167,11 +168,16 @@ class Runner:
         folder: Folder,
         *,
         share: tuple[int, int] = (0, 1),
-        at_once: int = 1,
+        chips: Sequence[Mapping[str, str]] = ({},),
         train: bool = True,
+        data_dir: str = "",
     ):
+        """`chips`: of each run that is trained at a time, see study/chips.py. `data_dir`: where the
+        tasks' data are, for runs of which `oneshot` is measured."""
         self._folder = folder
-        self._share, self._at_once, self._train = share, at_once, train
+        self._data_dir = data_dir
+        self._share, self._train = share, train
+        self._at_once, self._free_chips = len(chips), list(chips)
         self._running: dict[str, Progress] = {}
         self._ends: dict[tuple[str, bool], int] = {}  # key, measuring → how often in another way
         self._busy: dict[str, float] = {}  # key → when to try again what another process trains
@@ -252,7 +258,9 @@ class Runner:
     def _begin(self, cell: Cell, command: list[str], measuring: bool = False) -> None:
         path = self._folder.path / cell.key / LOG
         before = path.stat().st_size if path.exists() else 0
-        self._running[cell.key] = Progress(cell, _launch(command, path), before, measuring)
+        chips = self._free_chips.pop()
+        process = _launch(command, path, chips)
+        self._running[cell.key] = Progress(cell, process, before, measuring, chips)
 
     def _how_it_ended(self, cell: Cell) -> str | None:
         return results.ended(cell, self._folder.path / cell.key)
@@ -278,6 +286,7 @@ class Runner:
                     self._tell(self._state(progress))
                 continue
             del self._running[key]
+            self._free_chips.append(progress.chips)
             self._ended(progress, code)
 
     def _ended(self, progress: Progress, code: int) -> None:
@@ -331,8 +340,10 @@ class Runner:
         stage = next(s for s in self._folder.plan.study.stages if s.name == cell.stage)
         if not stage.measures:
             return []
-        held_out = f"--held_out={self._folder.plan.study.held_out}"
-        return ["-m", "study.measure", held_out, *stage.measures]
+        study = self._folder.plan.study
+        given = [f"--held_out={study.held_out}", f"--tasks={','.join(study.tasks)}"]
+        given += [f"--data_dir={self._data_dir}"] if self._data_dir else []
+        return ["-m", "study.measure", *given, *stage.measures]
 
     def _state(self, progress: Progress) -> str:
         path = self._folder.path / progress.cell.key / METRICS_FILE
@@ -383,13 +394,13 @@ def _comparable(record: dict[str, Any]) -> list[str]:
     return [record["study"], *(flag for flag in record["flags"] if not flag.startswith(ignored))]
 
 
-def _launch(arguments: list[str], log_file: Path) -> subprocess.Popen:
-    """Python with its output in a log; it ends with this process."""
+def _launch(arguments: list[str], log_file: Path, variables: Mapping[str, str]) -> subprocess.Popen:
+    """Python with its output in a log and these variables; it ends with this process."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     with log_file.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, *arguments],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, **variables},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

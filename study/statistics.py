@@ -25,6 +25,10 @@ class PowerLaw:
     a: Estimate
     b: Estimate
 
+    def size_at(self, loss: float) -> float | None:
+        """The n of this loss; None if the loss does not fall with n."""
+        return (loss / self.a.value) ** (1 / self.b.value) if self.b.value < 0 else None
+
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """The mean with Student's t interval; of differences of pairs that is the paired interval.

@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.study import Comparison
 from study.plan import has, pair_keys
-from study.results import LOSS, final
+from study.results import LOSS, all_parameters, final
 from study.statistics import (
     Estimate,
     PowerLaw,
@@ -33,7 +33,9 @@ def all_tables(record: Record) -> str:
         "Runs by stage": overview(record),
         "All groups": groups(record),
         "Bits per byte by domain": domains(record),
-        "Loss and size": power_laws(record),
+        "One-shot accuracy, in percent": one_shot(record),
+        "Differences of one-shot accuracy, in points": one_shot_differences(record),
+        "Loss and size (n: parameters, those of the embedding with them)": power_laws(record),
         "Failed runs": failures(record),
     }
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in sections.items() if text)
@@ -144,14 +146,77 @@ def domains(record: Record) -> str:
     return table(["stage", "runs of", "n", *names], rows) if rows else ""
 
 
-def power_laws(record: Record) -> str:
-    rows = [
-        [attention, str(fit.b.count), f"{fit.a.value:.3f}", interval(fit.a, 3),
-         f"{fit.b.value:.4f}", interval(fit.b, 4)]
-        for attention, fit in fits(record).items()
-    ]  # fmt: skip
-    heads = ["loss = a · n^b", "runs", "a", "95 %", "b", "95 %"]
+def one_shot(record: Record) -> str:
+    """Mean and deviation over the seeds of each task, and of their mean."""
+    names = _one_shot_names(record["runs"])
+    rows = []
+    for stage in record["stages"]:
+        for group, runs in grouped(record, stage["name"]).items():
+            if measured := [_percents(run) for run in runs if "oneshot" in run]:
+                values = [spread([scores.get(name) for scores in measured], 2) for name in names]
+                rows.append([stage["name"], group, str(len(measured)), *values])
+    return table(["stage", "runs of", "n", *names], rows) if rows else ""
+
+
+def one_shot_differences(record: Record) -> str:
+    """Of each comparison and task, over the pairs of runs of which both sides have it."""
+    rows = []
+    for comparison in record["compare"]:
+        one = label(comparison["one"])
+        found = pairs(record, comparison)
+        scores = [(_percents(a), _percents(b)) for a, b in found]
+        for name in _one_shot_names(run for pair in found for run in pair):
+            deltas = [a[name] - b[name] for a, b in scores if name in a and name in b]
+            if deltas:
+                delta = mean_interval(deltas)
+                rows.append([
+                    comparison["stage"], f"{one} − {label(comparison['other'])}", name,
+                    str(len(deltas)), f"{delta.value:+.2f}", interval(delta, 2),
+                    verdict(delta, one),
+                ])  # fmt: skip
+    heads = ["stage", "difference", "task", "pairs", "points", "95 %", "verdict"]
     return table(heads, rows) if rows else ""
+
+
+def _one_shot_names(runs: Iterable[Record]) -> list[str]:
+    """What `_percents` has of these runs: the mean, then the tasks."""
+    names = {name for run in runs for name in _percents(run)}
+    return sorted(names, key=lambda name: (name != "mean", name))
+
+
+def _percents(run: Record) -> dict[str, float]:
+    if "oneshot" not in run:
+        return {}
+    scores = run["oneshot"]
+    return {name: 100 * x for name, x in {"mean": scores["mean"], **scores["tasks"]}.items()}
+
+
+def power_laws(record: Record) -> str:
+    """The laws, and by each the n at which it has the loss that standard attention ended with at
+    its largest size (paper, figure 4)."""
+    laws = fits(record)
+    loss = _loss_of_largest(record) if "standard" in laws else None
+    of_standard = laws["standard"].size_at(loss) if loss else None
+    rows = []
+    for attention, law in laws.items():
+        n = law.size_at(loss) if loss else None
+        rows.append([
+            attention, str(law.b.count), f"{law.a.value:.3f}", interval(law.a, 3),
+            f"{law.b.value:.4f}", interval(law.b, 4), f"{n:,.0f}" if n else "–",
+            f"{100 * (n / of_standard - 1):+.2f} %" if n and of_standard else "–",
+        ])  # fmt: skip
+    heads = ["loss = a · n^b", "runs", "a", "95 %", "b", "95 %",
+             f"n at a loss of {loss:.4f}" if loss else "n at the same loss",
+             "more than standard's"]  # fmt: skip
+    return table(heads, rows) if rows else ""
+
+
+def _loss_of_largest(record: Record) -> float:
+    """Mean loss of the runs of standard attention at its largest size."""
+    losses: dict[int, list[float]] = {}
+    for run in sized(record)["standard"]:
+        losses.setdefault(all_parameters(run, record["config"]), []).append(run["eval_loss"])
+    return statistics.fmean(losses[max(losses)])
 
 
 def failures(record: Record) -> str:
@@ -163,7 +228,9 @@ def failures(record: Record) -> str:
 def fits(record: Record) -> dict[str, PowerLaw]:
     """For each attention, where there are runs enough."""
     laws = {
-        attention: fit_power_law([r["parameters"] for r in runs], [r["eval_loss"] for r in runs])
+        attention: fit_power_law(
+            [all_parameters(r, record["config"]) for r in runs], [r["eval_loss"] for r in runs]
+        )
         for attention, runs in sized(record).items()
     }
     return {attention: law for attention, law in laws.items() if law}

@@ -3,21 +3,20 @@
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 from laser.training import versions
-from scripts import inspect_attention
+from scripts import evaluate, inspect_attention
 from study import measure
 from study.plan import Plan
 from study.results import read
+from tests import forked
+from tests.eval.tasks.test_prompts import RAW
 from tests.quick import QUICK_TO_COMPILE
-from tests.training.runs import ROOT, train
+from tests.training.runs import train
 
 STUDY = """
 from configs import quickstart
@@ -37,6 +36,14 @@ def get_study():
     ]
     compare = Comparison("main", {{"attention": "laser"}}, {{"attention": "standard"}})
     return Study(stages, [compare])
+"""
+# The study's own process, forked; those that it starts have Pythons of their own.
+SCRIPT = """
+import runpy, sys
+from study import run
+run.POLL = 0.1
+sys.argv[0] = "scripts/study.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 FIRST, SECOND = "main/attention=standard", "main/attention=laser"
 
@@ -65,7 +72,7 @@ def alone(study, tmp_path_factory):
 def _wait_for(path, process):
     deadline = time.monotonic() + 600
     while not path.exists():
-        assert process.poll() is None, "it ended before"
+        assert process.exitcode is None, "it ended before"
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -77,26 +84,25 @@ def _final_loss(run):
 
 def test_killed_twice_on_the_way_to_its_report(study, alone, tmp_path):
     output = tmp_path / "out"
-    command = [sys.executable, "scripts/study.py", f"--study={study}", f"--output={output}"]
+    said = tmp_path / "said"
 
     def start():
         environment = {**os.environ, "XLA_FLAGS": QUICK_TO_COMPILE}  # one device, as in `train`
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-        )
+        arguments = [f"--study={study}", f"--output={output}"]
+        return forked.start(SCRIPT, arguments, environment, said, said)
 
     first = start()
     _wait_for(output / FIRST / "metrics.jsonl", first)
     first.kill()
-    first.communicate()
+    first.join()
     second = start()
     _wait_for(output / SECOND / "metrics.jsonl", second)
-    second.send_signal(signal.SIGTERM)
-    second.communicate(timeout=300)
-    assert second.returncode == 75
+    second.terminate()
+    second.join(300)
+    assert second.exitcode == 75
     last = start()
-    said = last.communicate(timeout=600)[0]
-    assert last.returncode == 0, said
+    last.join(600)
+    assert last.exitcode == 0, said.read_text()
 
     results = {path.parent.name: read(path.parent) for path in output.glob("*/*/result.json")}
     failed = results.pop("learning_rate=1e+38")
@@ -132,7 +138,7 @@ def test_bits_per_byte_of_held_out_text(alone, tmp_path):
     from flax import nnx
 
     from eval.run import open_model
-    from models.decoder import structure
+    from models.families import structure
 
     trained = open_model(alone)
     ids = trained.tokenizer.encode(held_out)
@@ -143,6 +149,60 @@ def test_bits_per_byte_of_held_out_text(alone, tmp_path):
     assert tokens.shape[1] - 1 <= trained.config.data.seq_len
     bits = nats / math.log(2) / len(held_out.encode())
     assert measured["once"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_one_shot_accuracy_is_that_of_evaluate(alone, tmp_path, capsys, monkeypatch):
+    for folder, name in (("COPA", "copa"), ("CB", "cb")):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "val"):
+            lines = [json.dumps({**RAW[name], "premise": f"{split} {i}."}) for i in range(3)]
+            (tmp_path / folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = [f"--run={alone}", "--tasks=copa,cb", f"--data_dir={tmp_path}", "oneshot"]
+    assert measure.main(arguments) == 0
+    measured = json.loads((alone / "measured.json").read_text())["oneshot"]
+    step = max(int(path.name) for path in (alone / "checkpoints").iterdir() if path.name.isdigit())
+    evaluating = [f"--workdir={alone}", "--tasks=copa,cb", f"--data_dir={tmp_path}"]
+    elsewhere = tmp_path / "elsewhere"
+    assert evaluate.main([*evaluating, f"--output={elsewhere}"]) == 0  # anew
+    written = json.loads((elsewhere / f"{step}/gpt3-1shot-5seeds/results.json").read_text())
+    scores = {
+        task: written["tasks"][task]["metrics"]["accuracy"]["mean"] for task in ("copa", "cb")
+    }
+    assert measured["tasks"] == scores
+    assert measured["mean"] == sum(scores.values()) / 2
+    capsys.readouterr()
+    assert evaluate.main(evaluating) == 0
+    assert capsys.readouterr().out.count("reused: the same rows and checkpoint") == 2
+    monkeypatch.setattr(evaluate.oneshot, "evaluate_task", None)  # and the other way round
+    assert measure.main(arguments) == 0
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    assert measure.main([*arguments[:2], "oneshot"]) == 2
+    assert "no data of super_glue/copa" in capsys.readouterr().err
+
+
+def test_inspection_is_of_one_row_and_layer_at_a_time(alone):
+    """The errors are those of each row by itself, and their mean and deviation over all."""
+    from eval.run import open_model
+    from study import inspection
+
+    trained = open_model(alone)
+    model, params = trained.config.model, trained.params
+    tokens = np.arange(3 * 32).reshape(3, 32) % 100
+    captured = list(inspection.capture(model, params, tokens))
+    assert len(captured) == model.num_layers * 3
+    assert all(x.shape[:2] == (1, 32) for maps in captured for arrays in maps for x in arrays)
+    errors = inspection.reconstruction(model, captured)
+    for name, (mean, deviation) in errors.items():
+        each = [inspection.reconstruction(model, [maps])[name][0] for maps in captured]
+        assert mean == pytest.approx(np.mean(each))
+        assert deviation == pytest.approx(np.std(each))
+        assert deviation > 0
+    # Rows do not depend on each other, and follow each other within a layer.
+    alone_of_it = list(inspection.capture(model, params, tokens[2:]))
+    for layer in range(model.num_layers):
+        for one, other in zip(captured[3 * layer + 2], alone_of_it[layer], strict=True):
+            for x, y in zip(one, other, strict=True):
+                np.testing.assert_array_equal(x, y)
 
 
 def test_inspecting_attention(alone, capsys):
@@ -156,6 +216,7 @@ def test_inspecting_attention(alone, capsys):
     assert 0 <= shares["a"]["1e-07"] <= shares["a"]["0.001"] <= shares["a (1 - a)"]["0.001"] <= 1
     errors = {name: mean for name, (mean, _) in found["reconstruction"].items()}
     assert all(1e-4 < error < 0.05 for error in errors.values())
+    assert "mean (deviation) over rows and layers" in said
     norms = found["gradients"]["20"]
     assert list(found["gradients"]) == ["15", "20"]
     parts = [value for values in norms["layers"].values() for value in values]

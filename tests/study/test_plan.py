@@ -58,6 +58,7 @@ def test_cells_in_order_as_commands_of_train(plan):
         "--config.training.steps=60",
     ]
     config = cells[3].config()
+    assert made.cells(made.study.stages[0], lambda cell: None)[3].config() is config  # made once
     assert (config.training.seed, config.model.mlp_dim, config.training.steps) == (1, 512, 60)
     assert (config.model.attention.kind, config.model.attention.qk_norm) == ("standard", True)
 
@@ -140,6 +141,8 @@ def test_fields_that_are_chosen_together(plan):
         ('[Stage("s", {SEED: (0,)}, {SEED: 1})]', "both varied and held"),
         ('[Stage("s", {"model.num_heads": (0,)})]', "model.num_heads=0"),
         ('[Stage("s", {SEED: (0,)}, measures=("domain",))]', "did you mean 'domains'"),
+        ('[Stage("s", {SEED: (0,)}, measures=("oneshot",))]', "the study has no tasks"),
+        ('[Stage("s", {SEED: (0,)})], tasks=("copas",)', "did you mean 'copa'"),
         ('[Stage("s", {RATE: Best(("rates",))})]', "no earlier stage 'rates'"),
         (f'[{RATES}, Stage("s", {{SEED: Best(("rates",))}})]', "stage rates does not vary it"),
         (
@@ -209,7 +212,7 @@ def test_shipped_studies(name):
 def test_the_vit_s_points_fill_the_paper_s_space():
     """Table 8; logarithms fall into each quarter of their range about as often."""
     made = Plan("configs/studies/vit.py")
-    search, seeds = made.study.stages
+    search, seeds, *_ = made.study.stages
     points = [cell.config() for cell in made.cells(search, lambda cell: 0.0)]
     assert len(points) == 50
     assert {point.optimizer.b2 for point in points} == {0.9, 0.99, 0.999}

@@ -18,7 +18,9 @@ from laser.training import versions
 from laser.training.config import to_dict
 from laser.training.run_folder import load_versions
 from scripts.study import main
-from study import estimate, figures, report, results, run, tables
+from study import chips, estimate, figures, report, results, run, tables
+from study.figures import draw_all
+from tests.eval.tasks.test_prompts import RAW
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +52,7 @@ def fake(tmp_path, monkeypatch):
     """Runs that end at once; a list of what was started, and exit codes by key."""
     started, codes = [], {}
 
-    def launch(command, log_file):
+    def launch(command, log_file, variables):
         folder = log_file.parent
         key = f"{folder.parent.name}/{folder.name}"
         started.append(key)
@@ -73,7 +75,15 @@ def fake(tmp_path, monkeypatch):
     plans = []
     monkeypatch.setattr(run, "_launch", launch)
     monkeypatch.setattr(run, "POLL", 0.01)
+    monkeypatch.setattr(estimate, "_matrix_product", lambda: 1e11)
+    monkeypatch.setattr(figures, "draw_all", lambda record, folder: [folder / "differences.png"])
     return [f"--study={file}", f"--output={tmp_path / 'out'}"], started, codes, tmp_path / "out"
+
+
+@pytest.fixture
+def drawn(fake, monkeypatch):
+    """The figures are drawn, too, which takes more time than all the rest of a study."""
+    monkeypatch.setattr(figures, "draw_all", draw_all)
 
 
 TRAINED_BY = {"commit": "abc", "packages": {"jax": "9"}, "machine": "another", "devices": "1 cpu"}
@@ -119,6 +129,7 @@ def _table(text, title):
     return [[cell.strip() for cell in row.split("|")[1:-1]] for row in section.splitlines()[2:]]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_study_to_its_report(fake, capsys):
     arguments, started, codes, out = fake
     failing = "rates/learning_rate=0.001,attention=laser"
@@ -149,6 +160,7 @@ def test_a_study_to_its_report(fake, capsys):
     assert tables.all_tables(report.read_numbers(out / "numbers.json")) in text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_another_measure_than_the_loss_decides(fake, tmp_path, capsys):
     arguments, _, _, out = fake
     both = '("training.seed", "data.shuffle_seed"): [(i, i) for i in range(3)]'
@@ -226,6 +238,34 @@ def test_fields_that_came_after_a_run_count_as_their_defaults():
     assert lines == [f"data.block_rows: (absent) -> {default // 2}"]
 
 
+def _sized_runs(with_totals):
+    """Three sizes of both arms, exactly on loss = 8 n^-0.1 and 0.98 times that."""
+    runs = []
+    for dim in (64, 128, 256):
+        beside, total = 20 * dim**2, 20 * dim**2 + 1000 * dim
+        for arm, factor in (("standard", 1.0), ("laser", 0.98)):
+            run = {"stage": "sizes", "settings": {"attention": arm}, "status": "done",
+                   "eval_loss": factor * 8 * total**-0.1, "parameters": beside,
+                   "config": {"model.model_dim": dim}}  # fmt: skip
+            runs.append(run | ({"all_parameters": total} if with_totals else {}))
+    return runs
+
+
+@pytest.mark.parametrize("with_totals", [True, False])
+def test_the_power_law_is_of_all_parameters_and_says_how_many_fewer_do(with_totals):
+    record = {"stages": [], "sizes": ["sizes"], "config": {"model.vocab_size": 1000},
+              "runs": _sized_runs(with_totals)}  # fmt: skip
+    told = tables.power_laws(record)
+    largest = 20 * 256**2 + 1000 * 256
+    assert f"| n at a loss of {8 * largest**-0.1:.4f} |" in told
+    standard, laser = _table(f"### t\n\n{told}\n\n", "t")
+    assert standard[:3] + standard[4:5] == ["standard", "3", "8.000", "-0.1000"]
+    assert standard[6:] == [f"{largest:,}", "+0.00 %"]
+    # 0.98 n^-0.1 = N^-0.1: n = 0.98^10 N
+    assert laser[:3] + laser[4:5] == ["laser", "3", "7.840", "-0.1000"]
+    assert laser[6:] == [f"{largest * 0.98**10:,.0f}", f"{100 * (0.98**10 - 1):.2f} %"]
+
+
 def test_numbers_are_those_of_a_study(tmp_path):
     path = tmp_path / "result.json"
     path.write_text(json.dumps(seal({"eval_loss": 3.0})))
@@ -233,6 +273,7 @@ def test_numbers_are_those_of_a_study(tmp_path):
         report.read_numbers(path)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_that_ends_without_a_number_has_failed(fake):
     arguments, started, _, out = fake
     assert main(arguments) == 0
@@ -248,6 +289,19 @@ def test_a_run_that_ends_without_a_number_has_failed(fake):
     text = (out / "report.md").read_text()
     assert "ended with a loss that is not finite" in text
     assert _table(text, "Differences of the final validation loss")[0][2] == "2, 1 more failed"
+
+
+def test_a_run_whose_steps_have_no_speed_has_a_result(fake):
+    arguments, _, _, out = fake
+    assert main(arguments) == 0
+    folder = out / "main" / "seed=1,attention=laser,learning_rate=0.003"
+    first = {"step": 1, "loss": 3.0, "gradient_norm": 1.0, "time/steps": 0.25}
+    evaluated = {"step": 500, "eval/loss": 3.0}
+    _write_lines(folder / "metrics.jsonl", [first, evaluated])
+    (folder / "result.json").unlink()
+    (folder / "checkpoints" / "500").mkdir(parents=True)
+    assert main(arguments) == 0
+    assert json.loads((folder / "result.json").read_text())["seconds_per_step"] == 0.25
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
@@ -286,8 +340,8 @@ def test_so_many_runs_at_a_time(fake, monkeypatch):
     arguments, started, _, _ = fake
     launch, running, alive = run._launch, [], []
 
-    def slowly(command, log_file):
-        launch(command, log_file).wait()
+    def slowly(command, log_file, variables):
+        launch(command, log_file, variables).wait()
         alive.append(1 + sum(process.poll() is None for process in running))
         running.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]))
         return running[-1]
@@ -296,6 +350,42 @@ def test_so_many_runs_at_a_time(fake, monkeypatch):
     assert main([*arguments, "--at_once=2"]) == 0
     assert len(started) == 10
     assert max(alive) == 2
+
+
+def test_runs_at_a_time_have_different_chips(fake, monkeypatch):
+    arguments, started, _, _ = fake
+    launch, given = run._launch, []
+
+    def note(command, log_file, variables):
+        taken = [chips for chips, process in given if process.poll() is None]
+        assert variables["CUDA_VISIBLE_DEVICES"] not in taken
+        launch(command, log_file, variables).wait()
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.2)"])
+        given.append((variables["CUDA_VISIBLE_DEVICES"], process))
+        return process
+
+    monkeypatch.setattr(run, "_launch", note)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(chips, "has_accelerator", lambda: True)
+    monkeypatch.setattr(chips.glob, "glob", lambda pattern: ["/dev/nvidia4"])
+    assert main([*arguments, "--at_once=2"]) == 0
+    assert len(started) == 10
+    assert {name for name, _ in given} == {"4,5", "6,7"}
+
+
+def test_a_machine_whose_chips_cannot_be_divided_is_refused_before_anything(
+    fake, monkeypatch, capsys
+):
+    arguments, started, _, out = fake
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(chips, "has_accelerator", lambda: True)
+    monkeypatch.setattr(chips.glob, "glob", lambda pattern: [])
+    assert main([*arguments, "--at_once=2"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("study.py: error: --at_once=2: each run takes all TPU chips")
+    assert said.count("\n") == 1
+    assert (started, out.exists()) == ([], False)
 
 
 def test_a_run_that_is_killed_goes_on_once(fake):
@@ -313,11 +403,11 @@ def test_measuring_that_is_killed_is_no_result(fake, tmp_path, monkeypatch, caps
     (tmp_path / "mine.py").write_text(measured)
     launch = run._launch
 
-    def kill_what_measures(command, log_file):
+    def kill_what_measures(command, log_file, variables):
         if "study.measure" in command:
             end = "import os; os.kill(os.getpid(), 9)"
             return subprocess.Popen([sys.executable, "-c", end])
-        process = launch(command, log_file)
+        process = launch(command, log_file, variables)
         (log_file.parent / "checkpoints" / "500").mkdir(parents=True)
         return process
 
@@ -326,6 +416,81 @@ def test_measuring_that_is_killed_is_no_result(fake, tmp_path, monkeypatch, caps
     assert "its measuring was killed by signal 9, 2 times" in capsys.readouterr().err
     assert started == ["rates/learning_rate=0.001,attention=standard"]  # and once
     assert not (out / started[0] / "result.json").exists()
+
+
+ONE_SHOT = STUDY.replace('"attention": arms, rate: Best(("rates",))}', '"attention": arms, rate: '
+                         'Best(("rates",))}, measures=("oneshot",)').replace(
+    'sizes=("main",)', 'tasks=("copa", "cb")'
+)  # fmt: skip
+
+
+def _measure_at_once(monkeypatch, commands):
+    """In place of study.measure: LASER has 10, 20 and 30 points more of COPA, by seed."""
+    launch = run._launch
+
+    def measure(command, log_file, variables):
+        if "study.measure" not in command:
+            return launch(command, log_file, variables)
+        commands.append(command)
+        settings = results.load_record(str(log_file.parent))["config"]
+        more = (settings["training"]["seed"] + 1) / 10
+        copa = 0.5 + (more if settings["attention"]["kind"] == "laser" else 0)
+        measured = {"oneshot": {"tasks": {"copa": copa, "cb": 0.4}, "mean": (copa + 0.4) / 2}}
+        (log_file.parent / "measured.json").write_text(json.dumps(measured))
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(run, "_launch", measure)
+
+
+def test_one_shot_tasks_are_measured_and_compared(fake, tmp_path, monkeypatch):
+    arguments, _, _, out = fake
+    (tmp_path / "mine.py").write_text(ONE_SHOT)
+    for folder, rows in (("COPA", "copa"), ("CB", "cb")):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for split in ("train", "val"):
+            lines = [json.dumps({**RAW[rows], "premise": f"{split} {i}."}) for i in range(3)]
+            (tmp_path / "data" / folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    commands = []
+    _measure_at_once(monkeypatch, commands)
+    assert main([*arguments, f"--data_dir={tmp_path / 'data'}"]) == 0
+    assert len(commands) == 6  # those of `rates` are not measured
+    for command in commands:
+        assert {"--tasks=copa,cb", f"--data_dir={tmp_path / 'data'}", "oneshot"} <= {*command}
+    text = (out / "report.md").read_text()
+    by_group = {row[1]: row[2:] for row in _table(text, "One-shot accuracy, in percent")}
+    assert by_group == {
+        "attention=standard, learning_rate=0.001":
+            ["3", "45.00 ± 0.00", "40.00 ± 0.00", "50.00 ± 0.00"],
+        "attention=laser, learning_rate=0.003":
+            ["3", "55.00 ± 5.00", "40.00 ± 0.00", "70.00 ± 10.00"],
+    }  # fmt: skip
+    differences = _table(text, "Differences of one-shot accuracy, in points")
+    untold = "no difference that these runs can tell"
+    # mean of 10, 20, 30 and t(0.975, 2) = 4.3027 times 10 / sqrt(3)
+    assert [row[1:] for row in differences] == [
+        ["laser − standard", "mean", "3", "+10.00", "-2.42 to +22.42", untold],
+        ["laser − standard", "cb", "3", "+0.00", "+0.00 to +0.00", untold],
+        ["laser − standard", "copa", "3", "+20.00", "-4.84 to +44.84", untold],
+    ]
+    assert tables.all_tables(report.read_numbers(out / "numbers.json")) in text
+    assert main(arguments) == 0  # nothing is measured any more, so no data are asked for
+
+
+def test_data_of_tasks_that_are_missing_stop_a_study_before_it_trains(
+    fake, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    arguments, started, _, out = fake
+    (tmp_path / "mine.py").write_text(ONE_SHOT)
+    (tmp_path / "data").mkdir()
+    for given, words in (
+        ([], "no data of super_glue/copa"),
+        ([f"--data_dir={tmp_path / 'data'}"], "no data of super_glue/copa"),
+        (["--data_dir=nowhere"], "data_dir=nowhere: no such folder"),
+    ):
+        assert main([*arguments, *given]) == 2
+        assert words in capsys.readouterr().err
+    assert (started, out.exists()) == ([], False)
 
 
 def test_a_share_without_runs_ends_without_a_report(fake, tmp_path, capsys):
@@ -417,8 +582,8 @@ def test_a_run_that_another_process_trains_is_waited_for(fake, monkeypatch):
     codes[key] = (2, f"train.py: error: {run.OTHER_TRAINS}\nstep 20 loss 5.0")
     launch = run._launch
 
-    def once(command, log_file):
-        process = launch(command, log_file)
+    def once(command, log_file, variables):
+        process = launch(command, log_file, variables)
         codes.pop(key, None)
         return process
 
