@@ -2,5 +2,5 @@
 
 
 def first_line(error: object, length: int = 200) -> str:
-    """Of its message, which may have many lines, or none."""
+    """The first line of its message, which may have many lines, or none."""
     return (str(error).strip().splitlines() or [""])[0][:length]

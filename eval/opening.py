@@ -16,6 +16,7 @@ from laser.training.loop import Run
 from laser.training.open_rows import open_rows
 from laser.training.rows import ExampleRows, Rows
 from laser.training.speech_rows import SpeechRows
+from laser.training.step import TrainState
 
 
 def open_run(
@@ -75,6 +76,11 @@ def _of_rows(run: Run, rows: Rows, texts: Sequence) -> list[Evaluation]:
         return [Evaluation(every, lambda state: decode(state.params, int(state.step)))]
     if isinstance(rows, SpeechRows):
         store = rows.store
-        transcribe = speech.make_evaluation(config, mesh, store.validation, store.test)
-        return [Evaluation(config.evaluation.every, lambda state: transcribe(state.params))]
+        splits = (store.validation, store.test, store.train)
+        transcribe = speech.make_evaluation(config, mesh, *splits)
+
+        def rates(state: TrainState) -> dict[str, float]:
+            return transcribe(state.params, at_end=int(state.step) >= config.training.steps)
+
+        return [Evaluation(config.evaluation.every, rates)]
     return []

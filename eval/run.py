@@ -4,7 +4,6 @@ Requires no token store: config, tokenizer and parameters are in the folder.
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 from pathlib import Path
@@ -22,7 +21,7 @@ from laser.training.compiler import keep_programs
 from laser.training.config import MeshConfig, RunConfig, load_config
 from laser.training.hardware import CHIPS
 from laser.training.run_folder import load_record, load_run_config
-from models.families import Parameters, init_parameters
+from models.families import Parameters, abstract_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +50,8 @@ def chosen_step(workdir: Path, step: int | None) -> int:
 
 
 def fingerprint(workdir: Path, step: int) -> str:
-    """Of a checkpoint's parameters (by the checksums it was saved with), its model's config, the
-    length of its rows and its tokenizer: what scores depend on beside the prompts.
+    """Stands for what scores depend on beside the prompts: a checkpoint's parameters (by the
+    checksums it was saved with), its model's config, the length of its rows and its tokenizer.
 
     Raises:
       ValueError: as `load_record`.
@@ -94,12 +93,9 @@ def open_parameters(
     hosts.refuse_several()
     keep_programs(workdir, jax.default_backend())
     mesh = mesh_of(config)
-    abstract = jax.eval_shape(functools.partial(init_parameters, config.model, 0))
+    abstract = abstract_parameters(config.model)
     shardings = sharding.state_shardings(mesh, abstract)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-    return restore_parameters(workdir, abstract, step), mesh
+    return restore_parameters(workdir, sharding.described(abstract, shardings), step), mesh
 
 
 def load_decoder_config(workdir: Path, step: int | None = None) -> RunConfig:
@@ -127,7 +123,7 @@ def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
     are split are gathered for each batch and each new token. The run's own mesh was for others."""
     device = jax.devices()[0]
     chip = CHIPS.get(device.device_kind)
-    parameters = jax.tree.leaves(sharding.abstract_parameters(config.model))
+    parameters = jax.tree.leaves(abstract_parameters(config.model))
     gib = sum(math.prod(x.shape) * x.dtype.itemsize for x in parameters) / 2**30
     shares = devices_a_copy(gib, chip.hbm_gib if chip else 0.0, jax.device_count())
     # The batch of training does not matter here: one that divides.

@@ -15,7 +15,7 @@ from laser.training import preemption, sharding
 from laser.training.config import RunConfig
 from laser.training.objectives.speech import greedy_paths
 from laser.training.share import over_batch
-from laser.training.speech_rows import shape
+from laser.training.speech_rows import shape, train_sample
 from models.conformer import BLANK
 from models.families import Parameters
 
@@ -55,11 +55,16 @@ def edit_distance(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
 
 
 def make_evaluation(
-    config: RunConfig, mesh: Mesh, validation: Split, test: Split | None = None
-) -> Callable[[Parameters], dict[str, float]]:
+    config: RunConfig,
+    mesh: Mesh,
+    validation: Split,
+    test: Split | None = None,
+    train: Split | None = None,
+) -> Callable[..., dict[str, float]]:
     """A function from parameters on `mesh` to {"eval/wer": word error rate} of greedy decoding.
 
-    With further recordings, a test split, also to their rate as "eval/wer/test".
+    With further recordings, a test split, also to their rate as "eval/wer/test"; and where it is
+    called with `at_end=True`, to that of a fixed sample of `train` as "eval/wer/train".
 
     All hosts call it, and each has the paths of all rows.
 
@@ -67,6 +72,7 @@ def make_evaluation(
       config: of the run, a resolved one.
       mesh: of the run.
       validation, test: what is transcribed; of each so many batches as training.eval_batches says.
+      train: of it `train_sample`.
     """
 
     def paths(params, batch):
@@ -77,9 +83,9 @@ def make_evaluation(
         sharding.on_mesh(mesh, paths), out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
-    def rate(params: Parameters, split: Split) -> float:
+    def rate(params: Parameters, split: Split, limit: int) -> float:
         hypotheses: list[str] = []
-        rows, limit = shape(config), config.training.eval_batches
+        rows = shape(config)
         ids = eval_ids(len(split), rows.rows, limit)
         batches = eval_batches(
             split, rows, sharding=sharding.batch_sharding(mesh), max_batches=limit
@@ -92,5 +98,13 @@ def make_evaluation(
         # The last batch is filled up.
         return word_errors(references, hypotheses[: len(ids)]).rate
 
-    splits = {"eval/wer": validation} | ({"eval/wer/test": test} if test is not None else {})
-    return lambda params: {name: rate(params, split) for name, split in splits.items()}
+    def evaluate(params: Parameters, at_end: bool = False) -> dict[str, float]:
+        limit = config.training.eval_batches
+        rates = {"eval/wer": rate(params, validation, limit)}
+        if test is not None:
+            rates["eval/wer/test"] = rate(params, test, limit)
+        if at_end and train is not None:
+            rates["eval/wer/train"] = rate(params, train, train_sample(config, validation))
+        return rates
+
+    return evaluate

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from data.addresses import is_address
 from data.sealed import SEAL, file_sha256, seal
 from data.tokenizer import Tokenizer
 from export.configurations import configuration, tokenizer_configuration
@@ -30,7 +31,6 @@ from export.layouts import Layout, choose_layout, from_tensors, to_tensors
 from export.tensors import Tensors
 from laser.training.checkpoint import Checkpoints
 from laser.training.config import RunConfig, load_config, to_dict
-from laser.training.folders import is_address
 from laser.training.run_folder import write_run
 from models.config import require
 from models.families import AnyModelConfig, Parameters

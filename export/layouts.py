@@ -34,8 +34,7 @@ from export.tensors import (
     taken_norm,
 )
 from models.config import AttentionConfig, ModelConfig, VitConfig, require
-from models.decoder import Parameters, init_parameters
-from models.families import AnyModelConfig
+from models.families import AnyModelConfig, Parameters, abstract_parameters
 
 Layout = Literal["gpt2", "starcoder2", "llama", "megatron_bert", "timm", "laser"]
 BERT_MLPS = ("gelu", "relu")  # without a gate
@@ -126,7 +125,7 @@ def _from_laser(config: ModelConfig, take: Take, length: int) -> Parameters:
         layers = range(config.num_layers)
         return np.stack([take(_layer_name(keys, i), abstract.shape[1:]) for i in layers])
 
-    abstract = jax.eval_shape(functools.partial(init_parameters, config, 0))
+    abstract = abstract_parameters(config)
     return jax.tree_util.tree_map_with_path(parameter, abstract)
 
 
@@ -196,7 +195,7 @@ def _width(config: ModelConfig) -> int:
 
 
 def _rotary_tensors(layout: Layout, config: ModelConfig, params: Parameters, length: int):
-    """Of StarCoder2 or Llama, whose layers have the same names outside of the MLP."""
+    """The tensors of StarCoder2 or Llama, whose layers have the same names outside of the MLP."""
     del length
     size = config.model_dim
     yield "model.embed_tokens.weight", scaled(params["embedding"], size)

@@ -28,7 +28,7 @@ from export.tensors import (
     taken_norm,
 )
 from models.config import ModelConfig
-from models.decoder import Parameters
+from models.families import Parameters
 
 FLAT = 8.0  # from here on GELU of a number is the number, in float32
 WORDS = "bert.embeddings.word_embeddings.weight"

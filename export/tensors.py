@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import ModelConfig, require
-from models.decoder import Parameters, sinusoidal
+from models.decoder import sinusoidal
+from models.families import Parameters
 
 Tensors = dict[str, np.ndarray]
 # Gives a tensor of a shape by its name, or says what is wrong with it.

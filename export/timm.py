@@ -13,7 +13,8 @@ import numpy as np
 
 from export.tensors import Take, Tensors, layers_of, norm, require_sines, stacked, taken_norm
 from models.config import VitConfig, require
-from models.vit import Parameters, sincos_2d
+from models.families import Parameters
+from models.vit import sincos_2d
 
 NORMS = {"norm1": "attention_norm", "norm2": "mlp_norm"}
 QK_NORMS = {"attn.q_norm": "query_norm", "attn.k_norm": "key_norm"}

@@ -187,7 +187,7 @@ class BertConfig(ModelConfig):
 
 
 class SplitHeads(Counts):
-    """Of models whose heads split the model dim."""
+    """The part of a config of models whose heads split the model dim."""
 
     @property
     def head_dim(self: BlockConfig) -> int:

@@ -5,9 +5,9 @@ each block is half a feed-forward, self-attention, a convolution module, the oth
 LayerNorm. Recordings are padded to one length. Padding is a segment of its own for the attention,
 so that LASER sees none of it; convolutions read 0 there, and batch norm counts the rest alone.
 
-In training batch norm goes by the mean and variance of all rows of all devices, and the model says
-which they were. In evaluation it goes by those that lie among the parameters, which no gradient
-reaches: whoever trains moves them (`moved`).
+In training, batch norm takes the mean and variance over all rows of all devices, and the model
+returns them. In evaluation it takes a mean and variance that lie among the parameters. No gradient
+changes those two: the training step moves them towards the ones that it has measured (`moved`).
 
 Dropout lies on the input and on the residual branches of the feed-forwards and the attention, drawn
 as in vit.py. There is none on the convolution's branch, whose rate is 0 in AlgoPerf's config.
@@ -16,7 +16,6 @@ Shapes: B batch, F frames, C mel bins, T positions (F / 4 rounded up), M model d
 L blocks.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,8 +27,8 @@ from flax import nnx
 from laser import attention as attn
 from models import stack
 from models.config import ConformerConfig
-from models.decoder import Parameters, sinusoidal
-from models.layers import Attention, with_bias
+from models.decoder import sinusoidal
+from models.layers import Attention, Parameters, with_bias
 from models.vit import dropped
 
 Array = jax.Array
@@ -49,7 +48,7 @@ class Moments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of a batch.
+    """What the model says of a batch.
 
     Attributes:
       logits_BTV: float32.
@@ -88,7 +87,7 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x: Array, dtype: Any = None) -> Array:
-        """In `dtype`, by default that of x."""
+        """x · kernel + bias in `dtype`, by default that of x."""
         kernel = self.kernel[...].astype(x.dtype)
         out = jnp.tensordot(x, kernel, kernel.ndim - 1, preferred_element_type=dtype)
         return with_bias(out, self.bias)
@@ -127,7 +126,7 @@ class BatchNorm(nnx.Module):
         self.variance = nnx.Param(jnp.ones(dim))
 
     def __call__(self, x_BTM: Array, context: Context) -> tuple[Array, Moments]:
-        """By its own moments in evaluation, else by the batch's; returns those that it used."""
+        """x, normalised by its own moments in evaluation, else by those of the batch; and these."""
         x32 = x_BTM.astype(jnp.float32)
         if context.noise_B is None:
             moments = Moments(self.mean[...], self.variance[...])
@@ -320,17 +319,6 @@ def moved(
         return keep * old + (1 - keep) * getattr(moments, name)
 
     return jax.tree_util.tree_map_with_path(move, old, new)
-
-
-def init_parameters(config: ConformerConfig, seed: int) -> Parameters:
-    """Initial parameters as nested dicts of float32 arrays, a function of config and seed."""
-    return nnx.to_pure_dict(nnx.state(Conformer(config, nnx.Rngs(params=seed)), nnx.Param))
-
-
-@functools.cache
-def structure(config: ConformerConfig) -> nnx.GraphDef:
-    """The model without its parameters: `nnx.merge(structure(config), parameters)` is the model."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Conformer(config, nnx.Rngs(params=0))))
 
 
 def train_flops_per_token(config: ConformerConfig, seq_len: int) -> float:

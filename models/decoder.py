@@ -3,7 +3,8 @@
 The paper names PAX and leaves much open. Of PAX's defaults are taken: sinusoidal positions added to
 the embedding, which is scaled by sqrt(model dim), pre-norm, the same matrix for input and output,
 the norms' epsilon. Not taken: its initialisation (Xavier's; here variances are 1 / fan-in), its
-soft caps on logits, biases, weight decay of every tensor, and per-dim temperature unasked.
+biases, weight decay of every tensor, and, unless a config asks for them, per-dim temperature and
+its soft caps on logits, which configs/bert.py has.
 
 Shapes: B batch, T positions, M model dim, V vocabulary, L layers.
 """
@@ -21,7 +22,6 @@ from models.config import ModelConfig
 from models.layers import Block, Norm
 
 Array = jax.Array
-Parameters = dict[str, Any]  # nested dicts with float32 arrays as leaves
 
 
 class Decoder(nnx.Module):
@@ -143,16 +143,6 @@ def sinusoidal(positions_BT: Array, dim: int) -> Array:
     frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(count) / max(count - 1, 1))
     angle = positions_BT[:, :, None] * frequency
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-
-
-def init_parameters(config: ModelConfig, seed: int) -> Parameters:
-    """Initial parameters as nested dicts of float32 arrays, a function of config and seed."""
-    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=seed)), nnx.Param))
-
-
-def structure(config: ModelConfig) -> nnx.GraphDef:
-    """The model without its parameters: `nnx.merge(structure(config), parameters)` is the model."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=0))))
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -17,8 +17,8 @@ from flax import nnx
 
 from laser.attention.decode import BLOCK
 from models.config import ModelConfig
-from models.decoder import Parameters, embed, output_logits
-from models.layers import Block, LayerCache, Norm
+from models.decoder import embed, output_logits
+from models.layers import Block, LayerCache, Norm, Parameters
 from models.stack import product_precision
 
 Array = jax.Array

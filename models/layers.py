@@ -24,6 +24,7 @@ from models.config import GATED, BlockConfig
 from models.products import activation, dense, heads_product
 
 Array = jax.Array
+Parameters = dict[str, Any]  # nested dicts with float32 arrays as leaves
 
 # attention.kind → the function over whole rows, and the one of new tokens over a cache.
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Array]]] = dict.fromkeys(

@@ -13,7 +13,6 @@ image, so that no layout of devices changes them.
 Shapes: B batch, I side of an image, P side of a patch, T patches, M model dim, K classes, L layers.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +23,9 @@ from flax import nnx
 
 from models import stack
 from models.config import VitConfig
-from models.layers import Block, Norm, dense_param
+from models.layers import Attention, Mlp, Norm, Parameters, dense_param
 
 Array = jax.Array
-Parameters = dict[str, Any]  # nested dicts with float32 arrays as leaves
 
 MAX_WAVELENGTH = 10_000.0
 
@@ -48,14 +46,20 @@ def project(x: Array, params: Parameters, dtype: jnp.dtype) -> Array:
     return out + params["bias"]
 
 
-class EncoderBlock(Block):
-    """Pre-norm block, every token seeing all: x + attention(norm(x)), then x + mlp(norm(x))."""
+class EncoderBlock(nnx.Module):
+    """Pre-norm block, every token seeing all: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Not a `Block`, whose ways to be called know no dropout, though it has the same parameters.
+    """
 
     def __init__(self, config: VitConfig, rngs: nnx.Rngs):
-        super().__init__(config, rngs)
+        self.attention_norm = Norm(config.model_dim, config.norm)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = Norm(config.model_dim, config.norm)
+        self.mlp = Mlp(config, rngs)
         self.dropout = config.dropout
 
-    def encode(self, x_BTM: Array, layer: Array, noise_B: Array | None) -> tuple[Array, Array]:
+    def __call__(self, x_BTM: Array, layer: Array, noise_B: Array | None) -> tuple[Array, Array]:
         """(B, T, M) to (B, T, M), and the attention range; dropout if there is noise."""
 
         def drop(x, place):
@@ -108,7 +112,7 @@ class Vit(nnx.Module):
         x_BTM = dropped(x_BTM.astype(dtype), config.dropout, noise_B, 0)
 
         def call(block, x, layer):
-            return block.encode(x, layer, noise_B)
+            return block(x, layer, noise_B)
 
         x_BTM, ranges_L = stack.run(config, self.blocks, x_BTM, call, whole)
         mean_BM = self.final_norm(x_BTM).astype(jnp.float32).mean(axis=1)
@@ -152,17 +156,6 @@ def dropped(x_BTN: Array, rate: float, noise_B: Array | None, place: Array | int
         return jax.random.bernoulli(key, 1 - rate, x_BTN.shape[1:])
 
     return jnp.where(jax.vmap(keep)(noise_B), x_BTN / (1 - rate), 0)
-
-
-def init_parameters(config: VitConfig, seed: int) -> Parameters:
-    """Initial parameters as nested dicts of float32 arrays, a function of config and seed."""
-    return nnx.to_pure_dict(nnx.state(Vit(config, nnx.Rngs(params=seed)), nnx.Param))
-
-
-@functools.cache
-def structure(config: VitConfig) -> nnx.GraphDef:
-    """The model without its parameters: `nnx.merge(structure(config), parameters)` is the model."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Vit(config, nnx.Rngs(params=0))))
 
 
 def train_flops_per_token(config: VitConfig, seq_len: int) -> float:

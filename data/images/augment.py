@@ -138,7 +138,7 @@ def invert(image: Image, level: float, draws: Draws) -> Image:
 
 
 def rotate(image: Image, level: float, draws: Draws) -> Image:
-    """By up to 30 degrees, either way."""
+    """Turned by up to 30 degrees, either way."""
     height, width = image.shape[:2]
     angle = np.deg2rad(30 * level * draws.sign())
     sin, cos = np.sin(angle), np.cos(angle)
@@ -205,12 +205,12 @@ def shear_y(image: Image, level: float, draws: Draws) -> Image:
 
 
 def translate_x(image: Image, level: float, draws: Draws) -> Image:
-    """By up to 100 of 224 pixels, either way."""
+    """Moved by up to 100 of 224 pixels, either way."""
     return _moved(image, [[1, 0, _pixels(100, image) * level * draws.sign()], [0, 1, 0]])
 
 
 def translate_y(image: Image, level: float, draws: Draws) -> Image:
-    """By up to 100 of 224 pixels, either way."""
+    """Moved by up to 100 of 224 pixels, either way."""
     return _moved(image, [[1, 0, 0], [0, 1, _pixels(100, image) * level * draws.sign()]])
 
 
@@ -230,7 +230,7 @@ OPERATIONS: tuple[Operation, ...] = (
 
 
 def _factor(level: float) -> float:
-    """Of Color, Contrast, Brightness and Sharpness; 1 leaves the image as it is."""
+    """The factor of Color, Contrast, Brightness and Sharpness; 1 leaves the image as it is."""
     return 0.1 + 1.8 * level
 
 
@@ -239,7 +239,7 @@ def _pixels(count: int, image: Image) -> float:
 
 
 def _histograms(image: Image) -> list[np.ndarray]:
-    """Of each colour, (256,) int64."""
+    """How many pixels have each value, (256,) int64 for each colour."""
     whole = (cv2.calcHist([x], [0], None, [256], [0, 256]) for x in cv2.split(image))
     return [counts.reshape(-1).astype(np.int64) for counts in whole]
 

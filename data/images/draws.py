@@ -45,7 +45,7 @@ class Draws:
         return 1 if self.bits() >> 63 else -1
 
     def beta(self, alpha: float) -> float:
-        """Of the distribution Beta(alpha, alpha), alpha up to 1 (Jöhnk's method)."""
+        """A number from the distribution Beta(alpha, alpha), alpha up to 1 (Jöhnk's method)."""
         while True:
             x, y = self.uniform() ** (1 / alpha), self.uniform() ** (1 / alpha)
             if 0 < x + y <= 1:

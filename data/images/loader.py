@@ -136,11 +136,7 @@ def train_batches(
 
         return step, global_batch(read, (batch_size,), sharding)
 
-    try:
-        return Prefetcher(make_batch, range(start_step, stop_step), prefetch, crew.close)
-    except ValueError:
-        crew.close()
-        raise
+    return Prefetcher(make_batch, range(start_step, stop_step), prefetch, crew.close)
 
 
 def eval_batches(

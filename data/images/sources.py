@@ -27,14 +27,22 @@ import numpy as np
 from data.errors import first_line
 from data.images.augment import Image
 from data.images.draws import mixed
+from data.tfds_sets import (
+    CHECKSUM_BYTES,
+    HEAD_BYTES,
+    LENGTH_BYTES,
+    REBUILD,
+    TFDS,
+    open_builder,
+    verified,
+)
 
 log = logging.getLogger(__name__)
 
-TFDS, DIGITS = "tfds:", "digits"
+DIGITS = "digits"
 ENDINGS = (".jpeg", ".jpg", ".png")
 HELD_OUT_OF = 5  # digits: one
 VALIDATION = ("validation", "val", "test")  # names of folders
-TFRECORD_HEAD, TFRECORD_TAIL = 12, 4  # length and its checksum; the content's
 SHOWN = 5  # names in a message
 
 
@@ -104,7 +112,8 @@ def open_images(name: str, broken: Broken) -> tuple[Images, Images]:
         return Digits("train"), Digits("validation")
     if name.startswith(TFDS):
         source, _, split = name.removeprefix(TFDS).partition("@")
-        return TfdsImages(source, "train"), TfdsImages(source, split or "validation")
+        key = "images.source"
+        return TfdsImages(source, "train", key), TfdsImages(source, split or "validation", key)
     root = Path(name).expanduser()
     if not name or not root.is_dir():
         raise ValueError(
@@ -128,7 +137,7 @@ def open_test_images(name: str, train: Images, broken: Broken) -> Images:
             )
         return ImageFolder(root, broken, train.classes)
     source, _, split = name.removeprefix(TFDS).partition("@")
-    images = TfdsImages(source, split or "test")
+    images = TfdsImages(source, split or "test", "images.test")
     ours, theirs = train.classes, images.classes
     if len(theirs) > len(ours):
         raise ValueError(
@@ -227,24 +236,14 @@ def _are_numbers(names: Iterable[str]) -> bool:
 class TfdsImages:
     """A split of a prepared set, from its files."""
 
-    def __init__(self, source: str, split: str):
-        """Reads what TFDS says of the set. Raises ValueError where it is not on this machine."""
+    def __init__(self, source: str, split: str, key: str):
+        """Reads what TFDS says of the set, which `key` of the config names.
+
+        Raises ValueError where it is not on this machine, or its files are damaged.
+        """
+        info = open_builder(source, (split,), key).info
         import tensorflow_datasets as tfds
 
-        if ":" not in source:
-            raise ValueError(f"{TFDS}{source}: has no version; write it as imagenet2012:5.1.0")
-        data_dir = os.environ.get("TFDS_DATA_DIR")
-        try:
-            info = tfds.builder(source, data_dir=data_dir).info
-        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-            first = first_line(error)
-            raise ValueError(f"{TFDS}{source}: TFDS has no such set ({first})") from error
-        if split not in info.splits:
-            has = f"only {', '.join(info.splits)}" if info.splits else "nothing at all"
-            raise ValueError(
-                f"{TFDS}{source}: no split {split!r} in {info.data_dir}, {has}; point "
-                f"TFDS_DATA_DIR to where it is, or build it with `tfds build {source}`"
-            )
         found = info.splits[split]
         self.classes: Sequence[str] = info.features["label"].names  # numbers where it has none
         self.fingerprint = hashlib.sha256(
@@ -256,18 +255,23 @@ class TfdsImages:
         if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
             from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-            self._records = ArrayRecordDataSource(files)
+            try:
+                self._records = ArrayRecordDataSource(files)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{key}={TFDS}{source}: {split}: {REBUILD} ({first_line(error)})"
+                ) from error
         elif info.file_format == tfds.core.FileFormat.TFRECORD:
             self._records = TfRecords(files)
         else:
             raise ValueError(
-                f"{TFDS}{source}: file_format={info.file_format.value} is not read; convert it to "
-                "array_record with `tfds convert_format`"
+                f"{key}={TFDS}{source}: file_format={info.file_format.value} is not read; convert "
+                "it to array_record with `tfds convert_format`"
             )
         if len(self._records) != self._count:
             raise ValueError(
-                f"{TFDS}{source}: {self._count} examples expected, {len(self._records)} found; "
-                "copy or build the set again"
+                f"{key}={TFDS}{source}: {self._count} examples expected, {len(self._records)} "
+                "found; copy or build the set again"
             )
 
     def __len__(self) -> int:
@@ -276,7 +280,11 @@ class TfdsImages:
     def read(self, index: int) -> Example:
         from tensorflow_datasets.proto import tf_example_pb2
 
-        fields = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+        try:
+            record = self._records[index]
+        except (ValueError, RuntimeError) as error:  # a checksum of this format or of array_record
+            raise OSError(f"{self.name(index)}: {first_line(error)}") from error
+        fields = tf_example_pb2.Example.FromString(record).features.feature
         return Example(fields["image"].bytes_list.value[0], fields["label"].int64_list.value[0])
 
     def name(self, index: int) -> str:
@@ -291,7 +299,8 @@ class TfRecords(Sequence[bytes]):
     """
 
     def __init__(self, files: Sequence[str]):
-        """Raises ValueError for a file that is cut off."""
+        """Raises ValueError for a file that is damaged or cut off."""
+        self._names = files
         self._files = [os.open(file, os.O_RDONLY) for file in files]
         places = [_records(number, file) for number, file in zip(self._files, files)]
         self._file = np.repeat(np.arange(len(files)), [len(found) for found in places])
@@ -301,8 +310,9 @@ class TfRecords(Sequence[bytes]):
         return len(self._place)
 
     def __getitem__(self, index: Any) -> Any:
-        start, size = self._place[index].tolist()
-        return os.pread(self._files[self._file[index]], size, start)
+        number, (start, size) = self._file[index], self._place[index].tolist()
+        content = os.pread(self._files[number], size + CHECKSUM_BYTES, start)
+        return verified(self._names[number], content, size)
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", ()):
@@ -313,11 +323,12 @@ def _records(file: int, name: str) -> np.ndarray:
     """Where each record begins, and its bytes: (n, 2) int64."""
     end, place, found = os.fstat(file).st_size, 0, []
     while place < end:
-        size = int.from_bytes(os.pread(file, 8, place), "little")
-        found.append((place + TFRECORD_HEAD, size))
-        place += TFRECORD_HEAD + size + TFRECORD_TAIL
+        head = os.pread(file, HEAD_BYTES, place)
+        size = int.from_bytes(verified(name, head, LENGTH_BYTES), "little")
+        found.append((place + HEAD_BYTES, size))
+        place += HEAD_BYTES + size + CHECKSUM_BYTES
     if place != end:
-        raise ValueError(f"{name}: damaged or cut off: copy or build the set again")
+        raise ValueError(f"{name}: {REBUILD}")
     return np.array(found, np.int64).reshape(-1, 2)
 
 

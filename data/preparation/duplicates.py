@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.preparation.shards import Progress, publish, temporary_path
+from data import atomic
+from data.preparation.shards import Progress
 from data.reading.manifest import PREPARE_AGAIN
 from data.sources.parts import Broken, Part, Source
 
@@ -43,10 +44,10 @@ def hash_part(source: Source, part: Part, path: Path, progress: Progress) -> Non
             text_bytes, read = 0, record.read
     progress(text_bytes, part.size - read)
     hashes = np.frombuffer(rows, HASH)
-    temporary = temporary_path(path)
+    temporary = atomic.temporary_path(path)
     ordered = np.sort(hashes, order=("high", "low", "rank")).tobytes()
     temporary.write_bytes(ordered + _digest(path, ordered))
-    publish(temporary, path)
+    atomic.publish(temporary, path)
 
 
 def document_hash(content: bytes) -> bytes:
@@ -55,7 +56,7 @@ def document_hash(content: bytes) -> bytes:
 
 
 def document_rank(split: str, part: int, index: int) -> int:
-    """Of equal documents the one with the smallest rank stays."""
+    """The rank of a document: of those that are equal, the one with the smallest rank stays."""
     return (split == "train") << int(TRAIN_BIT) | part << int(PART_SHIFT) | index
 
 

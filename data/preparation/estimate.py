@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.addresses import is_address
 from data.preparation.config import StoreConfig
 from data.preparation.shards import token_dtype
 from data.preparation.workers import cores
-from data.reading.files import is_address
 from data.reading.store import OFFSET_DTYPE
 from data.sources.parts import Document, Part, Source
 from data.tokenizer import Tokenizer, train_tokenizer

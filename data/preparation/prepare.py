@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import atomic
 from data.preparation.config import StoreConfig
 from data.preparation.duplicates import find_duplicates, hash_part, read_duplicates
 from data.preparation.shards import (
-    TEMPORARY,
     Progress,
     Record,
     broken_records,
     check_broken,
-    publish,
-    temporary_path,
     token_dtype,
     write_json,
     write_part,
@@ -127,6 +125,31 @@ def _make(folder: Path, output: Path) -> None:
         ) from error
 
 
+def goes_on(
+    folder: Path, request: Record, files: dict[str, str], finished: str, again: str
+) -> bool:
+    """Whether what was begun in a folder goes on, or is to be begun anew.
+
+    Args:
+      folder: may have nothing in it.
+      request: what is to be prepared.
+      files: its sources have, with what tells their content from another.
+      finished: pattern of the files that only a finished part has.
+      again: what to do where the record of the request is damaged.
+
+    Raises:
+      ValueError: another request, or other files, have finished parts there.
+    """
+    begun = folder / PROGRESS / REQUEST
+    if not begun.exists():
+        return False
+    saved = read_sealed(begun, again)
+    if any(folder.glob(finished)):
+        check_same(folder, saved["request"], request)
+        check_files(folder, saved["files"], files, "since this preparation began")
+    return saved == {"request": request, "files": files}
+
+
 def begin(folder: Path, request: Record, files: dict[str, str]) -> None:
     """Makes the folder, or checks that it was begun with this request and these very files.
 
@@ -134,14 +157,12 @@ def begin(folder: Path, request: Record, files: dict[str, str]) -> None:
     `Source.files`.
     """
     begun = folder / PROGRESS / REQUEST
+    same = goes_on(folder, request, files, "*.bin", PREPARE_AGAIN)
     if begun.exists():
-        saved = read_sealed(begun, PREPARE_AGAIN)
-        if any(folder.glob("*.bin")):
-            check_same(folder, saved["request"], request)
-            check_files(folder, saved["files"], files, "since this preparation began")
-        for path in [*folder.glob(f"*{TEMPORARY}"), *begun.parent.rglob(f"*{TEMPORARY}")]:
+        pattern = f"*{atomic.TEMPORARY}"
+        for path in [*folder.glob(pattern), *begun.parent.rglob(pattern)]:
             path.unlink(missing_ok=True)  # a killed run's
-        if saved == {"request": request, "files": files}:
+        if same:
             return
         (folder / TOKENIZER).unlink(missing_ok=True)  # nothing else is lost by starting anew
         shutil.rmtree(begun.parent)
@@ -188,7 +209,7 @@ def write_tokenizer(
     """Copies the tokenizer, or trains one on the train split, if it is not there yet."""
     if path.exists():
         return
-    temporary = temporary_path(path)
+    temporary = atomic.temporary_path(path)
     if tokenizer is not None:
         temporary.write_bytes(path_of(tokenizer).read_bytes())
         warn_of_losses(tokenizer)
@@ -196,7 +217,7 @@ def write_tokenizer(
         assert vocab_size is not None
         log.info("training a tokenizer with %d entries", vocab_size)
         train_tokenizer(sample_texts(source), temporary, vocab_size, sample_bytes)
-    publish(temporary, path)
+    atomic.publish(temporary, path)
 
 
 def warn_of_losses(tokenizer: str | Path) -> None:
@@ -271,7 +292,7 @@ class Preparation:
         return [records[part.index] for part in parts]
 
     def _write(self, part: Part, threads: int, progress: Progress) -> Record:
-        """In a worker: the shards of a part, and then the record of it."""
+        """Writes the shards of a part, in a worker, and then the record of it."""
         duplicates = self.folder / PROGRESS / DUPLICATES
         record = write_part(
             self.source,

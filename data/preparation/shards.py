@@ -3,13 +3,12 @@
     train-00000.bin      tokens of the documents, an EOS after each; the first shard begins with one
     train-00000.offsets  little-endian uint64: the place in the shard of each document's first token
 
-The bytes follow from the part and the tokenizer alone. Files are written under a name that no other
-process uses, forced to disk and renamed, so that under its own name a file is complete.
+The bytes follow from the part and the tokenizer alone. Under its own name a file is complete
+(data/atomic.py).
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data import atomic
 from data.reading.manifest import DTYPES
 from data.reading.store import OFFSET_DTYPE, OFFSETS
 from data.sealed import seal
@@ -25,7 +25,6 @@ from data.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**21  # tokenised at a time; the first limit counts
 SHOWN = 3  # messages about broken records that each part keeps
-TEMPORARY = ".tmp"
 
 Record = dict[str, Any]
 Progress = Callable[[int, int], None]  # more bytes of text, and more of the source, are done
@@ -191,7 +190,7 @@ class _HashedFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._temporary = temporary_path(path)
+        self._temporary = atomic.temporary_path(path)
         self._file = self._temporary.open("wb")
         self._sha256 = hashlib.sha256()
 
@@ -201,7 +200,7 @@ class _HashedFile:
 
     def close(self) -> str:
         self._file.close()
-        publish(self._temporary, self.path)
+        atomic.publish(self._temporary, self.path)
         return self._sha256.hexdigest()
 
     def discard(self) -> None:
@@ -211,30 +210,7 @@ class _HashedFile:
 
 def write_json(path: Path, content: Record) -> None:
     """Writes a file of JSON with its checksum, all or nothing."""
-    temporary = temporary_path(path)
-    temporary.write_text(json.dumps(seal(content), indent=2) + "\n", encoding="utf-8")
-    publish(temporary, path)
-
-
-def temporary_path(path: Path) -> Path:
-    """Beside `path`; no other process has the same, not one that outlived a killed run either."""
-    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Renames a finished file, so that a crash leaves all of it under that name or nothing."""
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Forces a file's content, or a folder's names, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    atomic.write(path, json.dumps(seal(content), indent=2) + "\n")
 
 
 def _kept(

@@ -133,7 +133,7 @@ class _Worker:
 
 
 class _Message(NamedTuple):
-    """Of a worker: what it has done since the last one, and how a part ended if it has."""
+    """What a worker has done since its last message, and how a part ended if it has."""
 
     text: int = 0
     read: int = 0

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from data.addresses import is_address
 from data.errors import first_line
 
 CHECKED_AGAIN_SECONDS = 60.0  # what lies behind an address: to look is a request
@@ -47,11 +48,6 @@ class File(Protocol):
 def path_of(text: str | Path) -> "Path | Address":
     """A path of pathlib, or an address if it has a "://". Raises ValueError if none can read it."""
     return Address(text) if is_address(text) else Path(text)
-
-
-def is_address(text: str | Path) -> bool:
-    """Whether it lies behind an address of any kind, and on no disk."""
-    return "://" in str(text)
 
 
 def folder_to_write(text: str | Path) -> Path:

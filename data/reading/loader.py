@@ -104,11 +104,7 @@ def train_batches(
         return step, global_batch(parts_of(ranges, arrays), shape, sharding)
 
     reader = BlockReader(split, seq_len, plan(), read_ahead, requests)
-    try:
-        return Prefetcher(make_batch, range(start_step, stop_step), prefetch, reader.close)
-    except ValueError:
-        reader.close()
-        raise
+    return Prefetcher(make_batch, range(start_step, stop_step), prefetch, reader.close)
 
 
 def eval_batches(
@@ -176,7 +172,9 @@ class Prefetcher:
         prefetch: int,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
+        """Starts the thread. Raises ValueError if prefetch < 1, after a call of `on_close`."""
         if prefetch < 1:
+            on_close()
             raise ValueError(f"prefetch={prefetch}: must be at least 1")
         self.seconds_waited = 0.0
         self._queue: queue.Queue[tuple[int, Batch] | BaseException | None]
@@ -269,7 +267,7 @@ def host_ranges(shape: tuple[int, ...], sharding: Sharding | None) -> list[tuple
 
 
 def parts_of(ranges: list[tuple[int, int]], arrays: Arrays) -> Callable[[int, int], Arrays]:
-    """For `global_batch`, where `arrays` has the rows of `ranges`, one after the other."""
+    """How `global_batch` reads, where `arrays` has the rows of `ranges` one after the other."""
     lengths = [stop - start for start, stop in ranges]
     places = dict(zip(ranges, itertools.accumulate(lengths, initial=0)))
 

@@ -8,8 +8,9 @@
 A split is one long stream: EOS, then every document followed by EOS. Row i of length L is
 tokens[i·L : (i+1)·L + 1], so neighbours share one token, any L works without preparing again, and
 every token but the leading EOS is a target exactly once. Shards are read by pieces (files.py)
-and not mapped: what is written over or cut off meanwhile is an error at the next read, and neither
-other rows nor the end by a signal. Neither jax nor TensorFlow is imported.
+and not mapped into memory: if somebody writes over a file or cuts it off, the next read is an
+error. A mapped file would give other rows then, or end the process by a signal. Neither jax nor
+TensorFlow is imported.
 """
 
 import bisect
@@ -227,22 +228,6 @@ class Split:
             stream = np.pad(stream, (0, size - len(stream)))
         return np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len]
 
-    def document(self, number: int) -> np.ndarray:
-        """Tokens of a document, without EOS, as (length,) int32; numbers count from 0.
-
-        Raises:
-          ValueError: there is no such document.
-        """
-        if not 0 <= number < self.num_documents:
-            raise ValueError(f"document {number}: the split has {self.num_documents}, from 0")
-        index = bisect.bisect_right(self._document_ends, number)
-        shard = self._shards[index]
-        local = number - (self._document_ends[index] - shard.num_documents)
-        begin, end = shard.bounds(local, local + 1)
-        tokens = shard.tokens(int(begin), int(end) - 1).astype(np.int32)
-        shard.check()
-        return tokens
-
     def document_at(self, position: int) -> int:
         """Number of the document that a token of the stream belongs to, its EOS included; -1 for
         the leading EOS."""
@@ -296,15 +281,12 @@ class Shard:
         """Raises StoreChangedError if tokens that were read may be others than they were."""
         self._tokens.check()
 
-    def bounds(self, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Where the documents `first` to `last` begin, (last - first + 1,) int64. The last of all
-        bounds is the end of the shard."""
-        last = self.num_documents if last is None else last
-        stop, size = min(last + 1, self.num_documents), OFFSET_DTYPE.itemsize
-        starts = np.frombuffer(self._offsets.read(first * size, (stop - first) * size), "<u8")
+    def bounds(self) -> np.ndarray:
+        """Where the documents begin, and then the end of the shard: (num_documents + 1,) int64."""
+        size = self.num_documents * OFFSET_DTYPE.itemsize
+        starts = np.frombuffer(self._offsets.read(0, size), OFFSET_DTYPE)
         self._offsets.check()
-        end = [self.num_tokens] * (last + 1 - stop)
-        return np.append(starts.astype(np.int64), np.array(end, np.int64))
+        return np.append(starts.astype(np.int64), np.int64(self.num_tokens))
 
 
 def _listing(folder: Path | Address) -> Listing | None:

@@ -52,8 +52,8 @@ class Part:
     content: Any
 
     def split_of(self, text: str, validation_fraction: float) -> str:
-        """Of a document. In a part of both splits it follows from the text alone: wherever that
-        stands, it stays in its split."""
+        """The split of a document. In a part of both splits it follows from the text alone:
+        wherever that stands, it stays in its split."""
         if len(self.shards) == 1:
             return next(iter(self.shards))
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -109,8 +109,8 @@ def texts(source: Source, split: str, parts: Iterable[Part] | None = None) -> It
 
 
 def look_at_files(paths: Sequence[Path]) -> list[str]:
-    """For each file what tells it from one of other content: its beginning and end, and if that is
-    not all of it, its size and the time of the last write.
+    """What tells each file from one of other content: its beginning and end, and if that is not
+    all of it, its size and the time of the last write.
 
     Raises:
       ValueError: one can't be read, or is no regular file.

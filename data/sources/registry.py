@@ -20,8 +20,9 @@ from typing import Any
 from data.sources import corpus
 from data.sources.parts import SPLITS, Broken, Document, Part, Source, number_parts
 from data.sources.text_files import TextFolder
+from data.tfds_sets import TFDS
 
-TFDS, HUGGING_FACE = "tfds:", "hf:"
+HUGGING_FACE = "hf:"
 DEFAULT_FIELD = "text"
 SAMPLE_PARTS = 64  # that a sample is drawn from
 SAMPLE_DOCUMENTS = 2**20  # read at most, to draw it

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets as a source: the files of a prepared set, and of each example its text alone.
+"""TensorFlow Datasets as a source: the files of a prepared set, and the text alone of each example.
 
 seqio_tasks.py has the same documents as a SeqIO task. Its pipeline, and TFDS's own, spend half as
 long on an example as SentencePiece does, so preparation takes the files' records as they are. That
@@ -6,8 +6,6 @@ needs no TensorFlow either, which is 2 seconds and 700 MB for each worker; what 
 read by gcsfs (requirements-bucket.txt).
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -17,14 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# Before epath, which TFDS uses, is asked for the first time: it would take TensorFlow's client.
-os.environ["EPATH_USE_TF"] = "false"
-
-import google_crc32c
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data.errors import first_line
+from data.addresses import is_address, told_as_os_errors
 from data.sources.parts import (
     SPLITS,
     THREADS,
@@ -34,12 +28,19 @@ from data.sources.parts import (
     look_at_files,
     number_parts,
 )
+from data.tfds_sets import (
+    CHECKSUM_BYTES,
+    HEAD_BYTES,
+    LENGTH_BYTES,
+    REBUILD,
+    TFDS,
+    open_builder,
+    verified,
+    ways_to,
+)
 
 C4 = "tfds:c4/en:3.1.0"
-TFDS = "tfds:"
 BUFFER = 2**20  # bytes of an array_record file
-OURS = (tfds.core.DatasetNotFoundError, ValueError, AssertionError)  # no such set; damaged
-LENGTH_BYTES, CHECKSUM_BYTES = 8, 4  # in TFRecord files
 
 
 class TfdsSource:
@@ -72,7 +73,7 @@ class TfdsSource:
         self._fraction = validation_fraction or 0.0
         if self.by_hash and not 0 < self._fraction < 1:
             raise ValueError(f"validation_fraction={self._fraction}: must be between 0 and 1")
-        info = _info(self.dataset, self.splits[: 1 if self.by_hash else 2], self.data_dir)
+        info = _info(self.dataset, self.splits[: 1 if self.by_hash else 2])
         if self.by_hash and self.splits[1] in info.splits:
             raise ValueError(
                 f"validation_fraction={self._fraction}: {name} has its own validation split, "
@@ -104,9 +105,9 @@ class TfdsSource:
         """All files, by their names; in a bucket their sizes and times of the last write."""
         paths = [tfds.core.Path(part.content) for part in self.parts]
         names = [path.name for path in paths]
-        if not any(_is_address(part.content) for part in self.parts):
+        if not any(is_address(part.content) for part in self.parts):
             return dict(zip(names, look_at_files([Path(path) for path in paths])))
-        with _told_as_os_errors(str(paths[0].parent)), ThreadPoolExecutor(THREADS) as pool:
+        with told_as_os_errors(str(paths[0].parent)), ThreadPoolExecutor(THREADS) as pool:
             statuses = pool.map(lambda path: path.stat(), paths)
             return {name: f"{s.length}, {s.mtime}" for name, s in zip(names, statuses)}
 
@@ -131,50 +132,16 @@ class TfdsSource:
             raise ValueError(f"{file}: {part.size} examples expected, {found} found; {REBUILD}")
 
 
-def _is_address(place: str) -> bool:
-    return "://" in place
-
-
-@contextlib.contextmanager
-def _told_as_os_errors(place: str) -> Iterator[None]:
-    """What the libraries behind an address raise, as without rights, is an OSError of one line; and
-    a ValueError where there is no library."""
-    try:
-        yield
-    except Exception as error:  # of as many types as there are libraries
-        if not _is_address(place) or isinstance(error, OURS):
-            raise
-        if isinstance(error, ImportError):
-            need = "pip install -r requirements-bucket.txt"
-            raise ValueError(f"{place}: {error}; `{need}` has what it needs") from error
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise OSError(errno.EIO, f"cannot be read ({said})", place) from error
-
-
-REBUILD = "damaged or cut off: copy or build the set again"
-
-
 def _text(record: bytes) -> str:
     (text,) = tf_example_pb2.Example.FromString(record).features.feature["text"].bytes_list.value
     return text.decode("utf-8")
 
 
 def _tfrecords(file: str) -> Iterator[bytes]:
-    """Length, checksum, content, checksum of each: tensorflow.org/tutorials/load_data/tfrecord."""
-    with _told_as_os_errors(file), tfds.core.Path(file).open("rb") as stream:
-        while head := stream.read(LENGTH_BYTES + CHECKSUM_BYTES):
-            size = int.from_bytes(_verified(file, head, LENGTH_BYTES), "little")
-            yield _verified(file, stream.read(size + CHECKSUM_BYTES), size)
-
-
-def _verified(file: str, content: bytes, size: int) -> bytes:
-    """The first `size` bytes, if the rest is their checksum: a CRC-32C, rotated and shifted."""
-    body, checksum = content[:size], content[size:]
-    crc = google_crc32c.value(body)
-    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    if checksum != masked.to_bytes(CHECKSUM_BYTES, "little"):
-        raise ValueError(f"{file}: {REBUILD} (a checksum differs)")
-    return body
+    with told_as_os_errors(file), tfds.core.Path(file).open("rb") as stream:
+        while head := stream.read(HEAD_BYTES):
+            size = int.from_bytes(verified(file, head, LENGTH_BYTES), "little")
+            yield verified(file, stream.read(size + CHECKSUM_BYTES), size)
 
 
 def _array_records(file: str) -> Iterator[bytes]:
@@ -191,34 +158,18 @@ def _array_records(file: str) -> Iterator[bytes]:
 
 
 def _ways_to(dataset: str) -> str:
-    """How to get a set, in words."""
-    ways = f"point TFDS_DATA_DIR to where it is, or build it with `tfds build {dataset}`"
+    """How to get a set with both splits, in words."""
+    ways = ways_to(dataset)
     if dataset.startswith("c4/"):
-        return f"give a folder with allenai's .json.gz files of C4, {ways}, a cluster's work"
-    return ways
+        ways = f"give a folder with allenai's .json.gz files of C4, {ways}, a cluster's work"
+    return (
+        f"{ways}; splits of other names are given as in tfds:c4/multilingual:3.1.0@af, and of a "
+        "set with a train split alone a part becomes validation by --validation_fraction=0.01"
+    )
 
 
-def _info(dataset: str, splits: tuple[str, ...], data_dir: str | None) -> tfds.core.DatasetInfo:
-    written = f"write it as NAME/CONFIG:VERSION, as in {C4}"
-    if ":" not in dataset:
-        raise ValueError(f"source={TFDS}{dataset}: has no version; {written}")
-    try:
-        with _told_as_os_errors(data_dir or ""):
-            info = tfds.builder(dataset, data_dir=data_dir).info
-    except OURS as error:
-        first = first_line(error)
-        raise ValueError(
-            f"source={TFDS}{dataset}: TensorFlow Datasets has no such set ({first}); {written}"
-        ) from error
-    missing = [split for split in splits if split not in info.splits]
-    if missing:
-        has = f"only {', '.join(info.splits)}" if info.splits else "nothing at all"
-        raise ValueError(
-            f"source={TFDS}{dataset}: no split {missing[0]!r} in {info.data_dir}, {has}; "
-            f"{_ways_to(dataset)}; splits of other names are given as in "
-            "tfds:c4/multilingual:3.1.0@af, and of a set with a train split alone a part becomes "
-            "validation by --validation_fraction=0.01"
-        )
+def _info(dataset: str, splits: tuple[str, ...]) -> tfds.core.DatasetInfo:
+    info = open_builder(dataset, splits, "source", _ways_to(dataset)).info
     fields = info.features
     is_dict = isinstance(fields, tfds.features.FeaturesDict)
     text = fields["text"] if is_dict and "text" in fields else None

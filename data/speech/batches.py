@@ -27,7 +27,7 @@ THREADS = 16  # NumPy and SciPy let others run while they compute
 
 
 class Shape(NamedTuple):
-    """Of a batch. No recording has more frames, and no transcript more labels."""
+    """The shape of a batch. No recording has more frames, and no transcript more labels."""
 
     rows: int
     frames: int

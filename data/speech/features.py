@@ -62,7 +62,7 @@ def _hann() -> np.ndarray:
 
 @functools.cache
 def mel_weights() -> np.ndarray:
-    """Of every FFT bin in every mel bin, (FFT // 2 + 1, MEL_BINS) float32.
+    """The weight of every FFT bin in every mel bin, (FFT // 2 + 1, MEL_BINS) float32.
 
     Triangles that are linear in mel, 1,127 ln(1 + Hz / 700), each from its neighbours' centres.
     """

@@ -21,14 +21,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.preparation.prepare import PROGRESS, REQUEST, alone_in, check_files, check_same
+from data import atomic
+from data.preparation.prepare import (
+    PROGRESS,
+    REQUEST,
+    alone_in,
+    check_files,
+    check_same,
+    goes_on,
+)
 from data.preparation.shards import (
     SHOWN,
     Counts,
     Record,
     broken_records,
     check_broken,
-    sync,
     write_json,
 )
 from data.reading.files import folder_to_write
@@ -97,7 +104,7 @@ class SpeechConfig:
         }
 
     def parts(self) -> dict[str, list[recordings.Part]]:
-        """Of the sources of each split. Raises ValueError where one is none."""
+        """The parts of the sources of each split. Raises ValueError where one is none."""
         return {
             name: list(itertools.chain.from_iterable(map(recordings.parts, sources.split(","))))
             for name, sources in self.sources.items()
@@ -135,7 +142,7 @@ def prepare(config: SpeechConfig, output: str | Path) -> dict[str, Any]:
         finished = _finished(partial, request, config.max_broken)
         shutil.rmtree(partial / PROGRESS, ignore_errors=True)
         partial.rename(folder)
-        sync(folder.absolute().parent)
+        atomic.sync(folder.absolute().parent)
     return finished
 
 
@@ -166,13 +173,8 @@ def _begin(partial: Path, request: Record, seen: dict[str, str]) -> None:
     One without a finished part, of another request, is begun anew.
     """
     progress = partial / PROGRESS
-    if (progress / REQUEST).exists():
-        saved = read_sealed(progress / REQUEST, f"delete {partial}")
-        if any(progress.glob("*-*.json")):
-            check_same(partial, saved["request"], request)
-            check_files(partial, saved["files"], seen, "since this preparation began")
-        if saved == {"request": request, "files": seen}:
-            return
+    if goes_on(partial, request, seen, f"{PROGRESS}/*-*.json", f"delete {partial}"):
+        return
     for path in partial.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     progress.mkdir()
@@ -212,7 +214,7 @@ def _write(config: SpeechConfig, parts: dict[str, list[recordings.Part]], partia
 
 
 class _Split:
-    """Of a store that is being written."""
+    """One split of a store that is being written."""
 
     def __init__(self, folder: Path, name: str):
         self.name = name
@@ -319,7 +321,7 @@ class _Split:
         return mean, np.sqrt(np.maximum(squares / count - np.square(mean), 1e-6))
 
     def summary(self) -> dict[str, Any]:
-        """For the manifest."""
+        """What the manifest says of the split."""
         samples, labels = self._index[:, [1, 3]].sum(axis=0).tolist()
         return {
             "recordings": len(self._index),
@@ -340,7 +342,7 @@ def _unwanted(record: recordings.Recording, config: SpeechConfig) -> str:
 
 
 def _checked(record: recordings.Recording) -> recordings.Recording | Broken:
-    """With blanks that separate words and do no more."""
+    """The recording, its blanks only those that separate words; or why it is of no use."""
     text = " ".join(record.text.split())
     if not len(record.audio):
         return Broken("of no length", f"{record.name}: a recording of no length")

@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.errors import first_line
 from data.sources.parts import Broken
 from data.speech import tones
 from data.speech.features import SAMPLE_RATE
+from data.tfds_sets import TFDS, open_builder
 
-TFDS, TONES = "tfds:", "tones:"
+TONES = "tones:"
 AT_A_TIME = 1000  # made-up recordings, or examples of TFDS, in a part
 
 
@@ -59,12 +59,6 @@ def parts(source: str) -> list[Part]:
     if source.startswith(TFDS):
         return _tfds(source)
     return _folder(source)
-
-
-def read(source: str) -> Iterator[Recording | Broken]:
-    """All recordings of a source. Raises ValueError if it is none."""
-    for part in parts(source):
-        yield from part.read()
 
 
 def _tones(source: str) -> list[Part]:
@@ -141,27 +135,18 @@ def _flac(path: Path, text: str) -> Recording | Broken:
 
 
 def _tfds(source: str) -> list[Part]:
-    import tensorflow_datasets as tfds
-
     dataset, _, splits = source.removeprefix(TFDS).partition("@")
     if not splits:
         raise ValueError(f"source={source}: write {TFDS}NAME:VERSION@SPLIT")
-    try:
-        builder = tfds.builder(dataset, data_dir=os.environ.get("TFDS_DATA_DIR"))
-        found = []
-        for split in splits.split("+"):
-            info = builder.info.splits[split]
-            content = f"{builder.info.full_name} {info.num_examples} {info.num_bytes}"
-            for numbers in _ranges(info.num_examples):
-                name = f"{split}[{numbers.start}:{numbers.stop}]"
-                examples = functools.partial(_examples, builder, name)
-                found.append(Part(f"{dataset} {name}", content, content, examples))
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, KeyError) as error:
-        first = first_line(error)
-        raise ValueError(
-            f"source={source}: {first}; build it with `tfds build {dataset}`, and point "
-            "TFDS_DATA_DIR to where it is"
-        ) from error
+    builder = open_builder(dataset, splits.split("+"), "source")
+    found = []
+    for split in splits.split("+"):
+        info = builder.info.splits[split]
+        content = f"{builder.info.full_name} {info.num_examples} {info.num_bytes}"
+        for numbers in _ranges(info.num_examples):
+            name = f"{split}[{numbers.start}:{numbers.stop}]"
+            examples = functools.partial(_examples, builder, name)
+            found.append(Part(f"{dataset} {name}", content, content, examples))
     return found
 
 

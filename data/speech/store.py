@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data.addresses import is_address
 from data.reading.manifest import check_sha256, read_sealed
 from data.sealed import checksum, file_sha256
 from data.speech.features import log_mel
@@ -88,7 +89,7 @@ class SpeechStore:
 
         Raises ValueError if there is no finished store, or a file differs from the manifest.
         """
-        if "://" in str(path):
+        if is_address(path):
             raise ValueError(
                 f"data.store={str(path)!r}: speech is read from folders alone; copy the store to a "
                 "disk, or mount the bucket"

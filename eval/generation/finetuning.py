@@ -25,7 +25,7 @@ from eval.tasks.text_to_text import PROMPTS
 from laser.training.config import RunConfig
 from laser.training.fields import nearest
 from laser.training.folders import write_atomically
-from models.decoder import Parameters
+from models.families import Parameters
 
 GENERATIONS = "generations"
 SPLITS = ("train", "validation")

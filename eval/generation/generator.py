@@ -23,8 +23,8 @@ from eval.generation.sampling import GREEDY, Sampling, choose
 from laser.attention.decode import BLOCK
 from laser.training import preemption, sharding
 from models.config import ModelConfig, require
-from models.decoder import Parameters, init_parameters
 from models.decoding import Cache, append, empty_cache, next_logits, unstack
+from models.families import Parameters, abstract_parameters
 
 PIECE = BLOCK  # tokens of a prompt that are read at once; a multiple of BLOCK
 STEPS = 8  # tokens between two looks of the host
@@ -36,7 +36,7 @@ Watch = Callable[[int, list[int], bool], bool]
 
 
 class _State(NamedTuple):
-    """Of a batch between two looks: the hidden state that the next token comes from, (B, M)."""
+    """A batch between two looks: its cache, and what the next token comes from, (B, M)."""
 
     cache: Cache
     last_BM: jax.Array
@@ -200,7 +200,7 @@ class Generator:
         state = self._start(size, _capacity(pieces * PIECE + new_tokens))
         for at in range(0, pieces * PIECE, PIECE):
             piece = (x[:, at : at + PIECE] for x in (tokens_BT, real_BT))
-            state = self._read(params, state, *(self._placed(x, self._by_row) for x in piece))
+            state = self._read(params, state, *(sharding.placed(x, self._by_row) for x in piece))
         return state
 
     def _extend(
@@ -223,8 +223,8 @@ class Generator:
             tokens_BN, finite, state = self._continue(
                 params,
                 state,
-                self._placed(done_B, self._by_row),
-                self._placed(indices_B, self._by_row),
+                sharding.placed(done_B, self._by_row),
+                sharding.placed(indices_B, self._by_row),
                 np.int32(at),
                 np.int32(count),
                 dataclasses.astuple(sampling),
@@ -241,10 +241,6 @@ class Generator:
                 done_B[row] = bool(watch and watch(index, made[index], ended)) or ended
             if done_B.all():
                 return
-
-    def _placed(self, array: np.ndarray, where: NamedSharding) -> jax.Array:
-        """A global array of which every host makes its own part."""
-        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 class _Text:
@@ -302,7 +298,7 @@ def _state_shardings(config: ModelConfig, mesh: jax.sharding.Mesh):
 
 def _unstacked_shardings(config: ModelConfig, mesh: jax.sharding.Mesh):
     """The layout of training, without the dim of layers."""
-    abstract = jax.eval_shape(functools.partial(init_parameters, config, 0))
+    abstract = abstract_parameters(config)
     shardings = sharding.state_shardings(mesh, abstract)
     layer = jax.tree.map(
         lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings["blocks"]

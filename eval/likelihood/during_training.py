@@ -11,14 +11,15 @@ from pathlib import Path
 
 import jax
 
+from data.addresses import told_as_os_errors
 from data.tokenizer import Tokenizer
 from eval.likelihood import oneshot
 from eval.likelihood.oneshot import Settings, TaskData
 from eval.likelihood.scoring import Scorer
 from eval.tasks.catalogue import choose_tasks
 from laser.training.config import EvaluationConfig, RunConfig
-from laser.training.folders import folder_of, told_as_os_errors
-from models.decoder import Parameters
+from laser.training.folders import folder_of
+from models.families import Parameters
 
 log = logging.getLogger(__name__)
 

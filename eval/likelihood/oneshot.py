@@ -23,9 +23,10 @@ from eval.tasks import sources
 from eval.tasks.catalogue import Asking, Protocol, Task
 from eval.tasks.prompts import Example
 from eval.tasks.sources import Loaded
-from models.decoder import Parameters
+from models.families import Parameters
 
 FIRST_SEED = 1234
+SEEDS = {"gpt3": 5, "lm_eval": 1}  # unless asked: the harness draws demonstrations once
 BETWEEN_SHOTS = "\n\n"
 
 
@@ -65,7 +66,7 @@ class TaskData:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of all rows that were read, as they are asked and judged: equal wherever they lie."""
+        """Stands for all rows that were read, as they are asked and judged, wherever they lie."""
         asking = dataclasses.asdict(self.asking)
         del asking["prompt"]  # what it makes of the rows is in the examples
         digest = hashlib.sha256(repr(asking).encode())
@@ -187,15 +188,15 @@ def evaluate_task(
             for prompt, group in zip(prompts, scores)
         ]
         per_seed.append(_metrics(data.asking, examples, candidates))
-        for index, (prompt, group) in enumerate(zip(prompts, candidates) if on_record else ()):
-            assert on_record is not None
-            on_record(_record(index, seed, prompt, group, data.asking.normalisation))
+        if on_record:
+            for index, (prompt, group) in enumerate(zip(prompts, candidates)):
+                on_record(_record(index, seed, prompt, group, data.asking.normalisation))
     return {
         "task": data.task.name,
         **dataclasses.asdict(settings),
         "split": data.split,
         "origin": data.loaded.origin,
-        "unusable_rows": data.loaded.unusable,
+        "unusable_rows": data.loaded.hidden,
         "n": len(examples),
         "metric": data.asking.metrics[0],
         "metrics": {name: spread([values[name] for values in per_seed]) for name in per_seed[0]},

@@ -234,7 +234,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
         if result["split"] != wanted:
             notes.append(f"the {result['split']} split, as there is no {wanted} split here")
         if result["unusable_rows"]:
-            notes.append(f"{result['unusable_rows']} rows without a usable label left out")
+            notes.append(f"{result['unusable_rows']} rows left out, as their labels are hidden")
         for key, words in (
             ("shots_dropped", "lost demonstrations"),
             ("truncated", "lost the left of the context"),

@@ -28,7 +28,8 @@ from data.tokenizer import Tokenizer
 from laser.training import preemption, sharding
 from laser.training.share import over_batch
 from models.config import ModelConfig
-from models.decoder import Parameters, output_logits, structure
+from models.decoder import output_logits
+from models.families import Parameters, structure
 from models.stack import product_precision
 
 BUCKET = 32  # lengths of rows are multiples of it
@@ -263,8 +264,8 @@ class Scorer:
                     yield buckets[length][start : start + size], length, segments
 
     def _lengths(self, rows: Sequence[int], segments: bool) -> list[int]:
-        """Of the lengths on the grid those to pad rows of these lengths to, in order: the choice
-        that costs least, in tokens fed and in programs that are not compiled yet."""
+        """The lengths on the grid to pad rows of these lengths to, in order: the choice that costs
+        least, in tokens fed and in programs that are not compiled yet."""
         grid = _grid(self.max_length)
         counts = np.bincount(np.searchsorted(grid, rows), minlength=len(grid))
         best: list[tuple[int, list[int]]] = [(0, [])]  # of rows up to each length of the grid
@@ -308,19 +309,15 @@ class Scorer:
                 positions = row.positions(branch, len(targets))
                 places += [(i, at, target) for at, target in zip(positions, targets)]
         places += [(0, 0, 0)] * (-len(places) % READ_CHUNK)
-        arrays = [self._placed(tokens_BT, self._rows_sharding)]
+        arrays = [sharding.placed(tokens_BT, self._rows_sharding)]
         if segments:
-            arrays.append(self._placed(segment_ids_BT, self._rows_sharding))
+            arrays.append(sharding.placed(segment_ids_BT, self._rows_sharding))
         hidden_BTM = self._hidden(params, *arrays)
         chunks = []
         for places_C3 in np.array(places, np.int32).reshape(-1, READ_CHUNK, 3):
-            placed_C3 = self._placed(places_C3, self._replicated)
+            placed_C3 = sharding.placed(places_C3, self._replicated)
             chunks.append(self._read(hidden_BTM, params["embedding"], placed_C3))
         return _Pass(chunks, owners)
-
-    def _placed(self, array: np.ndarray, where: NamedSharding) -> jax.Array:
-        """A global array of which every host makes its own part."""
-        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def _share_rows(fed: Sequence[_Fed], max_tokens: int) -> list[_Row]:

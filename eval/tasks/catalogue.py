@@ -247,7 +247,7 @@ KNOWN: dict[str, Task] = {**TASKS, OFFLINE.name: OFFLINE}
 
 
 def choose_tasks(names: str) -> list[Task]:
-    """Of a comma-separated list, or all. Raises ValueError that suggests the nearest name."""
+    """The tasks of a list with commas, or all. Raises ValueError that suggests the nearest name."""
     if names == "all":
         return list(KNOWN.values())
     for name in names.split(","):

@@ -44,8 +44,8 @@ def passages() -> list[Row]:
 
 def _cut(text: str) -> list[tuple[str, str]]:
     """(context, ending) of each stretch of the chapter, without its heading."""
-    words = list(re.finditer(r"\S+", text.partition("\n\n")[2]))
     body = text.partition("\n\n")[2]
+    words = list(re.finditer(r"\S+", body))
     length = CONTEXT_WORDS + ENDING_WORDS
     pairs = []
     for start in range(0, len(words) - length + 1, length):

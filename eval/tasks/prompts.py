@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from eval.tasks.rows import Row
+from eval.tasks.rows import HiddenLabel, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,7 @@ def check(example: Example) -> None:
     """Raises ValueError for an example that can't be scored."""
     count = len(example.choices)
     for gold in example.golds:
-        if not 0 <= gold < count:
-            raise ValueError(f"label {gold} is out of range: there are {count} candidates")
+        _check_gold(gold, count)
     for i, text in enumerate(example.continuations):
         if not text.strip():
             raise ValueError(f"candidate {i} is empty: {list(example.choices)}")
@@ -62,10 +61,14 @@ def check(example: Example) -> None:
         raise ValueError(f"{count} candidates: at least 2 are needed")
 
 
+def _check_gold(gold: int, count: int) -> None:
+    if not 0 <= gold < count:
+        raise ValueError(f"label {gold} is out of range: there are {count} candidates")
+
+
 def ask(context: str, choices: Sequence[str], gold: int, **rest: Any) -> list[Example]:
     """One context, then a space and a choice."""
-    if not 0 <= gold < len(choices):
-        raise ValueError(f"label {gold} is out of range: there are {len(choices)} candidates")
+    _check_gold(gold, len(choices))
     contexts = (context,) * len(choices)
     continuations = tuple(f" {choice}" for choice in choices)
     shot = context + continuations[gold]
@@ -74,8 +77,7 @@ def ask(context: str, choices: Sequence[str], gold: int, **rest: Any) -> list[Ex
 
 def _fill(contexts: Sequence[str], ending: str, choices: Sequence[str], gold: int) -> list[Example]:
     """A context for each choice, and one ending that all have in common."""
-    if not 0 <= gold < len(contexts):
-        raise ValueError(f"label {gold} is out of range: there are {len(contexts)} candidates")
+    _check_gold(gold, len(contexts))
     endings = (ending,) * len(contexts)
     shot = contexts[gold] + ending
     return [Example(tuple(contexts), endings, tuple(choices), (gold,), shot)]
@@ -97,7 +99,7 @@ def boolq_lm_eval(row: Row) -> list[Example]:
 
 
 def _swapped(gold: int) -> int:
-    """Of two candidates in the other order; what is out of range stays out of range."""
+    """The gold of two candidates in the other order; what is out of range stays out of range."""
     return {0: 1, 1: 0}.get(gold, gold)
 
 
@@ -224,7 +226,7 @@ def _record(row: Row, delimiter: str) -> list[Example]:
     filled = [f"  - {row['query']}".replace("@placeholder", name) for name in row["entities"]]
     golds = tuple(i for i, name in enumerate(row["entities"]) if name in row["answers"])
     if not row["answers"]:
-        raise ValueError("no answers: the labels of this file are hidden")
+        raise HiddenLabel
     shown = f"  - {row['query']}".replace("@placeholder", row["answers"][0])
     return [
         Example(

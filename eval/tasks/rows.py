@@ -4,7 +4,8 @@ The layouts: the original archives (SuperGLUE's jsonl, ARC's nested question, RA
 article, ...), the flattened rows of TFDS and of the Hugging Face hub, and for two training pools
 a pre-rendered query. A reader takes one record and gives back the rows in it as plain dictionaries,
 whose fields the prompts (prompts.py) name. Readers take what is there as it is; what can't be
-read raises ValueError, KeyError, IndexError or TypeError, and sources.py adds the place.
+read raises ValueError, KeyError, IndexError or TypeError, and sources.py adds the place. A label
+that is hidden, as in the test split of a competition, raises HiddenLabel.
 """
 
 import ast
@@ -18,6 +19,13 @@ Row = dict[str, Any]
 LETTERS = "ABCDE"
 
 
+class HiddenLabel(ValueError):
+    """A row whose label is not given out, which is no fault of the row."""
+
+    def __init__(self) -> None:
+        super().__init__("no label: it is hidden; use a split that has labels")
+
+
 def arc(raw: Raw) -> list[Row]:
     """question, choices, gold. Letters and numbers both serve as keys of the answers."""
     if "query" in raw:
@@ -27,7 +35,8 @@ def arc(raw: Raw) -> list[Row]:
     if isinstance(question, Mapping):
         question, choices = question["stem"], question["choices"]
     texts, labels = _texts_and_labels(choices)
-    return [{"question": question, "choices": texts, "gold": labels.index(raw["answerKey"])}]
+    gold = labels.index(_label(raw, "answerKey"))
+    return [{"question": question, "choices": texts, "gold": gold}]
 
 
 def openbookqa(raw: Raw) -> list[Row]:
@@ -35,17 +44,18 @@ def openbookqa(raw: Raw) -> list[Row]:
     question = raw.get("question")
     if isinstance(question, Mapping) and "choice_A" in question:  # TFDS
         choices = [question[f"choice_{letter}"] for letter in "ABCD"]
-        return [{"stem": question["stem"], "choices": choices, "gold": raw["answerKey"]}]
+        return [{"stem": question["stem"], "choices": choices, "gold": _label(raw, "answerKey")}]
     if isinstance(question, Mapping):
         stem, choices = question["stem"], question["choices"]
     else:
         stem, choices = raw["question_stem"], raw["choices"]
     texts, labels = _texts_and_labels(choices)
-    return [{"stem": stem, "choices": texts, "gold": labels.index(raw["answerKey"].lstrip())}]
+    gold = _label(raw, "answerKey")
+    return [{"stem": stem, "choices": texts, "gold": labels.index(gold.lstrip())}]
 
 
 def _texts_and_labels(choices: Any) -> tuple[list[str], list[Any]]:
-    """Of a list of {text, label} or of {text: list, label: list}."""
+    """The texts and the labels of a list of {text, label} or of {text: list, label: list}."""
     if isinstance(choices, Mapping):
         return list(choices["text"]), list(choices["label"])
     return [choice["text"] for choice in choices], [choice["label"] for choice in choices]
@@ -123,7 +133,7 @@ def piqa(raw: Raw) -> list[Row]:
 
 
 def race_articles(records: Iterable[tuple[str, Raw]]) -> Iterator[tuple[str, Raw]]:
-    """Of rows with a question each, as the hub has them, those on one article as one record.
+    """Rows with a question each, as the hub has them, but those on one article as one record.
     Raises ValueError that names the place of a row without a field."""
 
     def article(pair: tuple[str, Raw]) -> Any:
@@ -201,7 +211,7 @@ def storycloze(raw: Raw) -> list[Row]:
         context = " ".join(raw[f"input_sentence_{i}"] for i in range(1, 5))
         endings = [raw[f"sentence_quiz{i}"] for i in (1, 2)]
     if label is None or int(label) == -1:
-        raise ValueError(HIDDEN)
+        raise HiddenLabel
     return [{"context": context, "endings": endings, "gold": int(label) - 1}]
 
 
@@ -258,13 +268,10 @@ def winograd(raw: Raw) -> list[Row]:
     return [{"text": text, **row, "options": options, "gold": _label(raw)}]
 
 
-HIDDEN = "no label: the labels of this file are hidden; use a split that has them"
-
-
 def _label(raw: Raw, name: str = "label") -> Any:
     label = raw.get(name)
     if label is None or label in (-1, ""):
-        raise ValueError(HIDDEN)
+        raise HiddenLabel
     return label
 
 
@@ -275,7 +282,7 @@ def _index(label: Any, names: Sequence[str]) -> int:
 
 
 def _truth(label: Any) -> int:
-    """Of false and true, as booleans, numbers or words."""
+    """0 for false and 1 for true, which may be booleans, numbers or words; -1 for anything else."""
     if isinstance(label, str):
         return {"false": 0, "true": 1}.get(label.lower(), -1)
     return int(label) if label in (0, 1) else -1

@@ -1,8 +1,8 @@
 """Where a task's rows come from: files in their original formats, or TFDS.
 
 Files are tried first; TensorFlow is imported only where a prepared dataset lies on the disk. A row
-of a file that can't be used is an error that names file and line. In TFDS such rows (hidden labels,
-above all) are left out and counted.
+that can't be used is an error that names file and line, or the row's number in TFDS. Only rows of
+TFDS whose labels are hidden are left out and counted.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 from eval.tasks.files import read_file
 from eval.tasks.prompts import Example, Prompt, check
-from eval.tasks.rows import Raw, Row
+from eval.tasks.rows import HiddenLabel, Raw, Row
 
 STAND_INS = ("validation", "train")  # for a split that is not there, the nearest first
 BAD_ROW = (ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError)
@@ -64,13 +64,13 @@ class Loaded:
     Attributes:
       examples: in the order of the source.
       origin: file or TFDS name, for the report.
-      unusable: rows that were left out.
+      hidden: rows that were left out, as their labels are hidden.
       places: where each example came from, as error messages name it; empty if not known.
     """
 
     examples: list[Example]
     origin: str
-    unusable: int = 0
+    hidden: int = 0
     places: Sequence[str] = ()
 
     def place(self, index: int) -> str:
@@ -177,7 +177,7 @@ def find_tfds(source: Source, data_dir: Path | None) -> Path | None:
 
 
 def _is_in_tfds(source: Source, split: str, data_dir: Path | None) -> bool:
-    """As the prepared dataset's own record says, which is read without TensorFlow."""
+    """Whether the prepared dataset has it: its own record says so, read without TensorFlow."""
     folder, name = find_tfds(source, data_dir), source.tfds_splits.get(split, split)
     for path in (folder / source.tfds).glob("*/dataset_info.json") if folder else ():
         try:
@@ -227,19 +227,25 @@ def _load_tfds(source: Source, split: str, prompt: Prompt, folder: Path) -> Load
 
 
 def from_records(source: Source, prompt: Prompt, records: Iterable[Raw], origin: str) -> Loaded:
-    """Examples of the records that can be used. Raises ValueError if there are none."""
+    """Examples of the records whose labels are not hidden.
+
+    Raises ValueError if there are none, or for a record that can't be used, which it names.
+    """
     examples: list[Example] = []
     places: list[str] = []
-    unusable, reason = 0, "it is empty"
+    hidden, why = 0, "there is no example in it"
     for number, raw in enumerate(records, 1):
+        place = f"{origin}, row {number}"
         try:
             examples += _examples(source, prompt, raw)
+        except HiddenLabel as error:
+            hidden, why = hidden + 1, str(error)
         except BAD_ROW as error:
-            unusable, reason = unusable + 1, _explained(error)
-        places += [f"{origin}, row {number}"] * (len(examples) - len(places))
+            raise ValueError(f"{place}: {_explained(error)}") from error
+        places += [place] * (len(examples) - len(places))
     if not examples:
-        raise ValueError(f"{origin}: no row of it can be used ({reason})")
-    return Loaded(examples, origin, unusable, places)
+        raise ValueError(f"{origin}: {why}")
+    return Loaded(examples, origin, hidden, places)
 
 
 def plain(value: Any) -> Any:

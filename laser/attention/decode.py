@@ -37,7 +37,7 @@ BLOCK = 64  # slots; the capacity of a cache is a multiple of it
 class _Sums(NamedTuple):
     """Sums over the slots so far, float32. Logits count relative to `top`, values to `reference`.
 
-    `reference` is a (B, H, 1 or T, D) array; standard attention has none.
+    `reference` is a (B, H, 1, D) array for LASER. Standard attention has none: (B, H, 0, D).
     """
 
     top_BHT1: Array

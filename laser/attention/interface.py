@@ -49,15 +49,8 @@ def attention(
     - LASER's output is finite, and right to rounding; standard attention's is, of values up to half
       the largest.
     - A key that a query may not see, later or of another segment, has no part in its output and in
-      no gradient through it, beyond their rounding. It may decide how that rounds: which reference
-      or anchor the keys of its tile (`pallas`), chunk (`chunked`) or row (`cudnn`, by its first 128
-      positions) share, and whether the exact path runs. Within its own tile an output may move by
-      the error that it has anyway: that of float32 on the exact path, and of bfloat16 where an
-      anchor falls. In earlier chunks outputs keep every bit, and in earlier tiles but for this: a
-      value above 60 nats, or an output 62 below the largest value or 0, gives its whole row of the
-      batch the wider form of the kernels. Then outputs below -40, and those of features of which
-      their tile or one before it has a value above 22, move by up to 1e-5 nats (float32) or 2^-8
-      (bfloat16: 4 % of an output of 0.1), and by the rounding of the output.
+      no gradient through it. It may decide how they are rounded: where, and by how much they move,
+      is in docs/function.md#what-a-later-token-may-change.
 
     V that is not finite shows: +inf or NaN makes the output of every query that sees it not finite
     in that feature, and so does -inf in standard attention (in LASER exp(-inf) counts as 0, or the

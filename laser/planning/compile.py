@@ -75,7 +75,8 @@ def trace_step(config: RunConfig, devices: Sequence) -> tuple[Program, jax.stage
 
 
 def _with_steps(config: RunConfig) -> RunConfig:
-    """Of a config in epochs, one of the same program but for the length of its schedule."""
+    """The config with a number of steps. One that counts in epochs learns it from its data; here it
+    gets any, as the program is the same but for the length of its schedule."""
     if config.training.steps:
         return config
     steps = config.optimizer.warmup_steps + 1

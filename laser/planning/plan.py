@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from laser.training import roofline, sharding
 from laser.training.config import MeshConfig, RunConfig
 from laser.training.devices import check_devices
 from laser.training.hardware import CHIPS
+from models.families import abstract_parameters
 
 COPY = "slices"  # stands for the network between slices among the torus' axes
 
@@ -132,7 +132,7 @@ def _plan(
     known = has_libtpu()
     schedule = _schedule(config, topology, mesh, compiled) if known else None
     peak = compiled.peak / GIB
-    params = sharding.abstract_parameters(config.model)
+    params = abstract_parameters(config.model)
     return Plan(
         topology=topology.name,
         rented_as=topology.rented_as,
@@ -195,13 +195,20 @@ def _links(topology: Topology, mesh: Mesh) -> Links:
     chip = CHIPS[topology.device_kind]
     along = {name: _torus_axes(mesh, topology, i) for i, name in enumerate(mesh.axis_names)}
 
+    counts = _link_counts(topology)
+
     def links(axes: tuple[str, ...]) -> tuple[frozenset, float]:
         held: frozenset = frozenset().union(*(along[name] for name in axes))
         if COPY in held:
             return held, chip.slice_bandwidth
-        return held, chip.link_bandwidth * sum(2 if topology.wrap[axis] else 1 for axis in held)
+        return held, chip.link_bandwidth * sum(counts[axis] for axis in held)
 
     return links
+
+
+def _link_counts(topology: Topology) -> dict[int, int]:
+    """Axis of the torus → links of a chip along it: two where the axis closes to a ring."""
+    return {axis: 2 if closes else 1 for axis, closes in enumerate(topology.wrap)}
 
 
 def _traffic(found: Sequence[Collective]) -> list[Traffic]:
@@ -221,8 +228,7 @@ def _network_seconds(
     """Lower bounds from links within a slice, and from the network between slices (0: unknown)."""
     chip = CHIPS[topology.device_kind]
     along = {name: _torus_axes(mesh, topology, i) for i, name in enumerate(mesh.axis_names)}
-    links = {axis: 2 if closes else 1 for axis, closes in enumerate(topology.wrap)}
-    links = {axis: n for axis, n in links.items() if topology.shape[axis] > 1}
+    links = {axis: n for axis, n in _link_counts(topology).items() if topology.shape[axis] > 1}
     received: dict[frozenset[int], float] = collections.defaultdict(float)
     between = 0.0
     for one in found:
@@ -263,4 +269,4 @@ def estimated_peak_gib(config: RunConfig, mesh: MeshConfig) -> float:
     if config.training.accumulation > 1:
         gradient = 4 * roofline.parameter_count(model) / (mesh.fsdp * mesh.tensor)
     total = roofline.state_bytes(config, mesh) + roofline.kept_bytes(config, mesh) + gradient
-    return (total + max(layer, embedding)) / math.pow(2, 30)
+    return (total + max(layer, embedding)) / GIB

@@ -70,7 +70,7 @@ class Line:
     gib: float = 0.0
 
     def times(self, trips: int) -> "Line":
-        """Of a loop's body, the same of all its rounds."""
+        """The same line for all rounds of a loop, from that of its body."""
         beside = {kind: seconds * trips for kind, seconds in self.beside.items()}
         sums = {name: getattr(self, name) * trips for name in SUMS}
         return dataclasses.replace(self, **sums, beside=beside)
@@ -289,7 +289,7 @@ def _is_start(op: Instruction) -> bool:
 
 def _started_by(op: Instruction) -> str:
     """Name of the instruction that started what this one ends; "" if it ends nothing."""
-    if op.opcode in ("copy-done", "slice-done", "send-done") or op.opcode.endswith("-done"):
+    if op.opcode.endswith("-done"):
         return op.operands[0] if op.opcode != "recv-done" else ""
     if op.name.startswith("async-collective-done"):
         return op.name.replace("-done", "-start", 1)

@@ -7,7 +7,7 @@ with its layers unrolled some.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, get_args, get_type_hints
 
 from laser.planning.plan import Plan, TooLarge, estimated_peak_gib, make_plan
 from laser.planning.topologies import Topology
@@ -16,8 +16,6 @@ from laser.training.config import MeshConfig, RunConfig
 from laser.training.devices import check_devices
 from laser.training.hardware import CHIPS
 
-Remat = Literal["none", "dots", "full"]
-REMAT: tuple[Remat, ...] = get_args(Remat)
 LARGEST_TENSOR = 8
 SLACK = 1.3  # the hand-counted peak may be too high by this factor before a candidate is left out
 TRIES = 12  # programs that do not fit, before giving up
@@ -53,9 +51,10 @@ def candidates(config: RunConfig, topology: Topology, attention: str) -> list[Ca
 
 def _variants(config: RunConfig, topology: Topology) -> Iterator[Candidate]:
     rows = config.training.batch_size
+    policies = get_args(get_type_hints(type(config.model))["remat"])
     for mesh in _meshes(topology):
         for accumulation in _powers_of_two(rows // (mesh.data * mesh.fsdp)):
-            for remat in REMAT:
+            for remat in policies:
                 variant = _with(config, mesh, accumulation, remat)
                 if variant is not None:
                     yield variant, mesh
@@ -76,7 +75,7 @@ def _powers_of_two(largest: int) -> Iterator[int]:
         power *= 2
 
 
-def _with(config: RunConfig, mesh: MeshConfig, accumulation: int, remat: Remat) -> RunConfig | None:
+def _with(config: RunConfig, mesh: MeshConfig, accumulation: int, remat: Any) -> RunConfig | None:
     """The config with another layout, or None if they do not fit together."""
     try:
         mesh = dataclasses.replace(config.mesh, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
@@ -123,11 +122,12 @@ def search(
 
 
 def flags(config: RunConfig) -> list[str]:
-    """The command-line flags that a candidate stands for."""
+    """The command-line flags that give the layout of a candidate, as it was planned."""
     return [
         f"--config.mesh.data={config.mesh.data}",
         f"--config.mesh.fsdp={config.mesh.fsdp}",
         f"--config.mesh.tensor={config.mesh.tensor}",
         f"--config.training.accumulation={config.training.accumulation}",
         f"--config.model.remat={config.model.remat}",
+        f"--config.model.unroll={config.model.unroll}",
     ]

@@ -1,4 +1,5 @@
-"""The table of the plans of all shipped configs: docs/plans.json, and plans.md for people."""
+"""The table of the plans of all shipped configs: docs/plans.json, and for people plans.md and, of
+an older layout, compiler-notes.md."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,10 +21,12 @@ COLUMNS = (
 )  # fmt: skip
 SCHEDULED = ("hours as scheduled", "ms as scheduled", "MFU as scheduled")
 # Rows that were made before schedules were read have the layouts of that time.
-OLDER = """### Of an older layout
+OLDER = """## Plans of an older layout
 
-These rows were made before the compiler options, the layout of gathers and unrolled layers. They
-have no schedule, and `slice=` gives other layouts by now: compare them with each other alone."""
+For whoever asks whether standard or differential attention, or Muon, fits, and what bounds it.
+They were made before the compiler options, the layout of gathers and unrolled layers, and have no
+schedule. `slice=` gives other layouts by now: compare their memory with each other's alone."""
+NOTES = "compiler-notes.md"
 START, END = "<!-- table -->", "<!-- end of table -->"
 
 
@@ -42,7 +45,7 @@ def row(plan: dict[str, Any]) -> dict[str, Any]:
 def renew(
     path: Path, names: Sequence[str], make: Callable[[str], dict[str, Any]], only: str = ""
 ) -> None:
-    """Makes the rows that are not in the file yet, and writes the text beside it after each.
+    """Makes the rows that are not in the file yet, and puts the tables into the pages beside it.
 
     Args:
       path: docs/plans.json.
@@ -56,8 +59,11 @@ def renew(
             rows[name] = row(make(name))
             rows = {known: rows[known] for known in names if known in rows}
             path.write_text(json.dumps(rows, indent=1) + "\n")
-    document = path.with_suffix(".md")
-    document.write_text(insert(document.read_text(), render(rows)))
+    for page, text in (
+        (path.with_suffix(".md"), render(rows)),
+        (path.with_name(NOTES), render_older(rows)),
+    ):
+        page.write_text(insert(page.read_text(), text))
 
 
 def arguments(name: str) -> dict[str, str]:
@@ -72,13 +78,15 @@ def insert(document: str, table: str) -> str:
 
 
 def render(rows: dict[str, dict[str, Any]]) -> str:
-    """Rows as Markdown: a table of those with a schedule, and one of the others, if there are."""
+    """Rows with a schedule, as a table in Markdown."""
     current = {name: plan for name, plan in rows.items() if plan.get("schedule_seconds")}
-    older = {name: plan for name, plan in rows.items() if name not in current}
-    parts = [_table(current, (*COLUMNS, *SCHEDULED))]
-    if older:
-        parts += [OLDER, _table(older, COLUMNS)]
-    return "\n\n".join(parts)
+    return _table(current, (*COLUMNS, *SCHEDULED))
+
+
+def render_older(rows: dict[str, dict[str, Any]]) -> str:
+    """The other rows, as a section in Markdown; "" of none."""
+    older = {name: plan for name, plan in rows.items() if not plan.get("schedule_seconds")}
+    return f"{OLDER}\n\n{_table(older, COLUMNS)}" if older else ""
 
 
 def _table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:

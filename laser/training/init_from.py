@@ -1,16 +1,13 @@
 """A run that starts from the parameters of another one, its init_from."""
 
-import functools
-
-import jax
-
 from data.reading.files import path_of
 from laser.training.checkpoint import CheckpointError, saved_steps
 from laser.training.config import RunConfig
 from laser.training.folders import folder_of
 from laser.training.rows import Rows
-from laser.training.run_folder import load_run_config
-from models.families import AnyModelConfig, init_parameters
+from laser.training.run_folder import different_types, load_run_config
+from laser.training.tensors import tensor_types
+from models.families import abstract_parameters
 
 
 def check_init(config: RunConfig, rows: Rows) -> int:
@@ -28,18 +25,10 @@ def check_init(config: RunConfig, rows: Rows) -> int:
             f"{where}: its tokenizer is not that of {tokenizer}, so the same ids mean "
             "other text; prepare the data with --tokenizer=" + str(start / "tokenizer.model")
         )
-    there, here = (_parameter_shapes(model) for model in (theirs, config.model))
-    for name in sorted(there.keys() | here.keys()):
-        if there.get(name) != here.get(name):
-            raise ValueError(
-                f"{where}: its model has other parameters: {name} is {there.get(name, 'absent')} "
-                f"there and {here.get(name, 'absent')} here; leave the sections model and "
-                "attention as that run has them"
-            )
+    there, here = (tensor_types(abstract_parameters(model)) for model in (theirs, config.model))
+    if other := different_types(there, here):
+        raise ValueError(
+            f"{where}: its model has other parameters: {other}; leave the sections model and "
+            "attention as that run has them"
+        )
     return step
-
-
-def _parameter_shapes(model: AnyModelConfig) -> dict[str, tuple[int, ...]]:
-    abstract = jax.eval_shape(functools.partial(init_parameters, model, 0))
-    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}

@@ -32,7 +32,7 @@ from jax.sharding import (
 
 from laser.training.config import RunConfig
 from laser.training.devices import check_devices
-from models.families import AnyModelConfig, Parameters, init_parameters
+from models.families import Parameters, abstract_parameters
 
 TENSOR = "tensor"
 AXES = ("data", "fsdp", TENSOR)  # of a mesh with one fsdp axis
@@ -169,12 +169,6 @@ def _factorizations(number: int) -> Iterator[tuple[int, ...]]:
             yield from ((a, b, rest // b) for b in range(2, rest) if rest % b == 0)
 
 
-@functools.cache
-def abstract_parameters(model: AnyModelConfig) -> Parameters:
-    """The parameters as ShapeDtypeStructs."""
-    return jax.eval_shape(functools.partial(init_parameters, model, 0))
-
-
 def single_device_mesh() -> Mesh:
     """The mesh of the first device alone."""
     axis_types = (AxisType.Auto,) * len(AXES)
@@ -203,7 +197,7 @@ def batch_shards(mesh: AnyMesh) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an array whose first dim is rows of a batch."""
+    """The sharding of an array whose first dim is rows of a batch."""
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
@@ -276,8 +270,20 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def described(abstract: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs with their shardings, from a tree of each."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+
+
+def placed(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """A global array of which every host makes its own part."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
 def name_of(path: tuple) -> str:
-    """Of a parameter at this tree path, such as 'blocks/mlp/up'; also of its moments."""
+    """The name of a parameter at this tree path, such as 'blocks/mlp/up'; also of its moments."""
     return "/".join(key.key for key in path if hasattr(key, "key"))
 
 
@@ -296,7 +302,7 @@ def unsharded(mesh: AnyMesh, params: Parameters) -> dict[str, int]:
 
 
 def unsharded_share(mesh: AnyMesh, params: Parameters) -> float:
-    """Of the parameters' bytes, and so of the state's, between 0 and 1."""
+    """The share of the parameters' bytes, and so of the state's, that is in `unsharded`: 0 to 1."""
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(params).values())
     return sum(unsharded(mesh, params).values()) / total
 

@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from eval.generation.generator import Generator
 from export.folder import load_exported
 from models.config import AttentionConfig
-from models.decoder import structure
+from models.families import structure
 from tests.export.test_export import (
     BERT,
     EVERYTHING,

@@ -12,7 +12,8 @@ from configs import bert
 from laser.training.config import load_config
 from laser.training.roofline import parameter_count
 from models.config import AttentionConfig, BertConfig
-from models.decoder import init_parameters, sinusoidal, structure, train_flops_per_token
+from models.decoder import sinusoidal, train_flops_per_token
+from models.families import init_parameters, structure
 
 SMALL = BertConfig(
     vocab_size=50, num_layers=2, model_dim=16, mlp_dim=32, num_heads=2, head_dim=8,

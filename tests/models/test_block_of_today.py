@@ -14,7 +14,8 @@ from laser.training import roofline, sharding
 from laser.training.config import load_config
 from laser.training.program import Program
 from models.config import AttentionConfig, ModelConfig
-from models.decoder import init_parameters, train_flops_per_token
+from models.decoder import train_flops_per_token
+from models.families import init_parameters
 from models.layers import Mlp
 from tests.models.test_decoding import moved, piecewise, row_tokens, whole
 

@@ -12,7 +12,7 @@ from flax import nnx
 from configs import conformer as shipped
 from laser.training.config import load_config
 from laser.training.roofline import parameter_count
-from models import conformer
+from models import conformer, families
 from models.config import AttentionConfig, ConformerConfig
 from tests.models import conformer_oracle
 
@@ -28,7 +28,7 @@ def make_config(variant="laser", **fields):
 
 def random_parameters(config, seed=0):
     """Of every parameter other values than its initial ones, which are often 0 or 1."""
-    shapes = jax.eval_shape(functools.partial(conformer.init_parameters, config, 0))
+    shapes = jax.eval_shape(functools.partial(families.init_parameters, config, 0))
     draws = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -51,13 +51,13 @@ def batch(lengths, frames, bins=10, seed=1):
 
 
 def forward(config, params, *inputs):
-    return jax.jit(nnx.merge(conformer.structure(config), params))(*inputs)
+    return jax.jit(nnx.merge(families.structure(config), params))(*inputs)
 
 
 @pytest.mark.parametrize("size, millions", [("32m", 32.3), ("105m", 104.9)])
 def test_as_many_parameters_as_algoperf(size, millions):
     config = load_config(shipped.get_config(f"size={size}")).model
-    params = jax.eval_shape(lambda: conformer.init_parameters(config, 0))
+    params = jax.eval_shape(lambda: families.init_parameters(config, 0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert round(count / 1e6, 1) == millions
 
@@ -67,7 +67,7 @@ def test_the_config_counts_the_matrices():
     config = ConformerConfig(
         vocab_size=1024, num_layers=4, model_dim=512, mlp_dim=2048, num_heads=8
     )
-    params = jax.eval_shape(lambda: conformer.init_parameters(config, 0))
+    params = jax.eval_shape(lambda: families.init_parameters(config, 0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert parameter_count(config) == pytest.approx(count, rel=3e-3)
 
@@ -110,7 +110,7 @@ def test_more_padding_and_empty_rows_change_nothing(variant, frames):
     params = random_parameters(config)
 
     def loss(params, features, lengths):
-        model = nnx.merge(conformer.structure(config), params)
+        model = nnx.merge(families.structure(config), params)
         outputs = model(features, lengths, jnp.zeros(len(lengths), jnp.uint32))
         valid = conformer.within(outputs.logits_BTV.shape[1], outputs.positions_B)
         return jnp.sum(jnp.square(outputs.logits_BTV) * valid[..., None]), outputs
@@ -201,8 +201,8 @@ def test_flops_are_those_that_xla_counts():
     """Of the forward pass of one block, so that no scan hides others; a third of all."""
     fields = {"num_layers": 1, "model_dim": 64, "mlp_dim": 256, "mel_bins": 80}
     config = make_config("standard", unroll=True, **fields)
-    params = conformer.init_parameters(config, 0)
-    model = nnx.merge(conformer.structure(config), params)
+    params = families.init_parameters(config, 0)
+    model = nnx.merge(families.structure(config), params)
     features, frames = batch([200], 200, bins=80)
     compiled = jax.jit(lambda x, n: model(x, n).logits_BTV).lower(features, frames).compile()
     counted = compiled.cost_analysis()["flops"]
@@ -212,7 +212,7 @@ def test_flops_are_those_that_xla_counts():
 
 def test_moments_move_and_nothing_else_does():
     config = make_config()
-    params = conformer.init_parameters(config, 0)
+    params = families.init_parameters(config, 0)
     step = conformer.Moments(jnp.full((2, 16), 3.0), jnp.full((2, 16), 5.0))
     new = jax.tree.map(lambda x: x + 1, params)
     moved = conformer.moved(config, params, new, step)

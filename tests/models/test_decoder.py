@@ -12,15 +12,8 @@ from flax import nnx
 from configs import c4
 from laser.training.config import load_config
 from models.config import AttentionConfig, ModelConfig
-from models.decoder import (
-    Decoder,
-    init_parameters,
-    look_up,
-    positions,
-    sinusoidal,
-    structure,
-    train_flops_per_token,
-)
+from models.decoder import Decoder, look_up, positions, sinusoidal, train_flops_per_token
+from models.families import init_parameters, structure
 
 SMALL = ModelConfig(
     vocab_size=50, num_layers=3, model_dim=16, mlp_dim=32, num_heads=2, head_dim=8, remat="none"

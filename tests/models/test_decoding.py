@@ -11,8 +11,9 @@ from flax import nnx
 
 from laser.attention.decode import BLOCK
 from models.config import AttentionConfig, ModelConfig
-from models.decoder import embed, init_parameters, structure
+from models.decoder import embed
 from models.decoding import append, empty_cache, next_logits, unstack
+from models.families import init_parameters, structure
 from models.layers import Norm
 
 SMALL = ModelConfig(

@@ -2,11 +2,7 @@
 
 import dataclasses
 import importlib.util
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +17,21 @@ from laser.training.objectives.speech import TRANSCRIPTS, greedy_paths
 from laser.training.program import Program
 from laser.training.sharding import make_mesh
 from laser.training.share import Share
-from models import conformer, stack
+from models import families, stack
 from models import products as model_products
-from models.decoder import init_parameters
 from models.decoding import append, empty_cache, next_logits, unstack
+from models.families import init_parameters
+from tests import forked
 
 pytestmark = pytest.mark.usefixtures("own_programs")
-ROOT = Path(__file__).resolve().parents[2]
 OF_BFLOAT16 = re.compile(r"dot_general .* -> tensor<[\dx]+xbf16>")
 PRODUCT = re.compile(r"stablehlo.dot_general .*")
 
 
 @pytest.fixture(scope="module")
 def config(module_arguments):
-    argv = ["train.py", *module_arguments, "--config.attention.implementation=chunked"]
+    fields = {"attention.implementation": "chunked", "model.num_layers": 1}
+    argv = ["train.py", *module_arguments, *(f"--config.{x}={y}" for x, y in fields.items())]
     own: absl_flags.FlagValues = absl_flags.FlagValues()
     return flags.parse(argv, lambda values: own)[0]
 
@@ -114,7 +111,7 @@ def test_transcripts_have_it_too(as_for_tpus):
     config = tones.get_config("attention=laser")
     config.attention.implementation = "chunked"
     config = load_config(config)
-    params = jax.eval_shape(lambda: conformer.init_parameters(config.model, 0))
+    params = jax.eval_shape(lambda: families.init_parameters(config.model, 0))
     rows = TRANSCRIPTS.rows(config)
     batch = {name: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for name, x in rows.items()}
     del batch["noise"]
@@ -154,10 +151,7 @@ for ops in module.computations.values():
 )
 def test_the_compiler_for_tpus_takes_it(module_arguments):
     arguments = [*module_arguments, "--config.attention.implementation=chunked"]
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILED, *arguments], cwd=ROOT, capture_output=True, text=True,
-        check=False, env={**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"},
-    )  # fmt: skip
+    result = forked.run_for_tpu(COMPILED, arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     products = result.stdout.splitlines()
     assert len(products) > 10

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 from configs import vit as shipped
 from laser.training.config import load_config
-from models import vit
+from models import families, vit
 from models.config import AttentionConfig, VitConfig
 
 SMALL = VitConfig(
@@ -27,12 +28,12 @@ def test_sizes_have_the_number_of_parameters_of_algoperf(size, count):
     assert count - {"s16": 22_050_664, "ti16": 5_717_416}[size] == (
         config.model_dim * (config.model_dim + 1) - 198 * config.model_dim
     )
-    params = jax.eval_shape(functools.partial(vit.init_parameters, config, 0))
+    params = jax.eval_shape(functools.partial(families.init_parameters, config, 0))
     assert sum(x.size for x in jax.tree.leaves(params)) == count
 
 
 def test_a_new_model_says_that_all_classes_are_alike():
-    logits, _ = run(SMALL, vit.init_parameters(SMALL, 0), images(2))
+    logits, _ = run(SMALL, families.init_parameters(SMALL, 0), images(2))
     np.testing.assert_array_equal(logits, np.zeros((2, 7)))
 
 
@@ -41,9 +42,9 @@ def images(count: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def parameters(config: VitConfig) -> vit.Parameters:
+def parameters(config: VitConfig) -> families.Parameters:
     """All of them random, those too that start at 0 or 1."""
-    params = vit.init_parameters(config, 0)
+    params = families.init_parameters(config, 0)
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     noisy = [np.float32(x + 0.1 * rng.normal(size=x.shape)) for x in leaves]
@@ -51,7 +52,7 @@ def parameters(config: VitConfig) -> vit.Parameters:
 
 
 def run(config: VitConfig, params, pixels, noise=None):
-    model = nnx.merge(vit.structure(config), jax.tree.map(jnp.asarray, params))
+    model = nnx.merge(families.structure(config), jax.tree.map(jnp.asarray, params))
     return jax.jit(model)(jnp.asarray(pixels), noise)
 
 
@@ -196,15 +197,20 @@ def test_an_image_has_the_logits_that_it_has_alone():
 
 def test_the_first_patch_sees_the_last_one():
     params, pixels = parameters(SMALL), jnp.asarray(images(1))
-    model = nnx.merge(vit.structure(SMALL), jax.tree.map(jnp.asarray, params))
+    model = nnx.merge(families.structure(SMALL), jax.tree.map(jnp.asarray, params))
     block = jax.tree.map(lambda x: jnp.asarray(x)[0], params["blocks"])
     one = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: nnx.clone(model.blocks))), block)
     x_BTM = jnp.asarray(vit.patches(pixels, 4)[:, :, :32])
 
     def first(x):
-        return one.encode(x, jnp.int32(0), None)[0][0, 0].sum()
+        return one(x, jnp.int32(0), None)[0][0, 0].sum()
 
     assert jnp.abs(jax.jit(jax.grad(first))(x_BTM)[0, -1]).max() > 1e-6
+
+
+def test_a_block_has_no_way_around_its_dropout():
+    assert not hasattr(vit.EncoderBlock, "decode")
+    assert "noise_B" in inspect.signature(vit.EncoderBlock.__call__).parameters
 
 
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"unroll": True}])

@@ -18,7 +18,7 @@ from laser.training import flags, loop, roofline, sharding
 from laser.training.config import MeshConfig, load_config, to_dict
 from laser.training.hardware import CHIPS
 from laser.training.rows import StoreRows
-from models.decoder import init_parameters
+from models.families import abstract_parameters, init_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,7 +96,7 @@ def test_what_the_backward_pass_finds():
 @pytest.mark.parametrize("size", c4.SIZES)
 def test_parameters_are_counted_by_hand(size):
     model = load_config(c4.get_config(f"size={size}")).model
-    params = sharding.abstract_parameters(model)
+    params = abstract_parameters(model)
     exact = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert roofline.parameter_count(model) == pytest.approx(exact, rel=2e-3)
 
@@ -157,6 +157,21 @@ def test_candidates_divide_and_are_ranked():
     assert all(mesh.data <= 2 for _, mesh in found)
 
 
+def test_the_flags_of_a_candidate_give_the_layout_that_was_planned():
+    """Also where layers were planned in a loop, and the recipe unrolls them."""
+    recipe = ["plan.py", "--config=configs/c4.py:size=301m,slice=v5e-64"]
+
+    def read(*more):
+        own: absl_flags.FlagValues = absl_flags.FlagValues()
+        return flags.parse([*recipe, *more], lambda values: own)[0]
+
+    planned = read("--config.model.unroll=False")
+    found = search.candidates(planned, parse_topology("v5e:8x8"), "pallas")
+    assert {variant.model.remat for variant, _ in found} == {"none", "dots", "full"}
+    for variant, _ in found[:: len(found) // 3]:
+        assert read(*search.flags(variant)) == variant
+
+
 def test_a_mesh_that_cannot_be_made_is_tried_and_told_once(monkeypatch):
     config = load_config(c4.get_config("size=7p7b"))
     topology = parse_topology("v5e:4x4")
@@ -202,7 +217,8 @@ def test_a_plan_of_simulated_devices_says_what_it_is(run, monkeypatch):
 
 def test_a_table_is_put_between_its_marks(tmp_path):
     path = tmp_path / "plans.json"
-    (tmp_path / "plans.md").write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+    for page in ("plans.md", table.NOTES):
+        (tmp_path / page).write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
     names = [f"size={size},attention=laser,slice=v5e-64" for size in ("301m", "435m")]
     plan = {
         **dict.fromkeys(table.FIELDS, 1.23456789), "traffic": [{"kind": "all-gather", "gib": 2.0}],
@@ -228,7 +244,8 @@ def test_a_table_is_put_between_its_marks(tmp_path):
     assert rows[0].endswith("| 1.2 | 2.5 | 2000 | 50.0 % |")
     assert all(" | dots, unrolled | " in row for row in rows)
     assert "\nold\n" not in text
-    assert table.OLDER not in text
+    notes = (tmp_path / table.NOTES).read_text()
+    assert notes == f"before\n{table.START}\n\n{table.END}\nafter\n"  # no row lacks a schedule
 
 
 def test_rows_without_a_schedule_are_a_table_of_their_own():
@@ -236,10 +253,10 @@ def test_rows_without_a_schedule_are_a_table_of_their_own():
     name = "size=2p2b,attention=laser,slice=v5e-256"
     assert table.hours_as_scheduled(rows[name]) == pytest.approx(19.5, abs=0.05)
     older = {**rows[name], "schedule_seconds": None, "schedule_mfu": None}
-    current, marked, rest = table.render({name: rows[name], "x=1," + name: older}).partition(
-        table.OLDER
-    )
-    assert marked
+    both = {name: rows[name], "x=1," + name: older}
+    current = table.render(both)
+    nothing, _, rest = table.render_older(both).partition(table.OLDER)
+    assert not nothing
     for part, columns in ((current, (*table.COLUMNS, *table.SCHEDULED)), (rest, table.COLUMNS)):
         lines = part.strip().splitlines()
         assert [line.count(" | ") + 1 for line in lines[::2]] == 2 * [len(columns)]
@@ -263,5 +280,9 @@ def test_shipped_layouts_are_of_the_config():
     assert not config.model.unroll
     assert load_config(c4.get_config("size=2p2b,slice=v5e-256")).model.unroll
     assert config.mesh == MeshConfig(data=1, fsdp=-1, tensor=1)
-    with pytest.raises(ValueError, match=r"no layout of size 301m on slice 'v5e-256'.*v5e-64"):
+    with pytest.raises(
+        ValueError,
+        match=r"no layout of size 301m on slice 'v5e-256'.*v5e-64.*leave slice out and run "
+        r"scripts/plan.py --search --topology=",
+    ):
         c4.get_config("size=301m,slice=v5e-256")

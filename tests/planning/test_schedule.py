@@ -2,18 +2,14 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from laser.planning.hlo import Module
 from laser.planning.schedule import COPIES, KERNELS, PRODUCTS, TRANSFERS, WORK, read_schedule
 from laser.training.hardware import CHIPS
+from tests import forked
 
-ROOT = Path(__file__).resolve().parents[2]
 V5P = CHIPS["TPU v5"]
 US = 1e-6
 
@@ -203,10 +199,7 @@ print(json.dumps([schedule(dependent) for dependent in (True, False)]))
 )
 @pytest.mark.slow
 def test_a_product_and_a_gather_that_the_compiler_scheduled():
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"},
-    )  # fmt: skip
+    result = forked.run_for_tpu(COMPILED, optimized=True)
     assert result.returncode == 0, result.stderr[-2000:]
     product = 2 * 4096 * 4096 * 8192 / V5P.flops
     gather = 4096 * 8192 * 2 * 7 / 8 / 100e9

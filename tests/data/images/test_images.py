@@ -5,6 +5,7 @@ import types
 import zlib
 from pathlib import Path
 
+import google_crc32c
 import jax
 import numpy as np
 import pytest
@@ -296,5 +297,46 @@ def test_a_prepared_set_of_tfds_is_read_without_its_pipeline(tmp_path, monkeypat
     for i in (7, 0, 9):
         assert images.read(i) == (jpeg(picture(i)), 7 * i)
     assert "imagenet2012/5.1.0/train, example 7" in images.name(7)
-    with pytest.raises(ValueError, match="no split 'test'"):
+    with pytest.raises(ValueError, match=r"images.test=tfds:imagenet2012:5\.1\.0: no split"):
         sources.open_test_images("tfds:imagenet2012:5.1.0", images, sources.Broken(0))
+    last = max(Path(builder.data_dir).glob("*-train*"))
+    flip(last, 1000)
+    images, _ = sources.open_images("tfds:imagenet2012:5.1.0", sources.Broken(0))
+    with pytest.raises(OSError, match=r"imagenet2012/5.1.0/train, example \d: ") as error:
+        [images.read(i) for i in range(10)]
+    assert "\n" not in str(error.value)
+    assert file_format == "array_record" or f"{last}: damaged" in str(error.value)
+    flip(last, 0 if file_format == "tfrecord" else last.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"damaged or cut off: copy or build the set again"):
+        sources.open_images("tfds:imagenet2012:5.1.0", sources.Broken(0))
+    with pytest.raises(ValueError, match=r"images.source=tfds:imagenet2012: has no ver"):
+        sources.open_images("tfds:imagenet2012", sources.Broken(0))
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_of_a_tfrecord_is_an_error_that_names_the_file(tmp_path):
+    def checked(part):
+        crc = google_crc32c.value(part)
+        masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+        return part + masked.to_bytes(4, "little")
+
+    path = tmp_path / "x.tfrecord"
+    contents = [b"first", b"", b"the third"]
+    path.write_bytes(
+        b"".join(checked(len(part).to_bytes(8, "little")) + checked(part) for part in contents)
+    )
+    assert list(sources.TfRecords([str(path)])) == contents
+    flip(path, -6)  # in the third
+    records = sources.TfRecords([str(path)])
+    assert records[1] == b""
+    damaged = rf"^{path}: damaged or cut off: copy or build the set again \(a checksum differs\)$"
+    with pytest.raises(ValueError, match=damaged):
+        records[2]
+    flip(path, 0)  # in the length of the first
+    with pytest.raises(ValueError, match=damaged):
+        sources.TfRecords([str(path)])

@@ -365,6 +365,10 @@ def test_arguments_of_no_use_are_errors(split):
     with pytest.raises(ValueError) as error:
         _train(split, prefetch=0)
     assert "prefetch=0" in str(error.value)
+    closed = []
+    with pytest.raises(ValueError, match="prefetch=0"):
+        Prefetcher(lambda step: (step, {}), range(4), 0, lambda: closed.append(True))
+    assert closed == [True]
     with pytest.raises(ValueError) as error:
         _train(split, seq_len=10_000)
     assert "seq_len=10000" in str(error.value)

@@ -81,10 +81,10 @@ def _random_case(rng):
 
 @pytest.mark.slow
 def test_the_order_is_that_of_whole_epochs_written_out():
-    """200 random seeds, numbers of rows, batches and blocks; steps in any order, over the ends of
+    """80 random seeds, numbers of rows, batches and blocks; steps in any order, over the ends of
     epochs; batches larger than the number of blocks, and than the number of rows."""
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(80):
         seed, num_rows, batch, block = case = _random_case(rng)
         epochs = [_epoch(seed, e, num_rows, batch, block) for e in range(2)]
         for epoch in epochs:

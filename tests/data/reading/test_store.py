@@ -13,7 +13,7 @@ import pytest
 from data.reading.manifest import MANIFEST, read_manifest
 from data.reading.store import StoreChangedError, TokenStore
 from data.sealed import seal
-from tests.data.padded import padded_rows
+from tests.data.padded import documents_of, padded_rows
 
 STREAM = [1, *range(100, 110), 1, *range(200, 211), 1]  # 24 tokens, 2 documents
 
@@ -240,7 +240,7 @@ def test_a_store_that_is_replaced_while_it_is_read_gives_its_own_rows(make_store
     np.testing.assert_array_equal(_rows(store), before)
     (store.path / "train-00000.offsets").unlink()
     with pytest.raises(StoreChangedError, match="offsets: is gone since the store was opened"):
-        store.split("train").document(0)
+        list(store.split("train").document_lengths())
 
 
 DOCUMENTS = [[5, 6], [], [7], [8, 9, 10], []]
@@ -252,15 +252,10 @@ def documents(make_store):
     return make_store(train=shards).split("train")
 
 
-def test_documents_are_found_by_their_numbers(documents):
-    assert [documents.document(i).tolist() for i in range(5)] == DOCUMENTS
-    assert documents.document(0).dtype == np.int32
+def test_documents_are_found_by_their_lengths(documents):
+    assert [document.tolist() for document in documents_of(documents)] == DOCUMENTS
     lengths = [array.tolist() for array in documents.document_lengths()]
     assert lengths == [[2, 0], [1], [3, 0]]
-    for number in (-1, 5):
-        with pytest.raises(ValueError) as error:
-            documents.document(number)
-        assert f"document {number}: the split has 5" in str(error.value)
 
 
 def test_every_token_knows_its_document(documents):

@@ -1,5 +1,7 @@
 """The embedded corpus is complete, clean, and held out by chapters that no translation shows."""
 
+import operator
+
 import pytest
 
 from data.sources import corpus
@@ -20,6 +22,7 @@ def test_every_chapter_of_both_translations_is_there_once(chapters):
     names = {(c.translation, c.book, c.number) for c in chapters}
     assert len(chapters) == len(names) == 2 * 1189
     assert min(len(c.text) for c in chapters) > 150
+    assert all(map(operator.is_, corpus.chapters(), chapters))  # made once
 
 
 def test_text_reads_as_text(chapters):

@@ -23,6 +23,11 @@ ROOT = Path(__file__).resolve().parents[3]
 SECOND = np.ones(16_000, np.int16)
 
 
+def read(source):
+    """All recordings of a source."""
+    return [recording for part in recordings.parts(source) for recording in part.read()]
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speech") / "tones"
@@ -186,11 +191,20 @@ def test_one_that_ended_before_its_folder_had_its_name(store, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+IN_SMALL_PARTS = """
+import runpy, sys
+from data.speech import recordings
+recordings.AT_A_TIME = 400
+sys.argv[0] = "scripts/prepare_speech.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path):
     """By SIGKILL, at moments that come as they come."""
     command = [
-        sys.executable, "scripts/prepare_speech.py", "--train=tones:3000", "--vocab_size=12",
+        sys.executable, "-c", IN_SMALL_PARTS, "--train=tones:1200", "--vocab_size=12",
         "--validation=tones:20@1", f"--output={tmp_path / 'out'}",
     ]  # fmt: skip
     for record in ("train-00000.json", "train-00001.json"):
@@ -204,7 +218,7 @@ def test_a_killed_command_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "going on after 2 of 3 parts" in done.stderr
     opened = SpeechStore(tmp_path / "out").train
-    for i in (0, 999, 1000, 2999):
+    for i in (0, 399, 400, 1199):
         np.testing.assert_array_equal(opened.audio(i), tones.recording(0, i)[0])
 
 
@@ -285,7 +299,7 @@ def test_folders_as_librispeech_comes(tmp_path):
     lines = [f"19-198-000{i} A TALE OF {i}" for i in range(6)]
     (chapter / "19-198.trans.txt").write_text("\n".join(lines) + "\n")
 
-    first, *rest = recordings.read(str(tmp_path))
+    first, *rest = read(str(tmp_path))
     assert first.text == "A TALE OF 0"
     np.testing.assert_array_equal(first.audio, np.arange(1600))
     kinds = ["of another format"] * 2 + ["unreadable"] * 2 + ["without its file"]
@@ -323,7 +337,7 @@ def test_tensorflow_datasets(monkeypatch):
     }
     monkeypatch.setattr(tfds.core.DatasetInfo, "splits", splits)
     with tfds.testing.mock_data(as_dataset_fn=as_dataset):
-        one, *rest = recordings.read("tfds:librispeech:2.*.*@dev_clean+dev_other")
+        one, *rest = read("tfds:librispeech:2.*.*@dev_clean+dev_other")
         with pytest.raises(ValueError, match="tfds build librispeech"):
             recordings.parts("tfds:librispeech:2.*.*@nothing")
     assert (one.name, one.text, one.audio.tolist()) == ("19-198-0000", "SO IT IS", [0, 1, 2, 3, 4])
@@ -339,7 +353,7 @@ def test_sources_that_are_none(tmp_path):
         ("tfds:librispeech:2.*.*", "@SPLIT"),
     ):
         with pytest.raises(ValueError) as error:
-            list(recordings.read(source))
+            read(source)
         assert message in str(error.value)
 
 

@@ -218,7 +218,8 @@ def test_what_does_not_fit_is_refused(arguments, trained_run, store, tmp_path):
     ]
     refused([*stored, f"--config.init_from={other}"], tmp_path / "run", "its tokenizer is not")
     wide = [*arguments, "--config.model.mlp_dim=128"]
-    refused(wide, tmp_path / "run", "blocks/mlp/down is (2, 64, 32) there and (2, 128, 32) here")
+    other = "blocks/mlp/down is float32[2,64,32] there and float32[2,128,32] here"
+    refused(wide, tmp_path / "run", other)
     assert not (tmp_path / "run").exists()
 
 

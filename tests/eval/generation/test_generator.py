@@ -15,7 +15,7 @@ from eval.generation.generator import STEPS, Generator, _Text
 from eval.generation.sampling import Sampling, choose
 from laser.training import sharding
 from models.config import AttentionConfig, ModelConfig
-from models.decoder import init_parameters, structure
+from models.families import init_parameters, structure
 
 CONFIG = ModelConfig(
     vocab_size=400, num_layers=2, model_dim=32, mlp_dim=64, num_heads=2, head_dim=16,

@@ -402,7 +402,9 @@ def test_the_offline_score_is_that_of_the_task(workdir, data_dir, capsys):
     assert open_model(workdir, 2).step == 2
 
 
-def test_the_paper_stands_beside_models_of_its_size_and_attention_alone(trained_run):
+@pytest.fixture
+def of_the_paper(trained_run):
+    """The small run's config with the 2.2B model and the paper's batch."""
     saved = json.loads((trained_run / "config.json").read_text())["config"]
     saved["model"] |= {
         "num_layers": 32,
@@ -410,7 +412,14 @@ def test_the_paper_stands_beside_models_of_its_size_and_attention_alone(trained_
         "mlp_dim": 8192,
         "num_heads": 8,
         "head_dim": 512,
+        "vocab_size": 32_000,
     }
+    saved["training"]["batch_size"] = saved["data"]["seq_len"] = 1024
+    return saved
+
+
+def test_the_paper_stands_beside_models_of_its_size_and_attention_alone(of_the_paper):
+    saved = of_the_paper
     figures = paper.figures(load_config(saved).model)
     assert (figures["COPA"], figures["BoolQ"], len(figures)) == (87, 64.43, 16)
     assert sum(figures.values()) / 16 == pytest.approx(63.51, abs=0.005)
@@ -422,6 +431,47 @@ def test_the_paper_stands_beside_models_of_its_size_and_attention_alone(trained_
     assert paper.figures(load_config(saved).model)["CB"] == 42.85
     saved["model"] |= {"model_dim": 1024}
     assert paper.figures(load_config(saved).model) == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "other"),
+    [
+        ("model", {"norm": "rmsnorm"}), ("model", {"positions": "rotary"}),
+        ("model", {"logits_soft_cap": 30.0}), ("model", {"vocab_size": 50_000}),
+        ("model", {"mlp": "swiglu"}), ("model", {"num_kv_heads": 2}),
+        ("attention", {"soft_cap": 50.0}),
+    ],
+)  # fmt: skip
+def test_the_paper_does_not_stand_beside_another_model(of_the_paper, section, other):
+    assert paper.figures(load_config(of_the_paper).model)
+    of_the_paper[section] |= other
+    assert paper.figures(load_config(of_the_paper).model) == {}
+
+
+def test_the_paper_stands_beside_checkpoints_of_as_many_tokens_alone(of_the_paper):
+    def shown(step):
+        return sorted({*paper.figures_beside(load_config(of_the_paper), step)})
+
+    assert len(shown(160_000)) == len(shown(158_500)) == 16  # 168 B tokens: Table 2
+    assert shown(158_000) == shown(162_000) == shown(22_888) == []
+    of_the_paper["data"]["seq_len"] = 2048
+    assert shown(160_000) == []
+    assert len(shown(80_000)) == 16
+    of_the_paper["data"]["seq_len"] = 1024
+    of_the_paper["attention"]["diff"] = "official"  # 24 B tokens: Table 7
+    assert (len(shown(22_888)), shown(41_962), shown(160_000)) == (10, [], [])
+    of_the_paper["attention"]["diff"] = "none"
+    of_the_paper["model"] |= {  # 44 B tokens: Table 6
+        "model_dim": 3440, "mlp_dim": 11_584, "num_heads": 16, "head_dim": 720,
+    }  # fmt: skip
+    assert (len(shown(41_962)), shown(22_888), shown(160_000)) == (11, [], [])
+
+
+def test_a_temperature_that_the_paper_does_not_state_has_no_figure(of_the_paper):
+    of_the_paper["attention"] |= {"kind": "standard", "temperature": 0.9}
+    config = load_config(of_the_paper)
+    assert paper.figures(config.model)["OpenBookQA"] == 48.48
+    assert paper.figures_beside(config, 160_000) == {}
 
 
 def test_the_papers_figure_stands_beside_its_own_metric_alone():
@@ -462,7 +512,7 @@ def test_the_table_has_the_papers_column_and_remarks(trained_run):
     assert "± checkpoints" in results.table([result], {}, "checkpoints")
     assert "paper" not in results.table([result], {})
     assert results.remarks([result]) == [
-        "copa: the train split, as there is no validation split here; 2 rows without a usable "
-        "label left out; 3 of 4 prompts lost demonstrations"
+        "copa: the train split, as there is no validation split here; 2 rows left out, as "
+        "their labels are hidden; 3 of 4 prompts lost demonstrations"
     ]
     assert Settings().protocol == "gpt3"

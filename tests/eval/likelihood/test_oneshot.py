@@ -13,7 +13,7 @@ from eval.tasks.catalogue import OFFLINE, TASKS, Asking
 from eval.tasks.prompts import Example
 from eval.tasks.sources import Loaded
 from models.config import ModelConfig
-from models.decoder import init_parameters
+from models.families import init_parameters
 from tests.real_data import EVALDATA, needs_evaldata
 
 REAL = ("arc_easy", "cb", "copa", "multirc", "record", "rte", "winogrande")

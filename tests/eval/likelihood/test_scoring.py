@@ -21,7 +21,8 @@ from eval.likelihood.scoring import (
 )
 from laser.training import sharding
 from models.config import AttentionConfig, ModelConfig
-from models.decoder import init_parameters, output_logits, structure
+from models.decoder import output_logits
+from models.families import init_parameters, structure
 
 MAX_LENGTH = 100
 SAMPLE = 5  # of the requests whose scores are compared with a forward pass of their own

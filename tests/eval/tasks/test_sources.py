@@ -418,6 +418,27 @@ def test_a_split_has_another_name_in_tfds(tmp_path, monkeypatch):
     assert sources.available_split(source, "test", None) == "test"
 
 
+def test_a_row_of_tfds_is_left_out_only_where_its_label_is_hidden():
+    """Anything else that goes wrong with some rows would make the test set smaller unseen."""
+    source, prompt = TASKS["copa"].source, TASKS["copa"].protocols["gpt3"].prompt
+    rows = [RAW["copa"], {**RAW["copa"], "label": -1}, {**RAW["copa"], "premise": 3}]
+    loaded = sources.from_records(source, prompt, rows[:2], "copa")
+    assert (len(loaded.examples), loaded.hidden) == (1, 1)
+    with pytest.raises(ValueError, match="copa: no label: it is hidden"):
+        sources.from_records(source, prompt, rows[1:2], "copa")
+    with pytest.raises(ValueError, match="copa, row 3: AttributeError: 'int' object has no attr"):
+        sources.from_records(source, prompt, rows, "copa")
+    with pytest.raises(ValueError, match="copa: there is no example in it"):
+        sources.from_records(source, prompt, [], "copa")
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "openbookqa"])
+def test_an_empty_key_of_the_answer_is_a_hidden_label(name):
+    asking = TASKS[name].protocols["gpt3"]
+    rows = [RAW[name], {**RAW[name], "answerKey": ""}]
+    assert sources.from_records(TASKS[name].source, asking.prompt, rows, name).hidden == 1
+
+
 @pytest.mark.slow
 def test_the_offline_task_is_made_of_held_out_text():
     from data.sources import corpus

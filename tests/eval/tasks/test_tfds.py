@@ -125,7 +125,7 @@ def test_rows_that_a_builder_wrote_are_asked_as_any_others(name, tmp_path, monke
         data = load_task(TASKS[name], Settings(protocol, shots=0), None)
         raw = {"openbookqa": OPENBOOKQA}.get(name, RAW[name])
         assert data.loaded.examples == 2 * examples(name, protocol, raw)
-        assert data.loaded.unusable == 0
+        assert data.loaded.hidden == 0
         assert data.split == TASKS[name].protocols[protocol].split
         assert TASKS[name].source.tfds in data.loaded.origin
     if name in PROMPTS:
@@ -138,13 +138,13 @@ def test_rows_that_a_builder_wrote_are_asked_as_any_others(name, tmp_path, monke
 def test_hidden_labels_are_left_out_and_counted(name, tmp_path):
     build(tmp_path, name, [BUILT[name], {**BUILT[name], **HIDDEN[name]}])
     data = load_task(TASKS[name], Settings(shots=0), tmp_path)
-    assert data.loaded.unusable == 1
+    assert data.loaded.hidden == 1
     assert data.loaded.examples == examples(name, "gpt3")
 
 
 def test_a_split_without_labels_is_reported(tmp_path):
     build(tmp_path, "cb", [{**BUILT["cb"], **HIDDEN["cb"]}])
-    with pytest.raises(ValueError, match=r"no row of it can be used \(no label"):
+    with pytest.raises(ValueError, match=r"super_glue/cb validation: no label: it is hidden"):
         load_task(TASKS["cb"], Settings(shots=0), tmp_path)
 
 
@@ -160,18 +160,20 @@ def test_files_come_before_tfds(tmp_path):
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("protocol", ["gpt3", "lm_eval"])
 def test_noise_does_not_crash(name, protocol):
-    """Random strings, spans and labels: usable rows become examples, the others are counted."""
+    """Random strings, spans and labels: a row becomes examples, or an error that names it."""
     source, asking = TASKS[name].source, TASKS[name].protocols[protocol]
     with tfds.testing.mock_data(num_examples=40):
         dataset = tfds.builder(source.tfds).as_dataset(split=source.tfds_splits.get("test", "test"))
         records = [sources.plain(record) for record in tfds.as_numpy(dataset)]
     assert len(records) == 40
-    if name in NOTHING_TO_ASK:
-        with pytest.raises(ValueError, match="no row of it can be used"):
-            sources.from_records(source, asking.prompt, records, name)
-        return
-    loaded = sources.from_records(source, asking.prompt, records, name)
-    assert loaded.unusable < 40
+    asked, said = 0, []
+    for record in records:
+        try:
+            asked += len(sources.from_records(source, asking.prompt, [record], name).examples)
+        except ValueError as error:
+            said.append(str(error))
+    assert all(line.startswith((f"{name}, row 1: ", f"{name}: no label")) for line in said)
+    assert (asked > 0) == (name not in NOTHING_TO_ASK)
 
 
 def test_local_files_are_read_without_tensorflow(tmp_path):
