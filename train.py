@@ -6,8 +6,9 @@
 
 Starting it again with the same --workdir resumes from the newest checkpoint. On several hosts start
 it on each: see laser/training/hosts.py.
-Exit codes: 0 done, 2 mistake in the command line or the config, 3 diverged, 75 saved on preemption
-(start it again), 130 stopped by Ctrl-C at once, as before the first step, 1 anything else.
+Exit codes: 0 done, 2 mistake in the command line or the config, 3 diverged, 4 no memory for the
+first step, 75 saved on preemption (start it again), 130 stopped by Ctrl-C at once, as before the
+first step, 1 anything else.
 """
 
 import contextlib
@@ -16,8 +17,8 @@ import time
 
 from absl import flags
 
-from laser.training.console import end_on_ctrl_c, start_logging
-from laser.training.flags import exit_with, parse_or_exit
+from laser.training.console import end_on_ctrl_c, exit_with, start_logging
+from laser.training.flags import parse_or_exit
 from laser.training.hardware import tune_cpu
 
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         except ValueError as error:
             exit_with(argv[0], str(error))
         code = loop.train(run, evaluations, began)
-    if code in (exits.FAILED, exits.DIVERGED):
+    if code not in (exits.DONE, exits.PREEMPTED):
         hosts.leave(code)
     return code
 

@@ -1,15 +1,20 @@
-"""Times of attention, forward and backward, on a CPU or a GPU: ours, jax.nn's and PyTorch's.
+"""Times of attention, forward and backward, on the device at hand: ours, jax.nn's and PyTorch's.
 
     python scripts/benchmark_attention.py [--batch=1] [--length=1024] [--heads=4] [--size=64]
         [--json=PATH]
+    python scripts/benchmark_attention.py --batch=4 --heads=16 --size=128
 
-All are measured in turns on the backend at hand, so that their ratios hold on a busy machine, too.
-PyTorch's is left out where it is not installed. What kernels cost on a TPU that is not there is
+All are measured in turns on one device, so that their ratios hold on a busy machine, too: in
+bfloat16 on a TPU or a GPU, in float32 on a CPU. `ours` is the implementation that `auto` takes,
+which the first lines name; on a TPU or a GPU XLA's path, `chunked`, stands beside it. PyTorch's is
+left out where it is not installed, and on TPUs. What kernels cost on a TPU that is not there is
 counted by compile_attention.py.
 """
 
 import argparse
+import functools
 import json
+import logging
 import statistics
 import sys
 import time
@@ -31,8 +36,8 @@ def times(
 
     from laser.attention import attention
 
-    on_gpu = jax.default_backend() == "gpu"
-    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    backend = jax.default_backend()
+    dtype = jnp.float32 if backend == "cpu" else jnp.bfloat16
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(batch, length, heads, size)).astype(np.float32) for _ in range(4)]
     cases: dict[str, Callable[[], Any]] = {}
@@ -50,12 +55,18 @@ def times(
             q, k, v, is_causal=True, implementation=implementation
         )
 
-    add("ours, standard", lambda q, k, v: attention(q, k, v, kind="standard"))
-    add("ours, LASER", lambda q, k, v: attention(q, k, v, kind="laser"))
+    def ours(kind, implementation="auto"):
+        return functools.partial(attention, kind=kind, implementation=implementation)
+
+    add("ours, standard", ours("standard"))
+    add("ours, LASER", ours("laser"))
+    if backend != "cpu":  # where it is what `auto` takes
+        add("chunked, standard", ours("standard", "chunked"))
+        add("chunked, LASER", ours("laser", "chunked"))
     add("jax.nn, XLA", library("xla"))
-    if on_gpu:
+    if backend == "gpu":
         add("jax.nn, cuDNN", library("cudnn"))
-    if torch_case := _torch(arrays, on_gpu):
+    if torch_case := _torch(arrays, backend):
         cases["PyTorch SDPA"] = torch_case
     for run in cases.values():
         run()
@@ -67,16 +78,19 @@ def times(
             found[name].append(1e3 * (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in found.items()}
     for name, value in medians.items():
-        print(f"{name:16} {value:9.2f} ms  {value / medians['ours, standard']:6.3f}")
+        print(f"{name:17} {value:9.2f} ms  {value / medians['ours, standard']:6.3f}")
     return medians
 
 
-def _torch(arrays, on_gpu: bool) -> Callable[[], Any] | None:
-    """Forward and backward of PyTorch's attention, or None where it is not installed."""
+def _torch(arrays, backend: str) -> Callable[[], Any] | None:
+    """Forward and backward of PyTorch's attention, or None where it cannot run on the same."""
+    if backend == "tpu":
+        return None
     try:
         import torch
     except ImportError:
         return None
+    on_gpu = backend == "gpu"
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     if on_gpu and not torch.cuda.is_available():
         return None
@@ -104,6 +118,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = vars(parser.parse_args())
     path = given.pop("json")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("laser.attention").setLevel(logging.INFO)  # what `auto` takes
     medians = times(**given)
     if path:
         path.write_text(json.dumps(medians))

@@ -30,7 +30,7 @@ from flax import nnx
 from eval.likelihood import oneshot
 from eval.run import open_model
 from eval.tasks.catalogue import TASKS
-from models.decoder import structure
+from models.families import structure
 
 ROUNDS = 5
 

@@ -92,7 +92,7 @@ def measure(shape: Shape, batch: int, rounds: int, peers: bool) -> dict[str, lis
 def our_case(shape: Shape, prompts: np.ndarray, kind: Literal["standard", "laser"]) -> Case:
     from eval.generation.generator import Generator
     from models.config import AttentionConfig, ModelConfig
-    from models.decoder import init_parameters
+    from models.families import init_parameters
 
     config = ModelConfig(
         vocab_size=shape.vocabulary,

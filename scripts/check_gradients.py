@@ -27,9 +27,9 @@ import numpy as np
 from absl import flags
 
 from laser.training.config import RunConfig
-from laser.training.console import end_on_ctrl_c
+from laser.training.console import end_on_ctrl_c, exit_with
 from laser.training.devices import check_devices
-from laser.training.flags import exit_with, parse_or_exit
+from laser.training.flags import parse_or_exit
 from laser.training.hardware import tune_cpu
 
 RANKS = (0, 1, 3, 10, 30, 100, 300, 1000)  # of the rows that are listed, the most frequent first

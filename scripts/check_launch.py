@@ -20,13 +20,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.addresses import told_as_os_errors
 from data.reading import mixture
 from data.reading.manifest import MANIFEST
 from laser.planning.topologies import CORES_PER_CHIP, parse_topology
 from laser.training.config import RunConfig
+from laser.training.console import exit_with
 from laser.training.devices import check_devices
-from laser.training.flags import exit_with, parse
-from laser.training.folders import ADDRESS, folder_of, told_as_os_errors
+from laser.training.flags import parse, read_config_file
+from laser.training.folders import ADDRESS, folder_of
 from scripts import plan_table
 from train import define_flags
 
@@ -125,34 +127,28 @@ def plan_of(
     plans: Mapping[str, Any], arguments: Sequence[str], type_name: str, slices: int = 1
 ) -> str:
     """What a plan says of the recipe among the arguments; fields set besides are not in it. Plans
-    are of one slice each."""
-    recipe = next((x.partition("=")[2] for x in arguments if re.match("--?config=", x)), "")
-    chosen = _in_any_order(recipe)
+    are of one slice each. Raises ValueError if the recipe cannot be read."""
+    pairs = zip(arguments, [*arguments[1:], ""])
+    recipe = next(x.partition("=")[2] or y for x, y in pairs if re.match("--?config(=|$)", x))
+    chosen = read_config_file(recipe).to_dict()
     rented = type_name.replace("litepod", "e")
-    planned = next((x for x in chosen[1] if re.match(r"slice=v\d", x)), "")
-    if planned and planned != f"slice={rented}":
-        return f"{planned} is the layout of other slices: scripts/plan.py tells whether it fits"
+    planned = re.search(r"[:,](slice=v\d[^,]*)", recipe)
+    if planned and planned[1] != f"slice={rented}":
+        return f"{planned[1]} is the layout of other slices: scripts/plan.py tells whether it fits"
     of_slice = (
         plan
         for key, plan in plans.items()
-        if _in_any_order(plan_table.config(key)) == chosen
-        and parse_topology(plan["topology"]).rented_as == rented
+        if parse_topology(plan["topology"]).rented_as == rented
+        and read_config_file(plan_table.config(key)).to_dict() == chosen
     )
     plan = next(of_slice, None)
     if plan is None or slices > 1:
         return "no plan of it in docs/plans.md: scripts/plan.py makes one"
-    fits = "fits" if plan["fits"] else "does not fit"
     layers = "" if plan["unroll"] else ", with layers in a loop"
     return (
-        f"by docs/plans.md the recipe {fits}: {plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} "
+        f"by docs/plans.md the recipe fits: {plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} "
         f"GiB of a chip{layers}"
     )
-
-
-def _in_any_order(recipe: str) -> tuple[str, list[str]]:
-    """A config file and its arguments."""
-    file, _, arguments = recipe.partition(":")
-    return file, sorted(arguments.split(","))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ from eval.run import TrainedModel, mesh_of, open_model
 from eval.tasks import sources
 from eval.tasks.catalogue import TASKS, choose_tasks
 from laser.training.checkpoint import CheckpointError
-from models.decoder import structure
+from models.families import structure
 
 HARNESS_NAMES = {
     "race_high": "race",

@@ -1,11 +1,15 @@
 """Puts runs side by side: what differs in their configs, and what came of it.
 
     python scripts/compare_runs.py runs/standard runs/laser --png=compare.png
+    python scripts/compare_runs.py runs/control runs/change --assert_equal=1e-5
 
 Reads config.json, metrics.jsonl and spikes.jsonl of each run's folder and nothing else. Prints
 final and best evaluation, speed, the smoothed training loss, how often it spiked, the loss at equal
 steps, and whether the runs read the same rows in the same order, without which a small difference
 in loss means little.
+--assert_equal holds the losses of training and evaluation of every step to the first run's, to the
+bit, or to a relative tolerance; a step that only one of them has is a difference, too.
+Exit codes: 0 done, 1 not equal, 2 a folder that is no run.
 """
 
 import argparse
@@ -21,11 +25,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.addresses import is_address
 from laser.training.config import diff_configs
-from laser.training.folders import folder_of, is_address
+from laser.training.folders import folder_of
 from laser.training.metrics import METRICS_FILE, count_spikes, read_metrics
 
 SEEDS = (("training", "seed"), ("data", "shuffle_seed"))
+LOSSES = ("loss", "eval/loss")
 SMOOTHING = 0.05  # of the last training losses, as a share of all of them
 Curve = dict[int, float]
 
@@ -53,7 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--png",
         help="where to draw the curves (default: beside the first run)",
     )
+    parser.add_argument(
+        "--assert_equal",
+        nargs="?",
+        type=_tolerance,
+        const=0.0,
+        metavar="TOLERANCE",
+        help="end with 1 where losses differ by more than this share of them (without it: at all)",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.assert_equal is not None and len(arguments.runs) < 2:
+        parser.error("--assert_equal: give two runs or more")
     try:
         runs = [read_run(folder_of(folder)) for folder in arguments.runs]
     except ValueError as error:
@@ -65,7 +81,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     png = Path(arguments.png or beside / "compare.png")
     draw(runs, png)
     print(f"\ncurves: {png}")
+    if arguments.assert_equal is None:
+        return 0
+    tolerance = arguments.assert_equal
+    found = [
+        f"{other.name} is not equal to {runs[0].name}: {line}"
+        for other in runs[1:]
+        if (line := first_difference(runs[0], other, tolerance))
+    ]
+    if found:
+        print("\n".join(found))
+        return 1
+    count = sum(len(runs[0].curve(metric)) for metric in LOSSES)
+    print(f"{count} losses are equal {f'to {tolerance:g} of them' if tolerance else 'to the bit'}")
     return 0
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no tolerance: write --assert_equal=1e-5, or --assert_equal after the runs"
+        )
+    return value
 
 
 def read_run(folder: Path) -> Run:
@@ -185,6 +226,23 @@ def at_equal_steps(first: Run, other: Run, letter: str, count: int = 8) -> str:
         for step in (steps[i] for i in sorted(chosen)):
             lines.append(f"  {metric:<9}  step {step:>9,}  {b[step] - a[step]:+.4f}")
     return "\n".join(lines if len(lines) > 1 else [*lines, "  no step in common"])
+
+
+def first_difference(first: Run, other: Run, tolerance: float) -> str:
+    """The first step at which a loss of two runs differs by more than this share of the first's, in
+    words; "" if there is none."""
+    found: dict[int, str] = {}
+    for metric in LOSSES:
+        a, b = first.curve(metric), other.curve(metric)
+        for step in sorted(a.keys() | b.keys()):
+            if step not in a or step not in b:
+                who = first.name if step in a else other.name
+                found.setdefault(step, f"step {step:,}: only {who} has a finite {metric}")
+                break
+            if abs(b[step] - a[step]) > tolerance * abs(a[step]):
+                found.setdefault(step, f"step {step:,}: {metric} {b[step]!r}, not {a[step]!r}")
+                break
+    return found[min(found)] if found else ""
 
 
 def draw(runs: Sequence[Run], png: Path) -> None:

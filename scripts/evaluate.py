@@ -18,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.addresses import told_as_os_errors
 from laser.training.console import end_on_ctrl_c
-from laser.training.folders import folder_of, told_as_os_errors
+from laser.training.folders import folder_of
 from laser.training.hardware import tune_cpu
 
 if __name__ == "__main__":
@@ -37,8 +38,6 @@ from eval.tasks.catalogue import KNOWN, PROTOCOLS, Task, choose_tasks
 from eval.tasks.sources import MissingData
 from laser.training.checkpoint import CheckpointError
 from laser.training.config import RunConfig
-
-SEEDS = {"gpt3": 5, "lm_eval": 1}  # the harness draws demonstrations once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +109,7 @@ def files_table() -> str:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     tasks = choose_tasks(arguments.tasks)
-    seeds = SEEDS[arguments.protocol] if arguments.seeds is None else arguments.seeds
+    seeds = oneshot.SEEDS[arguments.protocol] if arguments.seeds is None else arguments.seeds
     settings = Settings(arguments.protocol, arguments.shots, seeds, arguments.limit)
     steps = choose_steps(arguments.step, arguments.last, saved_steps(arguments.workdir))
     with told_as_os_errors(arguments.data_dir or ""):
@@ -191,7 +190,6 @@ def _score(
     """Scores the tasks at all steps and prints their tables. Returns why some could not be."""
     config = load_decoder_config(arguments.workdir, steps[-1])
     failed = _too_long(config, arguments.workdir / "tokenizer.model", settings, data)
-    figures = paper.figures(config.model)
     output = arguments.output or arguments.workdir / "eval"
     by_step: list[dict[str, results.Result]] = []
     for step in steps:
@@ -203,13 +201,15 @@ def _score(
         if scored:
             found = list(scored.values())
             print(f"\nstep {step}, {results.describe(settings)}, in percent")
-            print(results.table(found, figures))
+            print(results.table(found, paper.figures_beside(config, step)))
             print("\n".join([results.legend("seeds"), *results.remarks(found), f"written: {path}"]))
     everywhere = [name for name in by_step[0] if all(name in scored for scored in by_step)]
     if len(steps) > 1 and everywhere:
         merged = [results.over_checkpoints([s[name] for s in by_step]) for name in everywhere]
         path = results.save_over_checkpoints(output, settings, steps, merged)
         print(f"\nover the checkpoints {', '.join(map(str, steps))}: mean and deviation")
+        # The paper's mean over checkpoints (Table 10) is of the last ones, too.
+        figures = paper.figures_beside(config, steps[-1])
         print(results.table(merged, figures, "checkpoints"))
         print(f"{results.legend('checkpoints')}\nwritten: {path}")
     return failed

@@ -20,6 +20,9 @@ Commands
   start    starts train.py on all workers, where it goes on without this terminal; what follows `--` are its
            arguments, --config and --workdir at least. Refused where it runs
   follow   shows the log of a worker until train.py ends; leaves with its exit code
+  exec     runs the command that follows `--` in the installed repository, whose .venv comes first in PATH, and
+           leaves with its exit code. With --worker=N, 0 by default, it has the chips of that host alone, as
+           check_attention.py, evaluate.py and generate.py want it; with --worker=all it runs on all
   stop     sends SIGTERM to one worker: all workers save the same step and end with exit code 75, and so does
            a `run` that follows them; `run` called again goes on
   status   prints the state of the queued resource
@@ -39,11 +42,12 @@ Options
                    which takes `gcloud alpha`; any number of them
   --bucket=NAME    mounted by gcsfuse as the folder `bucket` of the repository, on all workers
   --extras=A,B     installs requirements-A.txt and requirements-B.txt, too, such as wandb,images
-  --env=NAME=VALUE   in the environment of train.py; --env=NAME takes the value from the environment here, so
-                   that a secret stands in no history of commands; any number of them
+  --env=NAME=VALUE   in the environment of train.py, or of the command of `exec`; --env=NAME takes the value from the
+                   environment here, so that a secret stands in no history of commands; any number of them
   --restarts=N     how often to start again after a failure that is no preemption [3]; counted anew once
                    train.py has run for an hour
-  --slice=I --worker=N    whose log to follow [0 and 0, which speaks for all; the others tell of errors]
+  --slice=I --worker=N    whose log to follow, or where to run a command [0 and 0, which speaks for all in its log;
+                   the others tell of errors]
   --delete         delete the queued resource when the run has ended, also where it failed or was stopped
   --dry-run        print the commands and run none
 
@@ -57,7 +61,8 @@ here, as any command of make makes it.
 
 When train.py has failed, `run` leaves the last lines of all workers' logs here, in files NAME-TIME.log.
 
-Exit codes: 0 done; 2 mistake in the arguments or in the config; 3 diverged; 75 saved after `stop`; 1 anything else.
+Exit codes: 0 done; 2 mistake in the arguments or in the config; 3 diverged; 4 no memory for the first step;
+75 saved after `stop`; 1 anything else.
 `follow` alone leaves with the code of train.py.
 END
 }
@@ -93,7 +98,7 @@ quoted() {
   done
 }
 
-# set_variable NAME=VALUE, or NAME alone: for train.py.
+# set_variable NAME=VALUE, or NAME alone: for train.py or a command.
 set_variable() {
   local variable=${1%%=*} value=${1#*=}
   [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "--env=$variable: no name of a variable"
@@ -112,7 +117,7 @@ root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 command=${1:-}
 case $command in
   -h | --help | "") usage; exit 0 ;;
-  run | create | install | start | follow | stop | status | delete) shift ;;
+  run | create | install | start | follow | exec | stop | status | delete) shift ;;
   *) fail "unknown command '$command'; see --help" ;;
 esac
 
@@ -147,7 +152,7 @@ train=("$@")
 NUMBER='^(0|[1-9][0-9]{0,5})$'
 [[ $slices =~ $NUMBER ]] && ((slices > 0)) || fail "--slices=$slices: must be a number from 1"
 [[ $slice =~ $NUMBER ]] && ((slice < slices)) || fail "--slice=$slice: must be below --slices=$slices"
-[[ $worker =~ $NUMBER ]] || fail "--worker=$worker: must be a number"
+[[ $worker =~ $NUMBER || ($command == exec && $worker == all) ]] || fail "--worker=$worker: must be a number"
 [[ $restarts =~ $NUMBER ]] || fail "--restarts=$restarts: must be a number"
 bucket=${bucket#gs://}
 [[ $bucket != */* ]] || fail "--bucket=$bucket: the name of the bucket alone, without a folder"
@@ -183,6 +188,8 @@ if [[ $command == run || $command == start ]]; then
     say "no --bucket: what train.py writes on the slice goes with it"
 fi
 
+[[ $command != exec || ${train[*]-} ]] || fail "exec needs a command after --, such as -- tail train.log"
+
 if [[ ($command == run || $command == create) && ! $project && ! $dry ]]; then
   [[ $(gcloud config get-value project 2>/dev/null) ]] ||
     fail "gcloud has no project: give --project=ID, or 'gcloud config set project ID' once"
@@ -210,8 +217,8 @@ remote() {
     -- -o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=4
 }
 
-# copy NODE FILE: into the home folder of all workers.
-copy() { run "${tpu_vm[@]}" scp "${folder:+$folder/}$2" "$1:$2" "${access[@]}" --worker=all; }
+# copy NODE FILE [WORKER]: into the home folder of all workers, or of one.
+copy() { run "${tpu_vm[@]}" scp "${folder:+$folder/}$2" "$1:$2" "${access[@]}" --worker="${3:-all}"; }
 
 # on_all FUNCTION ARGUMENTS...: calls it for every slice, all at once. Fails where one fails.
 on_all() {
@@ -299,16 +306,25 @@ install_one() {
 }
 
 # start_all COMMAND: `start`, or `restart`, which ends what still runs.
-start_all() {
-  [[ $dry || ! $environment ]] || (umask 077 && printf %s "$environment" >"$folder/laser.env") || return 1
-  on_all start_one "$1"
+start_all() { write_environment && on_all with_arguments all "$1"; }
+
+exec_command() {
+  write_environment || return 1
+  if [[ $worker == all ]]; then on_all with_arguments all execute; else
+    with_arguments "${nodes[slice]}" "$worker" alone
+  fi
 }
 
 # The environment goes as a file: what stands in a command can be read in gcloud's logs and in lists of processes.
-start_one() {
+write_environment() {
+  [[ $dry || ! $environment ]] || (umask 077 && printf %s "$environment" >"$folder/laser.env")
+}
+
+# with_arguments NODE WORKER COMMAND: of tpu_worker.sh, with those after `--`.
+with_arguments() {
   local set=""
-  if [[ $environment ]]; then copy "$1" laser.env || return 1; set=". ./laser.env && rm laser.env && "; fi
-  remote "$1" all "$set$WORKER $2 $(quoted "${train[@]}")"
+  if [[ $environment ]]; then copy "$1" laser.env "$2" || return 1; set=". ./laser.env && rm laser.env && "; fi
+  remote "$1" "$2" "$set$WORKER $3 $(quoted "${train[@]}")" </dev/null
 }
 
 # Shows the log and leaves with the code of train.py; 255 where the connection ended first.
@@ -391,6 +407,7 @@ run_until_done() {
     case $code in
       0) ended 0 "the run is done"; return ;;
       3) ended 3 "the run has diverged: see above"; return ;;
+      4) ended 4 "the run needs more memory than there is: see above"; return ;;
       255) say "the connection or the slice is lost" ;;
       75)
         if [[ $(state) == READY && $(ask) == stopped ]]; then ended 75 "$stopped"; return; fi
@@ -411,7 +428,7 @@ run_until_done() {
 }
 
 folder=""  # for what is copied to the workers
-if [[ ! $dry && $command =~ ^(run|install|start)$ ]]; then
+if [[ ! $dry && $command =~ ^(run|install|start|exec)$ ]]; then
   folder=$(mktemp -d)
   trap 'rm -r "$folder"' EXIT
 fi
@@ -421,6 +438,7 @@ case $command in
   install) install_all ;;
   start) start_all start ;;
   follow) follow ;;
+  exec) exec_command ;;
   stop) stop ;;
   status) if [[ $dry ]]; then run "${describe[@]}"; else state; fi ;;
   delete) delete_all ;;

@@ -22,9 +22,9 @@ from absl import flags
 
 from laser.planning import bundles, topologies
 from laser.training.config import RunConfig
-from laser.training.console import end_on_ctrl_c, interruptible
+from laser.training.console import end_on_ctrl_c, exit_with, interruptible
 from laser.training.devices import check_devices
-from laser.training.flags import exit_with, parse_or_exit
+from laser.training.flags import parse_or_exit
 
 SEARCH_WANTED = 3  # programs that fit, to rank
 

@@ -1,4 +1,5 @@
-"""Renews docs/plans.json and docs/plans.md: the plans of the shipped configs.
+"""Renews docs/plans.json, the plans of the shipped configs, and the tables of docs/plans.md and
+docs/compiler-notes.md.
 
     python scripts/plan_table.py [--only=SUBSTRING]
 

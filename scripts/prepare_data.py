@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from laser.training.console import end_on_ctrl_c
+from laser.training.console import end_on_ctrl_c, run_program
 
 GOES_ON = "what is finished is kept, and the same command goes on"
 if __name__ == "__main__":
@@ -38,6 +38,7 @@ from absl import flags
 from data.preparation.config import StoreConfig
 from data.preparation.estimate import estimate
 from data.preparation.prepare import prepare
+from laser.training.hardware import has_accelerator
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("source", None, "see above", flag_values=VALUES, required=True)
@@ -68,26 +69,11 @@ flags.DEFINE_string("beam", None, "options of Apache Beam: prepare by it", flag_
 
 
 def main(argv: list[str]) -> int:
-    if {"--help", "-help", "-h"} & set(argv[1:]):
-        print(__doc__.strip(), VALUES.main_module_help(), sep="\n\n")
-        return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    try:
-        positional = VALUES(argv)[1:]
-        if positional:
-            raise ValueError(f"unexpected argument {positional[0]!r}: write --flag=value")
-        _run()
-    except (ValueError, flags.Error) as error:
-        print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:  # a worker died; the disk is full
-        print(f"{Path(argv[0]).name}: {error}; {GOES_ON}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(VALUES, __doc__, argv, _run, advice=GOES_ON)
 
 
 def _run() -> None:
+    logging.getLogger("absl").setLevel(logging.WARNING)
     values: dict[str, Any] = {f.name: VALUES[f.name].value for f in fields(StoreConfig)}
     config = StoreConfig(**values)
     if VALUES.estimate:
@@ -116,9 +102,12 @@ def _run_beam(config: StoreConfig) -> None:
 
 
 def _training_command(vocab_size: int) -> str:
+    # The recipe is one for CPUs: its float32 products take a TPU six passes each, and GPUs have no
+    # fast attention for it.
+    dtype = ["--config.model.dtype=bfloat16"] if has_accelerator() else []
     return shlex.join([
         "python", "train.py", "--config=configs/quickstart.py",
-        f"--config.data.store={VALUES.output}", f"--config.model.vocab_size={vocab_size}",
+        f"--config.data.store={VALUES.output}", f"--config.model.vocab_size={vocab_size}", *dtype,
         f"--workdir=runs/{Path(VALUES.output).name}",
     ])  # fmt: skip
 

@@ -3,7 +3,8 @@
     python scripts/prepare_speech.py --train=tones:1000 --validation=tones:100@1 \\
         --vocab_size=12 --output=stores/tones
     python scripts/prepare_speech.py --train=LibriSpeech/train --validation=LibriSpeech/dev \\
-        --vocab_size=1024 --max_broken=10 --output=stores/librispeech
+        --test=LibriSpeech/test-clean --vocab_size=1024 --max_broken=10 \\
+        --output=stores/librispeech
 
 A source is `tones:COUNT[@SEED]` (made up, no data is needed), a folder of FLAC with *.trans.txt as
 LibriSpeech comes, with all folders in it (needs requirements-speech.txt), or
@@ -16,7 +17,6 @@ Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by C
 else.
 """
 
-import logging
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from laser.training.console import end_on_ctrl_c
+from laser.training.console import end_on_ctrl_c, run_program
 
 if __name__ == "__main__":
     end_on_ctrl_c("stopped; the same command goes on with the part that it was at")
@@ -48,28 +48,16 @@ flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> int:
-    if {"--help", "-help", "-h"} & set(argv[1:]):
-        print(__doc__.strip(), VALUES.main_module_help(), sep="\n\n")
-        return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return run_program(VALUES, __doc__, argv, _run)
+
+
+def _run() -> None:
+    values: dict[str, Any] = {f.name: VALUES[f.name].value for f in fields(SpeechConfig)}
     try:
-        positional = VALUES(argv)[1:]
-        if positional:
-            raise ValueError(f"unexpected argument {positional[0]!r}: write --flag=value")
-        values: dict[str, Any] = {f.name: VALUES[f.name].value for f in fields(SpeechConfig)}
         manifest = prepare(SpeechConfig(**values), VALUES.output)
     except ModuleNotFoundError as error:
-        words = f"needs {error.name}, of requirements-speech.txt"
-        print(f"{Path(argv[0]).name}: error: {words}", file=sys.stderr)
-        return 2
-    except (ValueError, flags.Error) as error:
-        print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # the disk is full
-        print(f"{Path(argv[0]).name}: {error}", file=sys.stderr)
-        return 1
+        raise ValueError(f"needs {error.name}, of requirements-speech.txt") from error
     _print_counts(manifest)
-    return 0
 
 
 def _print_counts(manifest: dict) -> None:

@@ -8,6 +8,7 @@ was. Held-out chapters are compared with `xz -9e` of the same text, a compressor
 run.
 """
 
+import argparse
 import contextlib
 import lzma
 import shlex
@@ -18,28 +19,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from absl import app, flags
-
 from configs import quickstart
 from data.sources import corpus
 from laser.training.console import end_on_ctrl_c, start_logging
 from laser.training.hardware import tune_cpu
 from laser.training.metrics import METRICS_FILE, read_metrics
 
-_ATTENTION = flags.DEFINE_string(
-    "attention", "laser", "as in configs/c4.py: standard or laser, and modifiers such as +qk_norm"
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder of the run; runs/quickstart-ATTENTION if unset"
-)
-
 PROMPT = "In the beginning"
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--attention",
+        default="laser",
+        help="as in configs/c4.py: standard or laser, and modifiers such as +qk_norm",
+    )
+    parser.add_argument(
+        "--workdir", help="folder of the run; runs/quickstart-ATTENTION if there is none"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDES", help="see above")
+    arguments = parser.parse_args()
     start_logging()
-    workdir = _WORKDIR.value or f"runs/quickstart-{_ATTENTION.value}"
-    config = quickstart.get_config(f"attention={_ATTENTION.value}")
+    attention = arguments.attention
+    workdir = arguments.workdir or f"runs/quickstart-{attention}"
+    try:
+        config = quickstart.get_config(f"attention={attention}")
+    except ValueError as error:
+        parser.error(str(error))
     _run(
         "scripts/prepare_data.py",
         "--source=bible",
@@ -48,11 +57,11 @@ def main(argv: list[str]) -> None:
     )
     _run(
         "train.py",
-        f"--config=configs/quickstart.py:attention={_ATTENTION.value}",
+        f"--config=configs/quickstart.py:attention={attention}",
         f"--workdir={workdir}",
-        *argv[1:],
+        *arguments.overrides,
     )
-    _summarise(Path(workdir))
+    _summarise(Path(workdir), attention)
 
 
 def _run(*command: str) -> None:
@@ -71,7 +80,7 @@ def _shown(*command: str) -> str:
     return shlex.join([".venv/bin/python", *command])
 
 
-def _summarise(workdir: Path) -> None:
+def _summarise(workdir: Path, attention: str) -> None:
     end_on_ctrl_c("stopped; the run is done, and the same command shows what came of it")
     records = read_metrics(ROOT / workdir / METRICS_FILE)
     last_eval = [record for record in records if "eval/loss" in record][-1]
@@ -83,7 +92,8 @@ def _summarise(workdir: Path) -> None:
     if "eval/bits_per_byte" in last_eval:  # the whole split was read
         bits = last_eval["eval/bits_per_byte"]
         print(f"  bits per byte      {bits:.3f}   (xz -9e: {xz_bits:.3f})")
-    print(f"  speed              {speeds[len(speeds) // 2]:,.0f} tokens/s, median")
+    if speeds:  # more than one step, which compiles
+        print(f"  speed              {speeds[len(speeds) // 2]:,.0f} tokens/s, median")
     print("  files")
     for path in sorted((ROOT / workdir).glob("[!.]*")):
         print(f"    {workdir / path.name}{'/' if path.is_dir() else ''}")
@@ -91,7 +101,7 @@ def _summarise(workdir: Path) -> None:
     held_out = f"{passages} held-out passages (0 shots), by chance 25 %"
     print(f"  continuations      {accuracy:.1%} of {held_out}")
     print(f"  sample             {PROMPT}{sample.rstrip()}")
-    other = "laser" if _ATTENTION.value == "standard" else "standard"
+    other = "laser" if attention == "standard" else "standard"
     print(f"\nCompare it with {other} attention, from the same seed and on the same rows:")
     print(f"  {_shown('scripts/quickstart.py', f'--attention={other}')}")
     print(f"  {_shown('scripts/compare_runs.py', str(workdir), f'runs/quickstart-{other}')}")
@@ -109,7 +119,4 @@ def _scored_and_sampled(workdir: Path) -> tuple[float, int, str]:
 
 
 if __name__ == "__main__":
-    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
-        print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
-    else:
-        app.run(main)
+    main()

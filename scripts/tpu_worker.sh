@@ -9,6 +9,8 @@
 #   follow                     its log from the beginning until it ends, then its exit code
 #   last                       the end of its log, with this host's name
 #   stop                       SIGTERM: it saves and leaves, and nobody is to start it again
+#   execute COMMAND...         with the .venv of this folder first in PATH
+#   alone COMMAND...           the same; the chips of this host are a slice of their own
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -86,6 +88,23 @@ stop() {
   touch train.stopped
   if [[ $(state) != *running ]]; then echo "train.py does not run on $(hostname)" >&2; return 1; fi
   pkill -TERM -s "$(cat train.pid)" python
+}
+
+execute() {
+  PATH=$PWD/.venv/bin:$PATH
+  exec "$@"
+}
+
+# What libtpu takes for one process with all chips of its host, as jax's own tests of several processes set it and
+# https://gist.github.com/skye/f82ba45d2445bb19d53545538754f9a3 explains. Each host of a slice of several has 4 chips,
+# two by two; a slice of one host needs nothing. It never ran on a TPU.
+alone() {
+  local hosts metadata=http://${GCE_METADATA_IP:-metadata.google.internal}/computeMetadata/v1
+  hosts=$(curl -fsS -H "Metadata-Flavor: Google" "$metadata/instance/attributes/worker-network-endpoints")
+  if [[ $hosts == *,* ]]; then
+    export TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 TPU_VISIBLE_CHIPS=0,1,2,3 CLOUD_TPU_TASK_ID=0
+  fi
+  execute "$@"
 }
 
 "$@"

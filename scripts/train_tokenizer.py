@@ -11,13 +11,12 @@ Exit codes: 0 done, 2 mistake in the command line or the input, 130 stopped by C
 else.
 """
 
-import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from laser.training.console import end_on_ctrl_c
+from laser.training.console import end_on_ctrl_c, run_program
 
 if __name__ == "__main__":
     end_on_ctrl_c("stopped; no tokenizer was written")
@@ -48,30 +47,19 @@ flags.DEFINE_float(
 
 
 def main(argv: list[str]) -> int:
-    if {"--help", "-help", "-h"} & set(argv[1:]):
-        print(__doc__.strip(), VALUES.main_module_help(), sep="\n\n")
-        return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        positional = VALUES(argv)[1:]
-        if positional:
-            raise ValueError(f"unexpected argument {positional[0]!r}: write --flag=value")
-        path = Path(VALUES.output)
-        if path.exists():
-            raise ValueError(f"output={path}: is there already; choose another name, or delete it")
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"output={path}: no folder {path.absolute().parent}; make it first")
-        source = open_source(VALUES.source, VALUES.text_field, VALUES.validation_fraction)
-        write_tokenizer(path, source, VALUES.vocab_size, None, VALUES.sample_bytes)
-    except (ValueError, flags.Error) as error:
-        print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # the disk is full
-        print(f"{Path(argv[0]).name}: {error}", file=sys.stderr)
-        return 1
+    return run_program(VALUES, __doc__, argv, _run)
+
+
+def _run() -> None:
+    path = Path(VALUES.output)
+    if path.exists():
+        raise ValueError(f"output={path}: is there already; choose another name, or delete it")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"output={path}: no folder {path.absolute().parent}; make it first")
+    source = open_source(VALUES.source, VALUES.text_field, VALUES.validation_fraction)
+    write_tokenizer(path, source, VALUES.vocab_size, None, VALUES.sample_bytes)
     tokenizer = Tokenizer(path)
     print(f"{path}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,26 +7,27 @@ tokenizer and metrics. Only what was set aside as N.unreadable may be moved, bac
 Exit codes: 0 all is intact, 1 something is not, 2 mistake in the command line.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from laser.training.flags import exit_with
 from laser.training.folders import folder_of
-from laser.training.run_folder import UNREADABLE, claim
+from laser.training.lease import claim
+from laser.training.run_folder import UNREADABLE
 from laser.training.verification import checkpoint_problems, checkpoints_of, other_problems
 
 
-def main(argv: list[str]) -> int:
-    if {"--help", "-help", "-h"} & set(argv[1:]):
-        print((__doc__ or "").strip())
-        return 0
-    if len(argv) != 2:
-        exit_with(argv[0], "give the folder of one run: python scripts/verify_run.py RUN")
-    workdir = folder_of(argv[1])
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    workdir = folder_of(parser.parse_args(argv).run)
     if not workdir.is_dir():
-        exit_with(argv[0], f"{workdir}: no such folder")
+        parser.error(f"{workdir}: no such folder")
     problems = other_problems(workdir)
     for problem in problems:
         print(problem)
@@ -58,4 +59,4 @@ def _take_back(workdir: Path, folder: Path, step: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

@@ -1,11 +1,10 @@
 """Checkpoints by Orbax that are checked when they are read, and fall back to an older one.
 
 `workdir/checkpoints/<step>` holds the TrainState and a small sealed JSON record beside it, the
-sidecar, with type and checksum of every tensor. A checksum is the wrapping sum of the tensor's
-32-bit words: it does not depend on the mesh or the order of summation, so a restore onto any other
-mesh is verified bit for bit. Orbax writes asynchronously into a temporary folder and renames it, or
-behind an address into the folder itself and a file last that says that it is finished; so a killed
-save leaves the older ones.
+sidecar, with type and checksum of every tensor, so that a restore onto any mesh is verified bit for
+bit. Orbax writes asynchronously into a temporary folder and renames it, or behind an address into
+the folder itself and a file last that says that it is finished; so a killed save leaves the older
+ones.
 
 Only a checkpoint whose checksum or format says that it is damaged is passed over, and it is moved
 aside once an older one was read. Any other error, such as no memory or another model, leaves all of
@@ -15,7 +14,6 @@ passed over by all, so that they go on from the same step.
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import math
@@ -25,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from data.errors import first_line
@@ -34,6 +31,7 @@ from laser.training import hosts, retention, run_folder
 from laser.training.config import CheckpointConfig
 from laser.training.folders import absolute, folder_of
 from laser.training.run_folder import UNREADABLE
+from laser.training.tensors import checksums, tensor_types
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +103,7 @@ class Checkpoints:
         Raises:
           CheckpointError: this save or the one before it failed, on a full disk for example.
         """
-        sums = jax.device_get(_checksums(state))
+        sums = jax.device_get(checksums(state))
         tensors = {
             name: {"type": kind, "sum": int(sums[name])}
             for name, kind in tensor_types(state).items()
@@ -244,11 +242,9 @@ class _Manager(ocp.CheckpointManager):
 
 def _free_place(workdir: Path, step: int) -> Path:
     """Where to move a damaged checkpoint, so that none that was moved before is lost."""
-    path = workdir / f"{step}.{UNREADABLE}"
-    for number in itertools.count(1):
-        if not path.exists():
-            break
-        path = workdir / f"{step}.{number}.{UNREADABLE}"
+    path, number = workdir / f"{step}.{UNREADABLE}", 1
+    while path.exists():
+        path, number = workdir / f"{step}.{number}.{UNREADABLE}", number + 1
     return path
 
 
@@ -314,7 +310,7 @@ def _read(path: Path, abstract: Any, partial: bool = False) -> tuple[Any, dict[s
             for i, (text, _) in problems.items()
         )
         raise kind("; ".join(said))
-    sums = jax.device_get(_checksums(state))
+    sums = jax.device_get(checksums(state))
     damaged = [name for name, x in sums.items() if sidecar["tensors"][name]["sum"] != int(x)]
     if damaged:
         raise DamagedError(f"checksum of {', '.join(damaged)} differs")
@@ -382,25 +378,3 @@ def _first_line(error: BaseException) -> str:
     error = error if isinstance(error, CheckpointError) else first
     line = first_line(error)
     return line if isinstance(error, CheckpointError) else f"{type(error).__name__}: {line}"
-
-
-def tensor_types(state: Any) -> dict[str, str]:
-    """Path of each tensor of a tree → its type, such as "float32[8,300]"."""
-    return {name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in _named(state).items()}
-
-
-def _named(state: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-@jax.jit
-def _checksums(state: Any) -> dict[str, jax.Array]:
-    """Path of each tensor → wrapping sum of its 32-bit words, uint32."""
-
-    def words(x):
-        if x.dtype.itemsize != 4:
-            raise ValueError(f"checkpoints hold 32-bit tensors, got {x.dtype}")
-        return jax.lax.bitcast_convert_type(x, jnp.uint32).sum(dtype=jnp.uint32)
-
-    return {name: words(x) for name, x in _named(state).items()}

@@ -33,16 +33,17 @@ V5P = {**ASYNCHRONOUS_GATHERS, **LARGER_TILES}
 # By jax's device_kind. For other chips nothing was found yet: v5e overlaps some gathers by itself.
 OPTIONS = {"TPU v5": V5P, "TPU v5p": V5P}
 
-# Of a device's part of a weight: below it, XLA for v5e takes an all-gather over two axes of the
-# torus for bound by latency, and all-reduces twice the bytes. It did so at 64 KiB on 16 x 16 chips,
-# at 128 KiB on 8 x 8. On v5p parts of 64 KiB on 4 x 8 x 8 chips stay one all-gather over all six
-# links: 43 ms of gathers become 15, all but one of them hidden.
+# The smallest part of a weight, in bytes on one device, that is gathered over several axes of the
+# torus at once. XLA for v5e expects the gather of a smaller part to be bound by latency and makes
+# an all-reduce of it, which moves twice the bytes. It did so at 64 KiB on 16 x 16 chips, at 128 KiB
+# on 8 x 8. On v5p parts of 64 KiB on 4 x 8 x 8 chips stay one all-gather over all six links: 43 ms
+# of gathers become 15, all but one of them hidden.
 SMALL_PART_BYTES = {"TPU v5": 0, "TPU v5p": 0}
 SMALL_PART_BYTES_ELSEWHERE = 256 * 1024
 
 
 def options(device_kind: str, wanted: str) -> Options | None:
-    """Compiler options of a chip's programs, for `jax.jit`; of mesh.compiler_options=none no."""
+    """Options of `jax.jit` for programs of a chip; None if mesh.compiler_options is "none"."""
     return OPTIONS.get(device_kind) if wanted == "chip" else None
 
 

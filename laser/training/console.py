@@ -1,16 +1,21 @@
-"""What programs print: our own messages to stdout, and libraries only when something is wrong."""
+"""What programs print: our own messages to stdout, and libraries only when something is wrong;
+and how those begin and end that have flags and no config."""
 
 import concurrent.futures
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from laser.training import hosts
+from absl import flags
 
+from laser.training import exits, hosts
+
+HELP = {"--help", "-help", "-h"}
 Result = TypeVar("Result")
 
 
@@ -83,6 +88,49 @@ def start_logging(to_stderr: bool = False) -> None:
     # what reads and writes behind addresses.
     for name in ("absl", "fsspec", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def run_program(
+    values: flags.FlagValues,
+    usage: str,
+    argv: Sequence[str],
+    run: Callable[[], None],
+    advice: str = "",
+) -> int:
+    """Reads the command line into `values` and calls `run`, which raises ValueError for a mistake.
+
+    Args:
+      values: the program's flags.
+      usage: what --help prints before them.
+      argv: the program's name and its arguments.
+      run: RuntimeError and OSError are no mistakes: a worker died; the disk is full.
+      advice: what to do then.
+
+    Returns:
+      The exit code, where it is no mistake: that ends the program with its own.
+    """
+    if HELP & set(argv[1:]):
+        print(usage.strip(), values.main_module_help(), sep="\n\n")
+        return exits.DONE
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        positional = values(list(argv))[1:]
+        if positional:
+            raise ValueError(f"unexpected argument {positional[0]!r}: write --flag=value")
+        run()
+    except (ValueError, flags.Error) as error:
+        exit_with(argv[0], str(error))
+    except (RuntimeError, OSError) as error:
+        words = "; ".join(filter(None, [str(error), advice]))
+        print(f"{Path(argv[0]).name}: {words}", file=sys.stderr)
+        return exits.FAILED
+    return exits.DONE
+
+
+def exit_with(program: str, message: str) -> NoReturn:
+    """Leaves the program with the exit code for mistakes of the command line or the config."""
+    print(f"{Path(program).name}: error: {message}", file=sys.stderr)
+    sys.exit(exits.MISTAKE)
 
 
 def end_on_ctrl_c(words: str, before: Callable[[], None] = lambda: None) -> None:

@@ -27,20 +27,24 @@ def on_validation(program: Program, rows: Rows, state: TrainState) -> dict[str, 
     """Loss in nats per token, the objective's shares, and bits per byte of text, on the validation
     split.
 
-    Of several parts, of each and their mean by the parts' shares. Bits per byte is there only where
-    the whole of every split was read. Raises preemption.Interrupted if a signal came.
+    Where it has several parts, these of each part, and their mean by the parts' shares. Bits per
+    byte is there only where the whole of every split was read. Raises preemption.Interrupted if a
+    signal came.
     """
     metrics: dict[str, float] = {}
     means: dict[str, float] = collections.defaultdict(float)
     bits = 0.0
     for part in rows.validation_parts(program.config, program.batch_sharding):
+        if part.at_end and int(state.step) < program.config.training.steps:
+            continue
         total: dict[str, float] = collections.defaultdict(float)
+        tokens = 0.0
         for sums in _sums(program, state, part.batches):
-            for name, x in {"loss": sums.nll, **sums.shares, "": sums.tokens}.items():
+            for name, x in {"loss": sums.nll, **sums.shares}.items():
                 total[name] += float(x)
-        tokens, nll = total.pop(""), total["loss"]
+            tokens += float(sums.tokens)
         whole = part.bytes > 0 and tokens == part.tokens
-        bits += part.share * nll / math.log(2) / part.bytes if whole else math.nan
+        bits += part.share * total["loss"] / math.log(2) / part.bytes if whole else math.nan
         for name, value in total.items():
             if part.share:  # else what is not finite there would count all the same
                 means[name] += part.share * value / tokens
@@ -53,7 +57,8 @@ def on_validation(program: Program, rows: Rows, state: TrainState) -> dict[str, 
 
 
 def _sums(program: Program, state: TrainState, batches: Iterator[Batch]) -> Iterator[Sums]:
-    """Of each batch, when the next one is on its way: the device works while the host reads."""
+    """The sums of each batch, when the next one is on its way: the device works while the host
+    reads."""
     before: list[Sums] = []
     for batch in batches:
         preemption.between_batches()

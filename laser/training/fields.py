@@ -11,11 +11,40 @@ from typing import Any, Literal
 
 from models.config import require
 
+CLOSE = 0.75  # of difflib's ratio; at its own 0.6 `flash` would be taken for `laser`
+OTHER_NAMES = {  # of fields, in other codebases
+    "lr": "learning_rate", "wd": "weight_decay", "beta1": "b1", "beta2": "b2",
+    "warmup": "warmup_steps", "bs": "batch_size", "batch": "batch_size",
+    "gradient_accumulation_steps": "accumulation", "max_steps": "steps", "num_steps": "steps",
+    "max_grad_norm": "clip_grad_norm", "grad_clip": "clip_grad_norm",
+    "hidden_size": "model_dim", "d_model": "model_dim", "n_layers": "num_layers",
+    "n_heads": "num_heads", "sequence_length": "seq_len", "context_length": "seq_len",
+}  # fmt: skip
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` if something known is close to the name, else an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=CLOSE)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def nearest_field(name: str, known: Iterable[str]) -> str:
+    """The same for a whole name as `optimizer.lr`, or else the fields of its section.
+
+    The field's own name counts before its section, which is easily taken for another one.
+    """
+    known = list(known)
+    section, _, own = name.rpartition(".")
+    leaves = [field.rpartition(".")[2] for field in known]
+    close = difflib.get_close_matches(OTHER_NAMES.get(own, own), leaves, n=1, cutoff=CLOSE)
+    if close:
+        named = [field for field, leaf in zip(known, leaves) if leaf == close[0]]
+        return f"; did you mean {difflib.get_close_matches(name, named, n=1, cutoff=0)[0]!r}?"
+    prefix = f"{section}."
+    fields = [field.removeprefix(prefix) for field in known if field.startswith(prefix)]
+    if fields:
+        return f"; {section} has {', '.join(fields)}"
+    return "; known fields are in configs/base.py"
 
 
 def check_names(what: str, prefix: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

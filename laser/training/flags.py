@@ -12,17 +12,17 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from laser.training import exits
 from laser.training.config import RunConfig, load_config
-from laser.training.fields import nearest
+from laser.training.console import HELP, exit_with
+from laser.training.fields import flatten, nearest, nearest_field
 from laser.training.run_folder import load_record
 
 ROOT = Path(__file__).resolve().parents[2]  # configs/ lies here, also where this is installed
@@ -37,19 +37,13 @@ def parse_or_exit(
     argv: Sequence[str], define_flags: DefineFlags, usage: str
 ) -> tuple[RunConfig, flags.FlagValues]:
     """`parse` for a program's first line: prints `usage` for --help, exits with 2 on a mistake."""
-    if {"--help", "-help", "-h"} & set(argv[1:]):
+    if HELP & set(argv[1:]):
         print(usage.strip(), _define(define_flags).main_module_help(), CONFIG_HELP, sep="\n\n")
         sys.exit(0)
     try:
         return parse(argv, define_flags)
     except ValueError as error:
         exit_with(argv[0], str(error))
-
-
-def exit_with(program: str, message: str) -> NoReturn:
-    """Leaves the program with the exit code for mistakes of the command line or the config."""
-    print(f"{Path(program).name}: error: {message}", file=sys.stderr)
-    sys.exit(exits.MISTAKE)
 
 
 def parse(argv: Sequence[str], define_flags: DefineFlags) -> tuple[RunConfig, flags.FlagValues]:
@@ -174,7 +168,7 @@ def _inherit(config: ConfigDict, argv: Sequence[str]) -> None:
 
 def _check_overrides(argv: Sequence[str], config: ConfigDict) -> None:
     """Every --config.section.field must be there in the config: absl would report a KeyError."""
-    fields = list(_field_names(config))
+    fields = flatten(config.to_dict())
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if match and isinstance(config.get(match[1]), ConfigDict):
@@ -182,16 +176,7 @@ def _check_overrides(argv: Sequence[str], config: ConfigDict) -> None:
                 f"--config.{match[1]} is a section: set --config.{match[1]}.FIELD=value"
             )
         if match and match[1] not in fields:
-            near = nearest(match[1], fields) or "; known fields are in configs/base.py"
-            raise ValueError(f"unknown field --config.{match[1]}{near}")
-
-
-def _field_names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping | ConfigDict):
-            yield from _field_names(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
+            raise ValueError(f"unknown field --config.{match[1]}{nearest_field(match[1], fields)}")
 
 
 def _unknown_flag(name: str, known: Iterable[str]) -> str:

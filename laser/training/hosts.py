@@ -24,10 +24,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from data.errors import first_line
+from laser.training import exits
 
 log = logging.getLogger(__name__)
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+ONE_PROCESS = "1,1,1"  # in TPU_PROCESS_BOUNDS, by which libtpu takes the chips of this host alone
 MEETING_SECONDS = 300  # hosts of a slice may be this far apart when they start
 BEAT_SECONDS = 2.0  # between signs of life
 SILENCE_SECONDS = 30.0  # a host without one for so long is gone
@@ -40,8 +42,8 @@ EXPLAIN_SECONDS = 30.0  # and again after each of these
 def joined() -> Iterator[None]:
     """Meets the other hosts, if there are any, and leaves together with them.
 
-    While it is open an exception on one host ends them all with exit code 1, and so does a host
-    that exits without the others; a ValueError inside `together` is raised on all of them.
+    While it is open an exception on one host ends them all with exit code 1, and a host that exits
+    without the others ends them with its own; a ValueError inside `together` is raised on all.
 
     Raises:
       ValueError: the variables contradict each other.
@@ -56,8 +58,9 @@ def joined() -> Iterator[None]:
         yield
     except SystemExit as end:
         if not _here.all_were_told:
-            _here.announce(f"it left with exit code {end.code}")
-            leave(end.code)
+            code = end.code if isinstance(end.code, int) and end.code else exits.FAILED
+            _here.announce(f"it left with exit code {end.code}", code)
+            leave(code)
         _here.leave_together()
         raise
     except BaseException as error:
@@ -85,8 +88,9 @@ def refuse_several() -> None:
     the others."""
     if _here is None and os.environ.get("JAX_PLATFORMS") != "cpu" and _cluster() is not None:
         raise ValueError(
-            "this runs on one host, and here are several: take a machine or a slice of one host, "
-            "such as v5litepod-8, or the processor of this one by JAX_PLATFORMS=cpu"
+            "this runs on one host, and here are several: start it by scripts/launch_tpu.sh exec, "
+            "which gives it the chips of one; or take a slice of one host, such as v5litepod-8, or "
+            "the processor of this one by JAX_PLATFORMS=cpu"
         )
 
 
@@ -126,10 +130,10 @@ def told() -> list[str]:
     return [] if _here is None else list(_here.told)
 
 
-def end_the_others(reason: str) -> None:
-    """Tells the other hosts that this one ends with an error; they end, too."""
+def end_the_others(reason: str, code: int = exits.FAILED) -> None:
+    """Tells the other hosts that this one ends with an error; all of them end with this code."""
     if _here is not None:
-        _here.announce(reason)
+        _here.announce(reason, code)
 
 
 def _cluster() -> dict[str, Any] | None:
@@ -140,6 +144,8 @@ def _cluster() -> dict[str, Any] | None:
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if given:
         return _from_variables(given)
+    if os.environ.get("TPU_PROCESS_BOUNDS") == ONE_PROCESS:
+        return None
     try:
         for cluster in (GkeTpuCluster, GceTpuCluster):
             if cluster.is_env_present():  # only where this machine has TPU chips
@@ -193,7 +199,7 @@ class _Connection:
         self.all_were_told = False  # of a mistake that ends them all
         self.news = ""
         self.told = [""] * self.count
-        self._failed = False
+        self._code: int | None = None  # to leave with, once an error was announced
         self._left = threading.Event()
         self._looked = time.monotonic()  # when the store last answered
         self._watch = threading.Thread(target=self._watch_others, name="hosts", daemon=True)
@@ -220,18 +226,18 @@ class _Connection:
             pause = min(2 * pause, 0.5)
         return [found[i] for i in range(self.count)]
 
-    def announce(self, reason: str) -> None:
-        if self._failed:  # the first reason stands
+    def announce(self, reason: str, code: int) -> None:
+        if self._code is not None:  # the first reason stands
             return
-        self._failed = True
-        self._store.key_value_set(f"laser/ended/{self.index}", reason)
+        self._code = code
+        self._store.key_value_set(f"laser/ended/{self.index}", f"{code} {reason}")
         self._left.set()  # after the call, which waits for ever where host 0 is frozen
         if self.index == 0:
             time.sleep(3 * BEAT_SECONDS)  # the store goes with host 0: let the others read it
 
     def leave_together(self) -> None:
-        if self._failed:
-            leave()
+        if self._code is not None:
+            leave(self._code)
         self.exchange("end", "")
         self._left.set()
         self._watch.join()
@@ -249,7 +255,7 @@ class _Connection:
             time.sleep(SILENCE_SECONDS + 2 * BEAT_SECONDS)
         traceback.print_exception(error)
         with contextlib.suppress(JaxRuntimeError):  # host 0 may be gone
-            self.announce(reason)
+            self.announce(reason, exits.FAILED)
         leave()
 
     def _read(self, key: str) -> dict[int, str]:
@@ -272,9 +278,10 @@ class _Connection:
                 return
             self._looked = time.monotonic()
             self.told = [beats.get(i, "").partition(" ")[2] for i in range(self.count)]
-            for i, reason in ended.items():
+            for i, end in ended.items():
                 if i != self.index and not self._left.is_set():
-                    self._follow(i, f"ended: {reason}")
+                    code, _, reason = end.partition(" ")
+                    self._follow(i, f"ended: {reason}", int(code))
             now = time.monotonic()
             for i in range(self.count):
                 beat = beats.get(i, "")
@@ -291,22 +298,23 @@ class _Connection:
             if time.monotonic() - self._looked > SILENCE_SECONDS:
                 self._follow(0, f"gave no sign of life for {SILENCE_SECONDS:.0f} seconds")
 
-    def _follow(self, index: int, what: str) -> NoReturn:
+    def _follow(self, index: int, what: str, code: int = exits.FAILED) -> NoReturn:
         """Leaves from the watching thread, whatever the main thread is waiting for."""
+        again = "; start all again to go on from the newest checkpoint"
         log.error(
-            "%s %s. This host ends with it; start all again to go on from the newest checkpoint",
-            self.name(index), what,
+            "%s %s. This host ends with it%s",
+            self.name(index), what, again if code == exits.FAILED else "",
         )  # fmt: skip
-        leave()
+        leave(code)
 
 
-def leave(code: Any = 1) -> NoReturn:
+def leave(code: int = exits.FAILED) -> NoReturn:
     """Ends at once, where threads may wait for what does not come: jax's leave-taking for hosts
     that are gone, a failed save for its own parts."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    os._exit(code)
 
 
 _here: _Connection | None = None

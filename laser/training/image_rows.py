@@ -9,6 +9,7 @@ from jax.sharding import Sharding
 from data.images import loader, sources
 from data.images.loader import Augmentation
 from data.preparation.workers import cores
+from data.reading.examples import steps_per_epoch
 from data.reading.loader import Prefetcher
 from data.reading.order import step_places
 from laser.training.config import RunConfig
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 class ImageRows:
     """Images with their classes; a row is an image, and its tokens are its patches."""
 
+    unit = "images"
     tokenizer_path = ""
 
     def __init__(self, config: RunConfig):
@@ -61,6 +63,10 @@ class ImageRows:
         data, size = config.data, config.training.batch_size
         return step_places(data.shuffle_seed, step, size, len(self._train), data.block_rows).rows
 
+    def epochs(self, config: RunConfig, steps: int) -> dict[str, float]:
+        assert config.images is not None
+        return {config.images.source: steps * config.training.batch_size / len(self._train)}
+
     def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
         del config, steps
         return {"broken_images": len(self._broken.names)} if self._broken.names else {}
@@ -81,9 +87,10 @@ class ImageRows:
         )
 
     def validation_parts(self, config: RunConfig, sharding: Sharding) -> list[Validation]:
-        """The validation images, and as `test` those of images.test, which have no share."""
+        """The validation images, and without a share as `test` those of images.test, and at the end
+        as `train` a fixed sample of the training images, about as many: AlgoPerf's eval_train."""
 
-        def batches(images):
+        def batches(images, max_batches):
             return loader.eval_batches(
                 images,
                 self._augmentation,
@@ -91,10 +98,12 @@ class ImageRows:
                 batch_size=config.training.batch_size,
                 sharding=sharding,
                 workers=self._workers,
-                max_batches=config.training.eval_batches,
+                max_batches=max_batches,
             )
 
-        parts = [Validation("", 1.0, batches(self._validation))]
+        limit = config.training.eval_batches
+        parts = [Validation("", 1.0, batches(self._validation, limit))]
         if self._test is not None:
-            parts.append(Validation("test", 0.0, batches(self._test)))
-        return parts
+            parts.append(Validation("test", 0.0, batches(self._test, limit)))
+        sample = limit or steps_per_epoch(len(self._validation), config.training.batch_size)
+        return [*parts, Validation("train", 0.0, batches(self._train, sample), at_end=True)]

@@ -1,26 +1,31 @@
-"""One process at a time in a folder where nothing can be locked: a lease, renewed while it lives.
+"""One process at a time in a folder: by a lock, or in a bucket by a lease, renewed while it lives.
 
-The file `.lock` says who trains there, and a number that grows every few seconds. Whoever finds one
-of another machine looks whether it grows, and takes over what has stood still. It is written only
-if it is what was last seen, which tensorstore asks of the bucket: of two that come at once, one
-has it. Who finds that another one has taken over, as after a long sleep, ends at once.
+Behind an address nothing can be locked. The file `.lock` there says who trains, and a number that
+grows every few seconds. Whoever finds one of another machine looks whether it grows, and takes over
+what has stood still. It is written only if it is what was last seen, which tensorstore asks of the
+bucket: of two that come at once, one has it. Who finds that another one has taken over, as after a
+long sleep, ends at once.
 """
 
 import atexit
 import contextlib
 import errno
+import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from data.addresses import is_address
 from data.errors import first_line
 from laser.training import exits
 from laser.training.folders import url_of
@@ -28,8 +33,48 @@ from laser.training.folders import url_of
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of some file systems
+# Of this process. An open file is a lock, and to close it is to give it back.
+_locks: dict[Path, tuple[IO[str], "Lease | None"]] = {}
 BEAT_SECONDS, SILENCE_SECONDS = 5.0, 20.0
 PATIENCE_SECONDS = 10.0  # with a bucket that does not answer, at the end
+
+
+def claim(folder: Path) -> None:
+    """Keeps other processes from training here until this one has ended, however it ends.
+
+    On a mounted bucket those of this machine alone. Raises ValueError if one does already, OSError
+    if nothing can be written there.
+    """
+    if folder in _locks:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _lock_file(folder).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(
+            f"{folder}: another process trains here ({file.read().strip() or 'pid unknown'}); stop "
+            "it or choose another --workdir"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s: no locks there, so take care that no other process trains in it", folder)
+        return
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[folder] = (file, Lease(folder) if is_address(folder) else None)
+
+
+def _lock_file(folder: Path) -> Path:
+    """What processes of this machine lock."""
+    if not is_address(folder):
+        return folder / LOCK
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"laser-{os.getuid()}-{name}.lock"
 
 
 class Lease:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from data.addresses import told_as_os_errors
 from data.errors import first_line
 from data.sealed import SEAL
 from laser.training import (
@@ -31,16 +32,10 @@ from laser.training import (
     versions,
     wandb_writer,
 )
-from laser.training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    restore_parameters,
-    tensor_types,
-)
+from laser.training.checkpoint import CheckpointError, Checkpoints, restore_parameters
 from laser.training.config import RunConfig, to_dict
-from laser.training.devices import check_devices
 from laser.training.evaluation import Evaluation, on_validation
-from laser.training.folders import absolute, folder_of, told_as_os_errors
+from laser.training.folders import absolute, folder_of
 from laser.training.goodput import Goodput
 from laser.training.incidents import TooManySkippedSteps, record_skipped, record_spike
 from laser.training.init_from import check_init
@@ -53,17 +48,19 @@ from laser.training.metrics import (
     mark_of,
     read_metrics,
 )
+from laser.training.outlook import outlook, warn_of_repeated_text
 from laser.training.profile import Profile
 from laser.training.program import Program
 from laser.training.records import Records
 from laser.training.report import Report
-from laser.training.rows import Rows, resolved
+from laser.training.rows import Rows, progress, resolved
 from laser.training.run_folder import (
     check_hosts_agree,
     open_run_folder,
 )
 from laser.training.spikes import Spikes
 from laser.training.step import TrainState
+from laser.training.tensors import tensor_types
 from laser.training.wandb_writer import WandbWriter
 from laser.training.watchdog import Watchdog
 from models.families import train_flops_per_token
@@ -95,6 +92,9 @@ def open_run(config: RunConfig, rows: Rows, workdir: str, allow_config_change: b
         "on %d x %s%s, with %s", len(chips), chips[0].device_kind,
         f" as {' x '.join(shape)}" if shape else "", ", ".join(of_packages),
     )  # fmt: skip
+    log.info("%s", outlook(complete, rows, program.abstract_state.params))
+    if not config.training.epochs:
+        warn_of_repeated_text(complete, rows)
     compiler.keep_programs(absolute(run.workdir), jax.default_backend())
     return run
 
@@ -109,7 +109,7 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
 
     Returns:
       The exit code of the process: 0 done, 1 stopped by an error that the log explains, 3 diverged,
-      75 saved after SIGTERM, SIGHUP or SIGINT.
+      4 no memory for the first step, 75 saved after SIGTERM, SIGHUP or SIGINT.
     """
     steps = run.config.training.steps
     began = began or time.time()
@@ -137,10 +137,25 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        problem, code = f"out of memory: {first_line(error, 300)}", exits.FAILED
+        problem = f"out of memory: {first_line(error, 300)}"
+        if not isinstance(error, MemoryError):  # which is of the host
+            problem += f"; {_saves_memory(run.config)}"
+        # What does not suffice for the first step never will.
+        code = exits.FAILED if run.has_trained else exits.TOO_LARGE
     log.error("%s", problem)
-    hosts.end_the_others(problem)
+    hosts.end_the_others(problem, code)
     return code
+
+
+def _saves_memory(config: RunConfig) -> str:
+    """What a user may change for the chips, in words."""
+    more = 2 * config.training.accumulation
+    remat = "--config.model.remat=full, " if config.model.remat != "full" else ""
+    return (
+        f"{remat}--config.training.accumulation={more} ({2 * more}, {4 * more}) or a layout of "
+        "scripts/plan.py --search need less; a run that has begun takes them with "
+        "--allow_config_change"
+    )
 
 
 class Run:
@@ -154,6 +169,7 @@ class Run:
       spikes: what was seen of the loss so far.
       goodput: what its time went to so far.
       watchdog: ends the process if a step does not end.
+      has_trained: whether this process has done a step.
     """
 
     def __init__(self, program: Program, workdir: str, rows: Rows, record: dict[str, Any]):
@@ -169,6 +185,7 @@ class Run:
         self.goodput = Goodput(None, time.time())
         this = hosts.name(jax.process_index())
         self.watchdog = Watchdog(self.config.training.step_timeout_seconds, this)
+        self.has_trained = False
         self._config_sha256 = record[SEAL]
 
     def first_state(self, checkpoints: Checkpoints) -> TrainState:
@@ -242,14 +259,15 @@ def _train_from(
     )
     report = Report(
         writer,
+        steps=config.training.steps,
         log_every=config.training.log_every,
         tokens_per_step=config.training.batch_size * config.data.seq_len,
         flops_per_token=train_flops_per_token(config.model, config.data.seq_len),
         peak_flops=hardware.peak_flops(),
-        bound_seconds=_bound_seconds(run.program),
+        bound_seconds=roofline.bound_seconds(config, run.program.mesh.devices),
         on_skipped=functools.partial(record_skipped, run),
-        on_step=functools.partial(record_spike, run),
-        of_the_run=lambda step: run.rows.metrics(config, step) | run.goodput.metrics(),
+        on_step=functools.partial(_step_was_done, run),
+        of_the_run=lambda step: progress(config, run.rows, step) | run.goodput.metrics(),
     )
     try:
         with preemption.watch(run.watchdog.alive) as preempted:
@@ -259,20 +277,16 @@ def _train_from(
         writer.close()
 
 
+def _step_was_done(run: Run, step: int, metrics: dict[str, float]) -> None:
+    run.has_trained = True
+    record_spike(run, step, metrics)
+
+
 def _other_writers(run: Run) -> list[MetricsWriter]:
     project = run.config.training.wandb_project
     if not project or not hosts.is_first():
         return []
     return [WandbWriter(project, run.records, to_dict(run.config))]
-
-
-def _bound_seconds(program: Program) -> float:
-    """The least time of a step on its devices, see `roofline`; 0 where it is not known."""
-    chip = hardware.CHIPS.get(program.mesh.devices.flat[0].device_kind)
-    if chip is None:
-        return 0.0
-    mesh = check_devices(program.config, program.mesh.size)
-    return roofline.analytic_bound(program.config, mesh, chip).seconds
 
 
 def _run_steps(
@@ -285,12 +299,9 @@ def _run_steps(
 ) -> int:
     config, start = run.config, int(state.step)
     steps, first, due = config.training.steps, True, False
-    if checkpoints.restored.get("owed"):
-        scores, owed = evaluations.after(start, state)
-        if owed:
-            log.warning("%s: left in the evaluation of step %d", preempted.name, start)
-            return exits.PREEMPTED
-        checkpoints.add_score(start, scores)
+    if checkpoints.restored.get("owed") and not _made_up(state, checkpoints, evaluations):
+        log.warning("%s: left in the evaluation of step %d", preempted.name, start)
+        return exits.PREEMPTED
     profile = Profile(run.records, config.training.profile_steps)
     run.goodput.steps_begin()
     run.watchdog.step_ended(start)
@@ -307,8 +318,7 @@ def _run_steps(
             first = False
             scores, owed = evaluations.after(done, state)
             leave = preempted.stops()
-            in_turn = _due(done, config.checkpoint.every, steps)
-            due = due or in_turn
+            due = due or _due(done, config.checkpoint.every, steps)
             if due or leave:
                 report.flush()
             # After steps without an update there is nothing new to save: it is put off.
@@ -325,14 +335,28 @@ def _run_steps(
                 return exits.PREEMPTED
     with run.off_the_steps("checkpoints"):
         checkpoints.wait()
+    _tell_of_the_end(run, checkpoints)
+    return exits.DONE
+
+
+def _made_up(state: TrainState, checkpoints: Checkpoints, evaluations: "_Evaluations") -> bool:
+    """Makes the evaluation that the checkpoint owes; False where a signal has ended it again."""
+    step = int(state.step)
+    scores, owed = evaluations.after(step, state)
+    if not owed:
+        checkpoints.add_score(step, scores)
+    return not owed
+
+
+def _tell_of_the_end(run: Run, checkpoints: Checkpoints) -> None:
     times = run.goodput.metrics()
     log.info(
         "goodput %.1f %%; seconds: %s", 100 * times.pop("goodput"),
         ", ".join(f"{name.removeprefix('time/')} {seconds:.0f}" for name, seconds in times.items()),
     )  # fmt: skip
     if best := checkpoints.best():
-        log.info("best checkpoint: step %d, %s %.4f", best[0], config.checkpoint.best, best[1])
-    return exits.DONE
+        name = run.config.checkpoint.best
+        log.info("best checkpoint: step %d, %s %.4f", best[0], name, best[1])
 
 
 class _Evaluations:

@@ -8,13 +8,14 @@ is not JSON.
     loss, perplexity            mean over targets (tokens, images, labels), nats
     error                       share of wrong answers: of BERT's masked tokens, of images
     gradient_norm               before clipping          parameter_norm, learning_rate
+    tokens, epoch               read so far, by the run; passes over its data, a fraction counts
     tokens_per_second           all devices              seconds_per_step
     mfu                         model FLOPs utilisation, 0 to 1; causal attention counted half
     of_bound                    0 to 1: the least time of a step by the chips' peaks, see
                                 laser/training/roofline.py, over the time that it takes
     data_wait_seconds           per step, of the loop    memory_gib    most in use on a device
     skipped_steps               so far, in the run       attention_range    largest, nats
-    share/STORE                 of the rows so far, of each store of a mixture
+    share/STORE, epoch/STORE    of the rows so far, of each store of a mixture; its passes
     broken_images               named and left out by this host since it started, if any
     goodput, time/KIND          see laser/training/goodput.py: a fraction, and seconds so far
     eval/loss, eval/bits_per_byte                    eval/TASK/METRIC    a fraction
@@ -24,6 +25,7 @@ is not JSON.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -41,6 +43,7 @@ from laser.training.records import Records
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 SPIKES_FILE = "spikes.jsonl"
+LOGGED_SECONDS, KEPT_SECONDS = 10.0, 60.0  # between two lines, of a log file and of a terminal
 
 log = logging.getLogger(__name__)
 
@@ -200,30 +203,53 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class TerminalLine:
-    """One line, written over, on a terminal; elsewhere a line now and then, for log files."""
+    """The numbers as lines: in a log file now and then, on a terminal one that is written over.
 
-    def __init__(self, steps: int, stream: TextIO | None = None, seconds_between: float = 10.0):
+    There the first line stays, one a minute, and the one before an evaluation or what the log says,
+    so that the loss can be seen to fall. What does not fit into the line is left out, from its end.
+    """
+
+    def __init__(self, steps: int, stream: TextIO | None = None):
         self._steps = steps
         self._stream = stream or sys.stdout
-        self._seconds_between = seconds_between
+        self._seconds_between = KEPT_SECONDS if self._stream.isatty() else LOGGED_SECONDS
         self._last_time = -math.inf
         self._line_open = False
+        self._handlers = list(logging.getLogger().handlers)
+        for handler in self._handlers:
+            handler.addFilter(self._let_log)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         is_eval = any(name.startswith("eval/") for name in metrics)
-        line = self._format(step, metrics)
-        if self._stream.isatty():
+        parts = self._parts(step, metrics)
+        if is_eval:
+            self._end_line()
+            print("  ".join(parts), file=self._stream)
+        elif self._stream.isatty():
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{line[:width]}", end="\n" if is_eval else "", file=self._stream)
-            self._line_open = not is_eval
-        elif is_eval or step >= self._steps or self._is_time():
-            print(line, file=self._stream)
+            print(f"\r\x1b[K{_fitting(parts, width)}", end="", file=self._stream)
+            self._line_open = True
+            if self._is_time():
+                self._end_line()
+        elif step >= self._steps or self._is_time():
+            print("  ".join(parts), file=self._stream)
         self._stream.flush()
 
     def close(self) -> None:
+        self._end_line()
+        for handler in self._handlers:
+            handler.removeFilter(self._let_log)
+
+    def _end_line(self) -> None:
         if self._line_open:
-            print(file=self._stream)
+            print(file=self._stream, flush=True)
             self._line_open = False
+
+    def _let_log(self, record: logging.LogRecord) -> bool:
+        """A filter that lets all pass: what is logged begins a line of its own."""
+        del record
+        self._end_line()
+        return True
 
     def _is_time(self) -> bool:
         now = time.monotonic()
@@ -232,31 +258,35 @@ class TerminalLine:
         self._last_time = now
         return True
 
-    def _format(self, step: int, metrics: Mapping[str, float]) -> str:
+    def _parts(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """What the line says, the most important first."""
         parts = [f"step {step:,}/{self._steps:,}"]
+        if "seconds_per_step" in metrics:
+            left = (self._steps - step) * metrics["seconds_per_step"]
+            parts.append(f"left {format_duration(left)}")
+        if metrics.get("skipped_steps"):
+            parts.append(f"skipped {metrics['skipped_steps']:.0f}")
         formats = {
             "loss": "loss {:.4f}",
             "eval/loss": "eval loss {:.4f}",
             "eval/bits_per_byte": "bits per byte {:.4f}",
-            "gradient_norm": "grad norm {:.3g}",
             "tokens_per_second": "{:,.0f} tokens/s",
+            "mfu": "MFU {:.1%}",
+            "of_bound": "{:.0%} of the bound",
+            "gradient_norm": "grad norm {:.3g}",
         }
         parts += [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
-        parts += [
+        return parts + [
             f"{name.removeprefix('eval/')} {value:.4f}"
             for name, value in metrics.items()
             if name.startswith("eval/") and name not in formats
         ]
-        if "mfu" in metrics:
-            parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
-        if "of_bound" in metrics:
-            parts.append(f"{100 * metrics['of_bound']:.0f} % of the bound")
-        if metrics.get("skipped_steps"):
-            parts.append(f"skipped {metrics['skipped_steps']:.0f}")
-        if "seconds_per_step" in metrics:
-            left = (self._steps - step) * metrics["seconds_per_step"]
-            parts.append(f"left {format_duration(left)}")
-        return "  ".join(parts)
+
+
+def _fitting(parts: Sequence[str], width: int) -> str:
+    """As many of the first parts as have room, and of the very first one what has."""
+    lines = itertools.accumulate(parts, "{}  {}".format)
+    return max((line for line in lines if len(line) <= width), key=len, default=parts[0][:width])
 
 
 def format_duration(seconds: float) -> str:
@@ -271,3 +301,11 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hour} h {minute} min"
     return f"{minute} min {second} s" if minutes else f"{second} s"
+
+
+def format_count(number: float) -> str:
+    """Three digits: `1.09`, `301 M`, `168 B`."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

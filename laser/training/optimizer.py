@@ -117,7 +117,7 @@ def layer_matrices(params) -> Any:
 
 
 def _is_vector(path: tuple) -> bool:
-    """Of what a head has one of, and so two dims for all heads."""
+    """Whether it is a vector of each head, which has two dims because there are several heads."""
     return path[-1].key.startswith("lambda") or path[-1].key.endswith("bias")
 
 
@@ -233,10 +233,7 @@ def _to_whole(mesh, path: str, shape: tuple[int, ...]) -> list[PartitionSpec]:
     divides what is left of them and an all-gather if not. XLA has no other way for two at once than
     to gather the array on every device.
     """
-    axes = [
-        [names] if isinstance(names, str) else list(names or ())
-        for names in sharding.parameter_spec(mesh, path, shape)
-    ]
+    axes = [list(names) for names in sharding.per_dim(sharding.parameter_spec(mesh, path, shape))]
     layers, left = [], shape[0]
     for name in reversed((*sharding.batch_axes(mesh)[1:], sharding.TENSOR)):
         if mesh.shape[name] > 1 and left % mesh.shape[name] == 0:

@@ -31,9 +31,7 @@ class Program:
         self.batch_sharding = sharding.batch_sharding(mesh)
         abstract = jax.eval_shape(functools.partial(init_state, config))
         shardings: TrainState = sharding.state_shardings(mesh, abstract)
-        self.abstract_state: TrainState = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
+        self.abstract_state: TrainState = sharding.described(abstract, shardings)
         options = compiler.options(mesh.devices.flat[0].device_kind, config.mesh.compiler_options)
         self.train_step = jax.jit(
             sharding.on_mesh(mesh, make_train_step(config)),

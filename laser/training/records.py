@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from laser.training.folders import is_address, is_in_bucket, told_as_os_errors, write_atomically
+from data.addresses import is_address, told_as_os_errors
+from laser.training.folders import is_in_bucket, write_atomically
 
 BETWEEN_SECONDS = 30.0
 SHARE = 0.02  # of the time at most goes into what is written now and then

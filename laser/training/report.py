@@ -22,10 +22,13 @@ LONG_WAIT = 0.1  # of a step, for data: then the log says which host waits
 
 
 class Report:
-    """Collects, derives speed, and writes every `log_every` steps.
+    """Collects, derives speed, and writes every `log_every` steps, the first and the last one.
+
+    The first step of a process has no speed: most of its time goes into compiling.
 
     Args:
       writer: takes the records.
+      steps: of the whole run.
       log_every: steps.
       tokens_per_step: of the whole batch, all hosts.
       flops_per_token: model FLOPs, recomputation not counted.
@@ -43,6 +46,7 @@ class Report:
         self,
         writer: MetricsWriter,
         *,
+        steps: int,
         log_every: int,
         tokens_per_step: int,
         flops_per_token: float,
@@ -53,6 +57,7 @@ class Report:
         of_the_run: Callable[[int], dict[str, float]] = lambda step: {},
     ):
         self._writer = writer
+        self._steps = steps
         self._log_every = log_every
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
@@ -63,7 +68,7 @@ class Report:
         self._of_the_run = of_the_run
         self.skipping = False
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
-        self._window_start = time.perf_counter()
+        self._window_start: float | None = None  # when the first step has ended
         self._window_steps = 0
         self._seconds_waited = 0.0
 
@@ -85,14 +90,17 @@ class Report:
         step, on_device, waited = self._pending
         self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
-        self._window_steps += 1
+        self._window_steps += self._window_start is not None
         self.skipping = metrics["skipped_in_a_row"] > 0
         self._on_step(step, metrics)
         if self.skipping:
             self._on_skipped(step, metrics)
-        if step % self._log_every == 0 or step == 1:
-            derived = self._derived(metrics, waited)
+        if step % self._log_every == 0 or step in (1, self._steps):
+            derived = {"perplexity": float(np.exp(np.minimum(metrics["loss"], 700.0)))}
+            derived |= self._speed(waited)
             self._writer.write(step, metrics | derived | self._of_the_run(step))
+        if self._window_start is None:
+            self._window_start, self._seconds_waited = time.perf_counter(), waited
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -101,23 +109,26 @@ class Report:
         try:
             yield
         finally:
-            self._window_start += time.perf_counter() - start
+            if self._window_start is not None:
+                self._window_start += time.perf_counter() - start
 
-    def _derived(self, metrics: dict[str, float], waited: float) -> dict[str, float]:
+    def _speed(self, waited: float) -> dict[str, float]:
+        """Of the steps since the last record, if there are any; and the most memory so far."""
+        if self._window_start is None:
+            return {"memory_gib": hardware.memory_gib()}
         now = time.perf_counter()
         seconds_per_step = (now - self._window_start) / self._window_steps
         tokens_per_second = self._tokens_per_step / seconds_per_step
-        derived = {
-            "perplexity": float(np.exp(np.minimum(metrics["loss"], 700.0))),
+        speed = {
             "seconds_per_step": seconds_per_step,
             "tokens_per_second": tokens_per_second,
         } | self._of_the_worst_host(waited, seconds_per_step)
         if self._peak_flops:
-            derived["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+            speed["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
         if self._bound_seconds:
-            derived["of_bound"] = self._bound_seconds / seconds_per_step
+            speed["of_bound"] = self._bound_seconds / seconds_per_step
         self._window_start, self._window_steps, self._seconds_waited = now, 0, waited
-        return derived
+        return speed
 
     def _of_the_worst_host(self, waited: float, seconds_per_step: float) -> dict[str, float]:
         """Seconds that a step waited for data, and memory: all hosts wait for the one that waits

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from orbax.checkpoint import checkpoint_managers
 
+from data.addresses import is_address
 from laser.training.config import CheckpointConfig
-from laser.training.folders import is_address
 from laser.training.run_folder import COMMITTED
 
 LOWEST_WINS = ("loss", "error", "wer")

@@ -9,8 +9,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from laser.training.config import MeshConfig, RunConfig
-from laser.training.hardware import Chip
+from laser.training.devices import check_devices
+from laser.training.hardware import CHIPS, Chip
 from models.families import AnyModelConfig, train_flops_per_token
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon, optax's
@@ -187,6 +190,14 @@ def analytic_bound(
         memory=_ratio(memory_bytes(config, mesh), chip.hbm_bandwidth),
         interconnect=_ratio(received, links * chip.link_bandwidth),
     )
+
+
+def bound_seconds(config: RunConfig, devices: np.ndarray) -> float:
+    """The least time of a step on these devices, of jax; 0 where their peaks are not known."""
+    chip = CHIPS.get(devices.flat[0].device_kind)
+    if chip is None:
+        return 0.0
+    return analytic_bound(config, check_devices(config, devices.size), chip).seconds
 
 
 def torus_seconds(

@@ -37,6 +37,7 @@ class Validation(NamedTuple):
       share: of the rows of training, and so of the loss; shares add up to 1.
       batches: of it.
       tokens, bytes: targets in the whole split, and its text; 0 where that has no meaning.
+      at_end: it is evaluated after the last step alone.
     """
 
     name: str
@@ -44,16 +45,19 @@ class Validation(NamedTuple):
     batches: Iterator[loader.Batch]
     tokens: int = 0
     bytes: int = 0
+    at_end: bool = False
 
 
 class Rows(Protocol):
     """What the loop needs of its data; configs that methods take are resolved ones.
 
     Attributes:
+      unit: what is counted of it: tokens, or rows as images, recordings or examples.
       tokenizer_path: SentencePiece model; "" of rows that are no text.
       fingerprint: equal for equal rows, as hex digits.
     """
 
+    unit: str
     tokenizer_path: str
     fingerprint: str
 
@@ -71,8 +75,11 @@ class Rows(Protocol):
     ) -> loader.Prefetcher:
         """Batches of the steps from `start_step` to the end of the run."""
 
+    def epochs(self, config: RunConfig, steps: int) -> dict[str, float]:
+        """How often the first `steps` steps go through each source, by its name."""
+
     def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
-        """What is logged of the data of the first `steps` steps."""
+        """What else is logged of the data of the first `steps` steps."""
 
     def validation_parts(self, config: RunConfig, sharding: Sharding) -> list[Validation]:
         """What is evaluated, by training.eval_batches of it if there are any."""
@@ -81,6 +88,7 @@ class Rows(Protocol):
 class StoreRows:
     """Packed rows of a prepared store, or of several, each with its share of them."""
 
+    unit = "tokens"
     _masking: Masking | None = None
 
     def __init__(self, config: RunConfig):
@@ -100,12 +108,12 @@ class StoreRows:
         for part, store in zip(self._parts, self._stores, strict=True):
             _check_store(config, part.path, store, self._store)
         self.fingerprint = self._store.fingerprint
-        self._train: Split | mixture.Mixture = self._store.split("train")
+        self._splits = [store.split("train") for store in self._stores]
+        self._train: Split | mixture.Mixture = self._splits[0]
         if len(self._stores) > 1:
             whole = [(store.fingerprint, str(part.share)) for part, store in self._pairs()]
             self.fingerprint = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
-            splits = [store.split("train") for store in self._stores]
-            self._train = mixture.Mixture(splits, [part.share for part in self._parts])
+            self._train = mixture.Mixture(self._splits, [part.share for part in self._parts])
 
     def _pairs(self) -> Iterator[tuple[mixture.Part, TokenStore]]:
         return zip(self._parts, self._stores, strict=True)
@@ -121,6 +129,16 @@ class StoreRows:
         return self._train.places(
             data.shuffle_seed, step, config.training.batch_size, data.seq_len, data.block_rows
         ).rows
+
+    def epochs(self, config: RunConfig, steps: int) -> dict[str, float]:
+        rows, names = steps * config.training.batch_size, [self._parts[0].path]
+        counts = np.array([rows])
+        if isinstance(self._train, mixture.Mixture):
+            names, counts = mixture.names(self._parts), self._train.counts(rows)
+        return {
+            name: int(count) / split.num_rows(config.data.seq_len)
+            for name, count, split in zip(names, counts, self._splits, strict=True)
+        }
 
     def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
         if not isinstance(self._train, mixture.Mixture):
@@ -202,7 +220,7 @@ class MaskedRows(StoreRows):
 
 
 def _check_store(config: RunConfig, path: str, store: TokenStore, first: TokenStore) -> None:
-    _check_vocabulary(config, store.vocab_size, path)
+    check_vocabulary(config, store.vocab_size, path)
     if store.tokenizer_sha256 != first.tokenizer_sha256:
         raise ValueError(
             f"data.store={config.data.store}: the tokenizer of {path} is not that of {first.path}, "
@@ -224,6 +242,8 @@ class ExampleRows:
       train, validation: the examples.
     """
 
+    unit = "examples"
+
     def __init__(
         self,
         config: RunConfig,
@@ -233,7 +253,7 @@ class ExampleRows:
     ):
         """Tokenises. Raises ValueError if tokenizer, model and examples do not fit together."""
         tokenizer = Tokenizer(tokenizer_path)
-        _check_vocabulary(config, tokenizer.vocab_size, str(tokenizer_path))
+        check_vocabulary(config, tokenizer.vocab_size, str(tokenizer_path))
         self.tokenizer_path = str(tokenizer_path)
         self.train = Examples(train, tokenizer, config.data.seq_len)
         self.validation = Examples(validation, tokenizer, config.data.seq_len)
@@ -254,6 +274,9 @@ class ExampleRows:
         return examples.example_ids(
             config.data.shuffle_seed, step, config.training.batch_size, len(self.train)
         )
+
+    def epochs(self, config: RunConfig, steps: int) -> dict[str, float]:
+        return {config.data.tasks: steps / self.steps_per_epoch(config)}
 
     def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
         del config, steps
@@ -284,6 +307,16 @@ class ExampleRows:
         return [Validation("", 1.0, batches)]  # targets are parts of texts
 
 
+def progress(config: RunConfig, rows: Rows, steps: int) -> dict[str, float]:
+    """What is logged of the data of the first `steps` steps of a resolved config."""
+    found = rows.metrics(config, steps)
+    if rows.unit == "tokens":
+        found["tokens"] = steps * config.training.batch_size * config.data.seq_len
+    epochs = rows.epochs(config, steps)
+    several = len(epochs) > 1
+    return found | {f"epoch/{name}" if several else "epoch": x for name, x in epochs.items()}
+
+
 def resolved(config: RunConfig, rows: Rows) -> RunConfig:
     """Numbers for what a config leaves to its data: epochs as steps, a rhythm of 0 as once an
     epoch, rows no longer than they need be. Raises ValueError as RunConfig."""
@@ -303,7 +336,8 @@ def resolved(config: RunConfig, rows: Rows) -> RunConfig:
     )
 
 
-def _check_vocabulary(config: RunConfig, entries: int, where: str) -> None:
+def check_vocabulary(config: RunConfig, entries: int, where: str) -> None:
+    """Raises ValueError if the model has no room for all entries of the tokenizer of `where`."""
     if config.model.vocab_size < entries:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size}: the tokenizer of {where} has {entries} "

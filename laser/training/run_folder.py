@@ -16,26 +16,21 @@ What is there:
     .lock             held by the process that trains here, and its pid
 """
 
-import errno
-import fcntl
-import hashlib
 import json
 import logging
-import os
-import socket
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from data.addresses import is_address, told_as_os_errors
 from data.reading.files import path_of
 from data.reading.order import ORDER
 from data.sealed import SEAL, file_sha256, seal, unseal
 from laser.training import hosts, versions
 from laser.training.config import RunConfig, diff_configs, load_config, to_dict
-from laser.training.folders import folder_of, is_address, told_as_os_errors, write_atomically
-from laser.training.lease import Lease
+from laser.training.folders import folder_of, write_atomically
+from laser.training.lease import claim
 
 if TYPE_CHECKING:  # imports jax; what reads a config must not
     from laser.training.rows import Rows
@@ -49,9 +44,6 @@ OF_NO_MATTER = (
     "images.max_broken", "training.wandb_project", "training.profile_steps",
     "training.step_timeout_seconds",
 )  # fmt: skip
-NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of some file systems
-# Of this process. An open file is a lock, and to close it is to give it back.
-_locks: dict[Path, tuple[IO[str], Lease | None]] = {}
 SEEN_SECONDS = 20.0  # a mounted bucket may show a new file to other hosts as late as this
 COMMITTED = "commit_success.txt"  # Orbax's, where no folder can be renamed when it is finished
 VERSIONS = "versions.json"
@@ -120,43 +112,6 @@ def open_run_folder(
     return json.loads(written)
 
 
-def claim(folder: Path) -> None:
-    """Keeps other processes from training here until this one has ended, however it ends.
-
-    On a mounted bucket those of this machine alone. Raises ValueError if one does already, OSError
-    if nothing can be written there.
-    """
-    if folder in _locks:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    file = _lock_file(folder).open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise ValueError(
-            f"{folder}: another process trains here ({file.read().strip() or 'pid unknown'}); stop "
-            "it or choose another --workdir"
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        log.warning("%s: no locks there, so take care that no other process trains in it", folder)
-        return
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _locks[folder] = (file, Lease(folder) if is_address(folder) else None)
-
-
-def _lock_file(folder: Path) -> Path:
-    """What processes of this machine lock."""
-    if not is_address(folder):
-        return folder / ".lock"
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"laser-{os.getuid()}-{name}.lock"
-
-
 def _open(
     folder: Path,
     config: RunConfig,
@@ -167,12 +122,7 @@ def _open(
 ) -> None:
     path = folder / "config.json"
     step, sidecar = _newest_sidecar(folder)
-    try:
-        saved = _read_record(path) if path.exists() else None
-        lost = not saved and (saved_step_folders(folder) or set_aside(folder))
-        problem = "is missing beside checkpoints" if lost else ""
-    except ValueError as error:
-        saved, problem = None, f"is damaged, or not written by train.py ({error})"
+    saved, problem = _saved_record(folder)
     if saved and saved["config"].get("init_from") == config.init_from:
         init_step = saved.get("init_step")
     record = seal(_record(config, rows, init_step))
@@ -208,6 +158,17 @@ def _open(
     write_run(folder, record, rows.tokenizer_path)
     if not 0 < config.training.steps <= step:  # what has ended is not trained on
         write_atomically(folder / VERSIONS, json.dumps(versions.here(), indent=2) + "\n")
+
+
+def _saved_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """config.json, or None and what is wrong with it, in words; "" where there was no run."""
+    path = folder / "config.json"
+    try:
+        saved = _read_record(path) if path.exists() else None
+    except ValueError as error:
+        return None, f"is damaged, or not written by train.py ({error})"
+    lost = not saved and (saved_step_folders(folder) or set_aside(folder))
+    return saved, "is missing beside checkpoints" if lost else ""
 
 
 def _other_optimizer(saved: Mapping[str, Any] | None, config: RunConfig) -> str:
@@ -399,16 +360,21 @@ def check_origin(
 def different_tensors(sidecar: Mapping[str, Any], tensors: Mapping[str, str]) -> str:
     """How the tensors of a checkpoint differ from those that are wanted, by the first one; ""
     if they do not."""
+    if not sidecar:
+        return ""
     there = {name: entry["type"] for name, entry in sidecar.get("tensors", {}).items()}
-    names = sorted(there.keys() | tensors.keys()) if sidecar else []
-    other = [name for name in names if there.get(name) != tensors.get(name)]
+    return different_types(there, tensors)
+
+
+def different_types(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """How tensors there differ from those here, by the first name; "" if they do not."""
+    names = sorted(there.keys() | here.keys())
+    other = [name for name in names if there.get(name) != here.get(name)]
     if not other:
         return ""
     name = other[0]
     more = f" ({len(other)} tensors differ)" if len(other) > 1 else ""
-    return f"{name} is {there.get(name, 'absent')} there and {tensors.get(name, 'absent')} here" + (
-        more
-    )
+    return f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here{more}"
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -419,7 +385,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
     was, now = old["data"]["fingerprint"], new["data"]["fingerprint"]
     if was != now:
-        lines.append(f"data: the fingerprint {was} -> {now} (other text or tokenizer)")
+        lines.append(f"data: the fingerprint {was} -> {now} (other data or tokenizer)")
     if old["data"].get("order") != new["data"]["order"]:
         lines.append(
             "data: this version reads the rows in another order than the run has read them"

@@ -11,7 +11,7 @@ from data.speech.batches import Shape
 from data.speech.features import MEL_BINS, num_frames
 from data.speech.store import SpeechStore, Split
 from laser.training.config import RunConfig
-from laser.training.rows import Validation
+from laser.training.rows import Validation, check_vocabulary
 from models.config import ConformerConfig
 from models.conformer import num_positions
 
@@ -25,18 +25,15 @@ class SpeechRows:
       store: of the recordings.
     """
 
+    unit = "recordings"
+
     def __init__(self, config: RunConfig):
         """Opens data.store. Raises ValueError if it is none, or does not fit the rest."""
         assert isinstance(config.model, ConformerConfig)
         self.store = SpeechStore(config.data.store)
         self.tokenizer_path = self.store.tokenizer_path
         self.fingerprint = self.store.fingerprint
-        entries = self.store.tokenizer.vocab_size
-        if config.model.vocab_size < entries:
-            raise ValueError(
-                f"model.vocab_size={config.model.vocab_size}: the tokenizer of "
-                f"{config.data.store} has {entries} entries; set it to that or more"
-            )
+        check_vocabulary(config, self.store.tokenizer.vocab_size, config.data.store)
         if config.model.mel_bins != MEL_BINS:
             raise ValueError(f"model.mel_bins={config.model.mel_bins}: speech has {MEL_BINS}")
         splits = (self.store.train, self.store.validation, self.store.test)
@@ -62,6 +59,9 @@ class SpeechRows:
         data, count = config.data, len(self.store.train)
         return example_ids(data.shuffle_seed, step, config.training.batch_size, count)
 
+    def epochs(self, config: RunConfig, steps: int) -> dict[str, float]:
+        return {config.data.store: steps / self.steps_per_epoch(config)}
+
     def metrics(self, config: RunConfig, steps: int) -> dict[str, float]:
         del config, steps
         return {}
@@ -79,18 +79,29 @@ class SpeechRows:
         )
 
     def validation_parts(self, config: RunConfig, sharding: Sharding) -> list[Validation]:
-        """The validation split, and as `test` the store's split of this name, without a share."""
+        """The validation split, and without a share as `test` the store's split of this name, and
+        at the end as `train` the recordings of `train_sample`."""
 
-        def part(name: str, share: float, split: Split) -> Validation:
-            rows, limit = shape(config), config.training.eval_batches
+        def part(name: str, share: float, split: Split, limit: int) -> Validation:
+            rows = shape(config)
             return Validation(
                 name, share, batches.eval_batches(split, rows, sharding=sharding, max_batches=limit)
             )
 
-        parts = [part("", 1.0, self.store.validation)]
+        limit = config.training.eval_batches
+        parts = [part("", 1.0, self.store.validation, limit)]
         if self.store.test is not None:
-            parts.append(part("test", 0.0, self.store.test))
-        return parts
+            parts.append(part("test", 0.0, self.store.test, limit))
+        sample = part("train", 0.0, self.store.train, train_sample(config, self.store.validation))
+        return [*parts, sample._replace(at_end=True)]
+
+
+def train_sample(config: RunConfig, validation: Split) -> int:
+    """Of the training split so many batches are evaluated, always the same recordings and about as
+    many as of the validation split: AlgoPerf's eval_train."""
+    return config.training.eval_batches or steps_per_epoch(
+        len(validation), config.training.batch_size
+    )
 
 
 def shape(config: RunConfig) -> Shape:

@@ -3,6 +3,12 @@
 A step is a spike if its loss lies at least 7 standard deviations above the mean of the last 1,000
 steps: OLMo 2's measure (arXiv 2501.00656), from 100 steps on and upwards alone. The paper shows
 spikes in its Figure 6 and states no rule.
+
+It is blind early: while the window holds the fall of the loss at the start, that fall is most of
+the deviation. On a usual curve, from 10.4 to 4 nats in a few hundred steps, a loss counts at steps
+150 to 1,000 only if it is 6 to 15 nats above the present one, as no spike is; at 2,000 steps 0.2
+to 1.2 nats. So it says nothing of the initial part of training, on which Figure 6 focuses: look at
+the curves themselves there.
 """
 
 from collections import deque

@@ -50,8 +50,8 @@ def init_state(config: RunConfig) -> TrainState:
 def make_gradient(config: RunConfig) -> Callable[[Parameters, Batch], tuple[Parameters, Sums]]:
     """(parameters, batch) -> (gradients of the summed loss, sums) of all devices of the mesh.
 
-    Gradients are float32, as the parameters. Which of the sums behind them are float32 says
-    docs/precision.md.
+    Gradients are float32, as the parameters. docs/precision.md says which of the sums that they
+    come from are made in float32.
     """
     gradient = jax.grad(objective(config).make_loss(config), has_aux=True)
     start = functools.partial(objective(config).start, config)

@@ -90,15 +90,17 @@ def test_extras_that_a_config_needs_are_asked_for(capsys, arguments, extra):
     ("recipe", "known"),
     [
         ("configs/c4.py:attention=laser,slice=v5e-256,size=2p2b", True),
+        ("configs/c4.py:size=2p2b,slice=v5e-256", True),  # laser is the default
         ("configs/llama.py:slice=v5e-64,attention=laser", True),
-        ("configs/mine.py:attention=laser,slice=v5e-256,size=2p2b", False),
+        ("configs/c4.py:attention=laser+qk_norm,slice=v5e-256,size=2p2b", False),
     ],
 )
-def test_a_plan_is_of_one_config_file(recipe, known):
+def test_a_plan_is_of_what_a_recipe_means(recipe, known):
     plans = json.loads((ROOT / "docs/plans.json").read_text())
     slice_type = "v5e-64" if "v5e-64" in recipe else "v5e-256"
-    said = plan_of(plans, ["--workdir=a", f"--config={recipe}"], slice_type)
-    assert said.startswith("by docs/plans.md the recipe fits" if known else "no plan of it")
+    for arguments in ([f"--config={recipe}"], ["--config", recipe]):
+        said = plan_of(plans, ["--workdir=a", *arguments], slice_type)
+        assert said.startswith("by docs/plans.md the recipe fits" if known else "no plan of it")
 
 
 def test_a_plan_is_of_one_kind_and_number_of_chips():

@@ -111,3 +111,51 @@ def test_what_is_no_run(tmp_path, capsys):
     (tmp_path / "a" / "config.json").unlink()
     assert main([a]) == 2
     assert "has no config.json" in capsys.readouterr().err
+
+
+def test_equal_runs_are_asserted(tmp_path, capsys):
+    a, b = _make_run(tmp_path / "a"), _make_run(tmp_path / "b")
+    assert main([a, b, "--assert_equal"]) == 0
+    assert "102 losses are equal to the bit" in capsys.readouterr().out
+    assert main([a, b, "--assert_equal=1e-5"]) == 0
+    assert "102 losses are equal to 1e-05 of them" in capsys.readouterr().out
+
+
+def _change(folder, step, name, value):
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["step"] == step and name in line:
+            line[name] = value
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_the_first_step_that_differs_is_named(tmp_path, capsys):
+    a, b, c = (_make_run(tmp_path / name) for name in "abc")
+    _change(tmp_path / "b", 700, "loss", 3.3 + 1e-7)
+    _change(tmp_path / "b", 500, "eval/loss", 3.25 + 1e-7)
+    _change(tmp_path / "c", 30, "loss", None)
+    assert main([a, b, "--assert_equal"]) == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"{b} is not equal to {a}: step 500: eval/loss 3.2500001, not 3.25"
+    assert main([a, b, "--assert_equal=1e-6"]) == 0
+    capsys.readouterr()
+    assert main([a, b, c, "--assert_equal=1e-6"]) == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"{c} is not equal to {a}: step 30: only {a} has a finite loss"
+    assert main([a, b]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--assert_equal=-1", "a", "b"], "'-1' is no tolerance"),
+        (["--assert_equal", "a", "b"], "'a' is no tolerance: write --assert_equal=1e-5, or"),
+        (["a", "--assert_equal"], "--assert_equal: give two runs or more"),
+    ],
+)
+def test_a_wrong_tolerance_is_one_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err

@@ -24,6 +24,7 @@ from scripts.inspect_data import (
     step_rows,
     token_counts,
 )
+from tests.data.padded import documents_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"\[\[(leading EOS|document \d+), (\d+) tokens(, to its end)?\]\]")
@@ -57,7 +58,7 @@ def test_the_loss_that_frequencies_reach(store):
     counted = []
     for name in ("train", "validation"):
         split = opened.split(name)
-        documents = [split.document(i) for i in range(split.num_documents)]
+        documents = documents_of(split)
         tokens = [token for document in documents for token in [*document, opened.eos_id]]
         whole = (split.num_tokens - 1) // 4096 * 4096 or split.num_tokens - 1
         counted.append(np.bincount(tokens[:whole], minlength=400))
@@ -81,7 +82,7 @@ def test_every_document_is_marked_where_it_begins(store):
         shown += MARK.sub("", pieces)
     count = split.document_at(split.num_rows(1000) * 1000) + 1
     assert names == ["leading EOS", *(f"document {i}" for i in range(count))]
-    first = tokenizer.decode(split.document(0))
+    first = tokenizer.decode(documents_of(split)[0])
     assert first in set(corpus.documents("train"))
     assert shown.startswith(first[:500])
 

@@ -52,7 +52,9 @@ case "$1 $2" in
       mkdir -p "$CLOUD/$node-0" "$CLOUD/$node-1"
     done ;;
   "queued-resources delete") rm -r "$CLOUD/state" "$CLOUD"/laser*-[0-9] ;;
-  "tpu-vm scp") for home in "$CLOUD/${4%%:*}"-[01]; do cp "$3" "$home/${4#*:}"; done ;;
+  "tpu-vm scp")
+    [ "$worker" = all ] && worker="[01]"
+    for home in "$CLOUD/${4%%:*}"-$worker; do cp "$3" "$home/${4#*:}"; done ;;
   "tpu-vm ssh")
     left=$(cat "$CLOUD/failing" 2>/dev/null || echo 0)
     case $command in *"$(cat "$CLOUD/failing-words" 2>/dev/null)"*)
@@ -100,12 +102,19 @@ chmod +x .venv/bin/python
 """
 
 
+# The metadata server: what it knows of the hosts of a slice.
+CURL = """#!/usr/bin/env bash
+[[ "$*" == *" http://metadata.google.internal/"*/worker-network-endpoints ]] &&
+  cat "$CLOUD/endpoints"
+"""
+
+
 class Cloud:
     """A folder in which the stand-ins live and leave what happened."""
 
     def __init__(self, folder):
         self.folder = folder
-        for name, text in {"gcloud": GCLOUD, "git": GIT, "make": MAKE}.items():
+        for name, text in {"gcloud": GCLOUD, "git": GIT, "make": MAKE, "curl": CURL}.items():
             path = folder / "bin" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
@@ -123,7 +132,7 @@ class Cloud:
             "HOME": str(self.folder),
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "CLOUD": str(self.folder),
-            "LAUNCH_TPU_WAIT": "0.2",
+            "LAUNCH_TPU_WAIT": "0.05",
             **variables,
         }
         return subprocess.Popen(
@@ -384,10 +393,13 @@ def test_preempted_run_goes_on_on_a_new_slice(cloud):
     assert cloud.logs() == {}  # the slice was gone
 
 
-def test_a_run_that_cannot_go_on_is_not_started_again_and_gives_its_slice_back(cloud):
-    done = cloud.launch("run", *OPTIONS, "--delete", *TRAIN, play=["exit 3", "exit 0"])
-    assert done.returncode == 3
-    assert "the run has diverged" in done.stderr
+@pytest.mark.parametrize(
+    ("code", "said"), [(3, "the run has diverged"), (4, "the run needs more memory than there is")]
+)
+def test_a_run_that_cannot_go_on_is_not_started_again_and_gives_its_slice_back(cloud, code, said):
+    done = cloud.launch("run", *OPTIONS, "--delete", *TRAIN, play=[f"exit {code}", "exit 0"])
+    assert done.returncode == code
+    assert said in done.stderr
     assert len(cloud.started()) == 1
     assert cloud.calls()[-2:] == ["ssh", "delete"]
     (log,) = cloud.logs().values()
@@ -654,6 +666,39 @@ def test_stop_between_two_starts_is_heard(cloud):
     assert len(cloud.started()) == 1
 
 
+CHIPS = "$TPU_PROCESS_BOUNDS $TPU_CHIPS_PER_PROCESS_BOUNDS"
+TELL = f'echo "$PWD ${{PATH%%:*}} {CHIPS} $SECRET $1"; exit 7'
+
+
+@pytest.mark.parametrize("endpoints", ["a:b:c", "a:b:c,d:e:f"])
+def test_a_command_runs_in_the_installed_folder_with_the_chips_of_one_host(cloud, endpoints):
+    (cloud.folder / "endpoints").write_text(endpoints)
+    for command in (["create", *OPTIONS], ["install", *OPTIONS[:2]]):
+        assert cloud.launch(*command).returncode == 0
+    command = [*OPTIONS[:2], "--worker=1", "--env=SECRET", "--", "bash", "-c", TELL, "tell", "a 'b"]
+    done = cloud.launch("exec", *command, SECRET="s3cret")
+    assert done.returncode == 7, done.stderr
+    folder = cloud.folder / "laser-1" / "laser"
+    chips = " 1,1,1 2,2,1" if "," in endpoints else "  "
+    assert done.stdout == f"{folder} {folder}/.venv/bin{chips} s3cret a 'b\n"
+    assert not list(cloud.folder.rglob("laser.env"))
+    assert "s3cret" not in (cloud.folder / "calls").read_text()
+
+
+def test_a_command_runs_on_all_hosts_of_all_slices(cloud):
+    """Which then are one, as for train.py."""
+    (cloud.folder / "endpoints").write_text("a:b:c,d:e:f")
+    slices = [*OPTIONS[:2], "--slices=2"]
+    for command in (["create", *OPTIONS, "--slices=2"], ["install", *slices]):
+        assert cloud.launch(*command).returncode == 0
+    command = ["--worker=all", "--env=SECRET=x", "--", "bash", "-c", TELL.partition(";")[0]]
+    done = cloud.launch("exec", *slices, *command)
+    assert done.returncode == 0, done.stderr
+    folders = [cloud.folder / f"laser-{i}-{j}" / "laser" for i in (0, 1) for j in (0, 1)]
+    assert sorted(done.stdout.splitlines()) == [f"{f} {f}/.venv/bin   x " for f in folders]
+    assert not list(cloud.folder.rglob("laser.env"))
+
+
 def test_extras_are_installed_on_all_workers(cloud):
     done = cloud.launch("run", *OPTIONS, "--extras=wandb,images", *TRAIN, play=["exit 0"])
     assert done.returncode == 0, done.stderr
@@ -755,6 +800,8 @@ def test_states_that_nobody_knows_are_not_waited_for(cloud):
         (["run", *OPTIONS[:2], "--type=v9-8", *TRAIN], "--type=v9-8: not known here"),
         (["run", *OPTIONS], "--config is missing among the arguments of train.py"),
         (["start", *OPTIONS, *TRAIN[:2]], "--workdir is missing"),
+        (["follow", *OPTIONS, "--worker=all"], "--worker=all: must be a number"),
+        (["exec", *OPTIONS], "exec needs a command after --"),
         (["follow", *OPTIONS, "--slice=1"], "--slice=1: must be below --slices=1"),
         (["run", *OPTIONS, "--slices=two", *TRAIN], "--slices=two: must be a number"),
         (["run", *OPTIONS, "--bucket=gs://a/b", *TRAIN], "--bucket=a/b: the name"),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
@@ -77,6 +78,15 @@ def test_the_script_prepares_from_anywhere_and_sums_up(source, tmp_path, tokeniz
     assert (config.data.store, values.workdir) == (str(tmp_path / "store"), "runs/store")
     assert "MB/s" in result.stderr
     assert "left" in result.stderr
+
+
+def test_the_command_for_a_chip_is_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(prepare_data, "VALUES", SimpleNamespace(output="stores/mine"))
+    for there, dtype in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(prepare_data, "has_accelerator", lambda there=there: there)
+        command = shlex.split(prepare_data._training_command(400))
+        config, _ = parse(command[1:], train.define_flags)
+        assert (config.model.dtype, config.data.store) == (dtype, "stores/mine")
 
 
 def test_a_file_of_flags_is_a_config_and_the_command_line_goes_over_it(

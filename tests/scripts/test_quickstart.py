@@ -1,8 +1,11 @@
 """The quickstart from end to end, with a model that is too small to learn much."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.quick import QUICK_TO_COMPILE
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = {
@@ -34,7 +37,10 @@ def test_quickstart_ends_with_a_summary_and_resumes(tmp_path):
     command = [sys.executable, "scripts/quickstart.py", f"--workdir={tmp_path / 'run'}", "--"]
     command += [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
     for expected in ("starting a new run", "nothing left to do after step 6"):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False,
+            env={**os.environ, "XLA_FLAGS": QUICK_TO_COMPILE},  # one device, as a user has
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
         summary = done.stdout.partition("Quickstart, step 6")[2]

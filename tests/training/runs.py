@@ -121,6 +121,17 @@ def save_or_fail(self, *rest, **more):
 Checkpoints.save = save_or_fail
 """
 
+HOST_0_SEES_NO_DIVERGENCE = """
+from laser.training import incidents, loop
+def record_or_wait(*rest):
+    try:
+        incidents.record_skipped(*rest)
+    except incidents.TooManySkippedSteps:
+        time.sleep(600 if this == 0 else 0)
+        raise
+loop.record_skipped = record_or_wait
+"""
+
 RECORD_READING = """
 restore_latest = Checkpoints.restore_latest
 record = Path(os.environ["RECORD"])
@@ -150,8 +161,6 @@ DRIVER = """
 import json, os, shutil, signal, sys, time
 from pathlib import Path
 import train
-from laser.training.hardware import tune_cpu
-tune_cpu()
 import data.reading.loader, tensorstore
 from data.reading.blocks import BlockReader
 from laser.training.checkpoint import Checkpoints

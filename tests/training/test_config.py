@@ -196,6 +196,7 @@ def test_a_tensor_axis_that_takes_the_rest_must_divide_the_heads(tree):
 def test_nearest():
     assert nearest("lern_rate", ["learning_rate", "b1"]) == "; did you mean 'learning_rate'?"
     assert nearest("zzz", ["learning_rate", "b1"]) == ""
+    assert nearest("flash", ["standard", "laser"]) == ""  # a letter more in common: no help
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,23 @@ def test_every_batch_counts_once_and_is_read_when_the_next_is_on_its_way():
     assert metrics["eval/bits_per_byte"] == pytest.approx(18 / 0.6931471805599453 / 12)
 
 
+@pytest.mark.parametrize(
+    ("step", "names"), [(7, {"eval/loss"}), (8, {"eval/loss", "eval/loss/train"})]
+)
+def test_a_part_of_the_end_waits_for_the_last_step(step, names):
+    def eval_step(params, nll):
+        return Sums(loss=0.0, nll=nll, tokens=2.0, attention_range=0.0, shares={})
+
+    config = SimpleNamespace(training=SimpleNamespace(steps=8))
+    program = SimpleNamespace(config=config, batch_sharding=None, eval_step=eval_step)
+    parts = [Validation("", 1.0, iter([3.0])), Validation("train", 0.0, iter([2.0]), at_end=True)]
+    rows = SimpleNamespace(validation_parts=lambda config, sharding: parts)
+    metrics = on_validation(program, rows, SimpleNamespace(params=None, step=step))
+    assert {*metrics} == names
+    assert metrics["eval/loss"] == 1.5
+    assert metrics.get("eval/loss/train", 1.0) == 1.0
+
+
 def test_a_part_without_a_share_is_told_and_counts_for_nothing():
     def eval_step(params, nll):
         return Sums(loss=0.0, nll=nll, tokens=2.0, attention_range=0.0, shares={"error": nll / 4})

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from laser.training import run_folder
+from laser.training import lease
 from laser.training.run_folder import saved_step_folders
 from tests.system import NAMESPACE, needs_mounts
 from tests.training import runs
@@ -36,7 +36,7 @@ def test_workdir_of_another_config_is_refused_with_the_difference(arguments, tmp
 
 
 def test_a_second_process_is_refused_while_one_trains(arguments, tmp_path):
-    holder = "import os, sys; from laser.training import run_folder as r; from pathlib import Path"
+    holder = "import os, sys; from laser.training import lease as r; from pathlib import Path"
     holder += "; r.claim(Path(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"
     first = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)],
@@ -49,16 +49,16 @@ def test_a_second_process_is_refused_while_one_trains(arguments, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     first.kill()
     first.communicate()
-    run_folder.claim(tmp_path)  # killed, it holds nothing
-    run_folder.claim(tmp_path)  # a process does not shut itself out
+    lease.claim(tmp_path)  # killed, it holds nothing
+    lease.claim(tmp_path)  # a process does not shut itself out
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
     def flock(*_):
         raise OSError(errno.ENOTSUP, "not supported")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
-    run_folder.claim(tmp_path)
+    monkeypatch.setattr(lease.fcntl, "flock", flock)
+    lease.claim(tmp_path)
     assert "no locks there" in caplog.text
 
 
@@ -128,6 +128,37 @@ def test_too_many_bad_steps_stop_the_run(arguments, tmp_path):
     assert len(steps) == 3
     first = min(steps)  # what was good stays: nothing was saved from there on
     assert list(saved_step_folders(tmp_path)) == [s for s in (first - 2, first - 1) if s > 0]
+
+
+NO_MEMORY_AT = """
+from laser.training.program import Program
+program_of = Program.__init__
+def without_memory(self, *rest, **more):
+    program_of(self, *rest, **more)
+    step, steps = self.train_step, iter(range(1, 99))
+    def step_or_fail(*arguments):
+        if next(steps) == {step}:
+            import jax
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room for 3 GiB\\nmore")
+        return step(*arguments)
+    self.train_step = step_or_fail
+Program.__init__ = without_memory
+"""
+
+
+@pytest.mark.parametrize(("step", "code"), [(1, 4), (3, 1)])
+def test_memory_that_does_not_suffice_for_a_step(arguments, tmp_path, step, code):
+    """Started again a process gets no further than its first step; a later one may have been bad
+    luck."""
+    arguments = [*arguments, "--config.training.accumulation=2", "--config.model.remat=dots"]
+    stopped = runs.train(arguments, tmp_path, event=NO_MEMORY_AT.format(step=step))
+    assert stopped.returncode == code, stopped.stderr
+    assert "out of memory: RESOURCE_EXHAUSTED: no room for 3 GiB; --config.model.remat=full, " in (
+        stopped.stdout
+    )
+    assert "--config.training.accumulation=4 (8, 16) or a layout of scripts/plan.py --search" in (
+        stopped.stdout
+    )
 
 
 SKIPPED_AT_8 = """

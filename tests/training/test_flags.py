@@ -94,6 +94,18 @@ def test_the_config_file_may_come_anywhere_and_apart(monkeypatch):
             [C4, WORKDIR, "--config.optimizer.lerning_rate=1"],
             "--config.optimizer.lerning_rate; did you mean 'optimizer.learning_rate'?",
         ),
+        ([C4, WORKDIR, "--config.optimizer.lr=1"], "; did you mean 'optimizer.learning_rate'?"),
+        ([C4, WORKDIR, "--config.lr=1"], "; did you mean 'optimizer.learning_rate'?"),
+        (
+            [C4, WORKDIR, "--config.training.warmup_steps=1"],
+            "; did you mean 'optimizer.warmup_steps'?",
+        ),
+        (
+            [C4, WORKDIR, "--config.model.dropout=0.1"],
+            "unknown field --config.model.dropout; model has dtype, head_dim, ",
+        ),
+        ([C4, WORKDIR, "--config.checkpoint.evry=9"], "; did you mean 'checkpoint.every'?"),
+        ([C4, WORKDIR, "--config.foo.bar=1"], "bar; known fields are in configs/base.py"),
         ([C4, WORKDIR, "--config.model=3"], "--config.model is a section"),
         ([C4, WORKDIR, "--config.training.steps=1e5"], "training.steps='1e5': expected int"),
         ([C4, WORKDIR, "--config.attention.kind=lasr"], "did you mean 'laser'?"),

@@ -1,11 +1,15 @@
 """Folders on disks and behind addresses have one form; what nothing reads is one line."""
 
+import os
+import platform
 import sys
 from pathlib import Path
 
 import pytest
 
-from laser.training.folders import folder_of, is_address, told_as_os_errors, write_atomically
+from data import atomic
+from data.addresses import is_address, told_as_os_errors
+from laser.training.folders import folder_of, write_atomically
 
 
 def test_a_path_stays_one_of_pathlib(tmp_path):
@@ -38,13 +42,22 @@ def test_an_error_of_a_library_is_one_line():
         with pytest.raises(OSError, match=r"no rights: 'gs://b'$"):
             with told_as_os_errors("gs://b"):
                 raise error
+    missing = "gs://b: no gcsfs; `pip install -r requirements-bucket.txt` has what it needs"
+    with pytest.raises(ValueError, match=missing), told_as_os_errors("gs://b"):
+        raise ImportError("no gcsfs")
+    with pytest.raises(ImportError), told_as_os_errors("runs/a"):
+        raise ImportError("no gcsfs")
     with pytest.raises(KeyError), told_as_os_errors("gs://b"):
         raise KeyError
 
 
-def test_a_file_is_replaced_as_a_whole(tmp_path):
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(atomic, "sync", lambda path: synced.append(path.name))
     path = tmp_path / "file"
     write_atomically(path, "one")
     write_atomically(path, b"two")
     assert path.read_bytes() == b"two"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    host = f"{platform.node()}-{os.getpid()}"  # hosts that share a folder may have equal numbers
+    assert synced == 2 * [f"file.{host}.tmp", tmp_path.name]  # the name, too, outlives a power cut

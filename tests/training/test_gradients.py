@@ -17,6 +17,7 @@ from configs import bert, c4, tones, vit
 from laser.training.config import load_config
 from laser.training.objectives.registry import objective
 from scripts.check_gradients import batch, cut, errors
+from tests.quick import QUICK_TO_COMPILE
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = "+per_dim_temp+qk_norm+diff"
@@ -51,7 +52,6 @@ def small(size: str, attention: str):
 @pytest.mark.parametrize(
     ("size", "attention", "devices"),
     [
-        ("301m", "laser", 1),
         ("435m", "laser", 8),
         ("1p1b", "laser" + ALL, 1),
         ("2p2b", "standard" + ALL, 1),
@@ -68,7 +68,8 @@ def test_every_gradient_in_bfloat16_is_near_that_in_float32(size, attention, dev
 
 @pytest.mark.slow
 def test_the_script_prints_them_for_heads_and_rows_of_a_real_size():
-    """Where XLA's fusion of all that is around a product would end the process by SIGSEGV."""
+    """Where XLA's fusion of all that is around a product would end the process by SIGSEGV, also
+    with what makes compilation quick."""
     narrow = ("model_dim=64", "mlp_dim=64", "vocab_size=256")
     done = subprocess.run(
         [
@@ -77,7 +78,7 @@ def test_the_script_prints_them_for_heads_and_rows_of_a_real_size():
             *(f"--config.model.{field}" for field in narrow), "--config.mesh.max_unsharded=1.0",
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": QUICK_TO_COMPILE},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = [line.split(maxsplit=1) for line in done.stdout.splitlines()]

@@ -27,24 +27,24 @@ SHORT_SILENCE = f"from laser.training import hosts; hosts.SILENCE_SECONDS = {SIL
 
 @pytest.fixture(scope="module")
 def over_hosts(store, module_arguments):
-    """A run whose parameters are split over all 8 devices, and so over all hosts."""
+    """A run whose parameters are split over all 4 devices, and so over all hosts."""
     fields = {
         "training.steps": STEPS,
         "training.eval_every": STEPS,
         "checkpoint.every": 4,
         "mesh.data": 1,
-        "mesh.fsdp": 8,
+        "mesh.fsdp": 4,
     }
     return [*module_arguments, *[f"--config.{name}={value}" for name, value in fields.items()]]
 
 
 @pytest.fixture(scope="module")
 def whole(over_hosts, tmp_path_factory):
-    """(workdir, record) of a run on 2 hosts with 4 devices each that nothing has disturbed."""
+    """(workdir, record) of a run on 2 hosts with 2 devices each that nothing has disturbed."""
 
     def make(folder):
         finished = runs.train_on_hosts(
-            over_hosts, folder / "run", hosts=2, devices=4, record=folder / "record"
+            over_hosts, folder / "run", hosts=2, devices=2, record=folder / "record"
         )
         assert [process.returncode for process in finished] == [0, 0], finished[0].stderr
 
@@ -72,7 +72,7 @@ def killed(over_hosts, tmp_path_factory):
     def make(folder):
         event = SHORT_SILENCE + runs.KILL_HOST_1_AFTER_7
         survivor, victim = runs.train_on_hosts(
-            over_hosts, folder / "run", hosts=2, devices=4, event=event
+            over_hosts, folder / "run", hosts=2, devices=2, event=event
         )
         assert victim.returncode == -9
         assert_ended_by_the_silence_of(1, survivor)
@@ -93,7 +93,7 @@ def test_each_host_reads_only_its_own_rows(whole, store, over_hosts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_hosts, devices", [(2, 4), (1, 8), (4, 2)])
+@pytest.mark.parametrize("num_hosts, devices", [(2, 2), (1, 4), (4, 1)])
 def test_killed_run_goes_on_on_other_hosts(whole, killed, over_hosts, tmp_path, num_hosts, devices):
     workdir, record = tmp_path / "run", tmp_path / "record"
     shutil.copytree(killed, workdir)
@@ -123,7 +123,7 @@ def test_killed_run_goes_on_on_other_hosts(whole, killed, over_hosts, tmp_path, 
 def test_signal_to_one_host_stops_all_after_the_same_step(over_hosts, tmp_path):
     """Host 1 has more in memory, and host 0 writes that down."""
     event = MORE_ON_HOST_1 + runs.SIGTERM_TO_HOST_1_AFTER_3
-    finished = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=4, event=event)
+    finished = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=2, event=event)
     assert [process.returncode for process in finished] == [75, 75], finished[0].stderr
     steps = sorted(runs.losses(tmp_path))
     assert 3 <= steps[-1] < STEPS
@@ -138,7 +138,7 @@ def test_signal_to_one_host_stops_all_after_the_same_step(over_hosts, tmp_path):
 def test_host_0_that_is_frozen_is_named(over_hosts, tmp_path):
     """The store is in host 0: calls to it neither return nor fail."""
     event = SHORT_SILENCE + runs.FREEZE_HOST_0_AFTER_7
-    frozen, other = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=4, event=event)
+    frozen, other = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=2, event=event)
     assert frozen.returncode == -9
     assert_ended_by_the_silence_of(0, other)
 
@@ -148,7 +148,7 @@ def test_checkpoint_that_one_host_cannot_read_is_left_by_all(whole, over_hosts, 
     workdir = tmp_path / "run"
     shutil.copytree(whole[0], workdir)
     finished = runs.train_on_hosts(
-        over_hosts, workdir, hosts=2, devices=4, event=runs.HOST_1_CANNOT_READ_12
+        over_hosts, workdir, hosts=2, devices=2, event=runs.HOST_1_CANNOT_READ_12
     )
     assert [process.returncode for process in finished] == [0, 0], finished[0].stderr
     assert "host 1 (" in finished[0].stdout
@@ -161,10 +161,22 @@ def test_checkpoint_that_one_host_cannot_read_is_left_by_all(whole, over_hosts, 
 @pytest.mark.slow
 def test_error_of_one_host_is_told_by_all(over_hosts, tmp_path):
     finished = runs.train_on_hosts(
-        over_hosts, tmp_path, hosts=2, devices=4, event=runs.DISK_ERROR_ON_HOST_1
+        over_hosts, tmp_path, hosts=2, devices=2, event=runs.DISK_ERROR_ON_HOST_1
     )
     assert [process.returncode for process in finished] == [1, 1], finished[0].stderr
     assert "ended: no space left on device" in finished[0].stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_all_hosts_with_the_code_of_that(over_hosts, tmp_path):
+    """Also where one of them hears of it before it sees so itself."""
+    wild = ["--config.optimizer.learning_rate=1e30", "--config.training.max_skipped_steps=3"]
+    finished = runs.train_on_hosts(
+        [*over_hosts, *wild], tmp_path, hosts=2, devices=2, event=runs.HOST_0_SEES_NO_DIVERGENCE
+    )
+    assert [process.returncode for process in finished] == [3, 3], finished[0].stderr
+    assert "ended: 3 steps in a row had no update" in finished[0].stdout
+    assert "start all again" not in finished[0].stdout
 
 
 def spoilt_copy(store, folder):
@@ -189,7 +201,7 @@ def test_one_host_that_differs_is_named_by_all(over_hosts, store, tmp_path, what
         "missing": lambda: "--config.data.store=/nowhere",
     }[what]()
     workdir = tmp_path / "run"
-    refused = runs.train_on_hosts(over_hosts, workdir, [], [override], hosts=2, devices=4)
+    refused = runs.train_on_hosts(over_hosts, workdir, [], [override], hosts=2, devices=2)
     for process in refused:
         assert process.returncode == 2, process.stdout
         assert "host 1 (" in process.stderr
@@ -200,7 +212,7 @@ def test_one_host_that_differs_is_named_by_all(over_hosts, store, tmp_path, what
 
 def test_workdir_of_another_config_is_refused_by_all(over_hosts, tmp_path):
     (tmp_path / "config.json").write_text('{"config": {"a": 1}, "data": {"fingerprint": "x"}}')
-    refused = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=4)
+    refused = runs.train_on_hosts(over_hosts, tmp_path, hosts=2, devices=2)
     for process in refused:
         assert process.returncode == 2, process.stdout
         assert "config.json is damaged, or not written by train.py" in process.stderr
@@ -220,7 +232,7 @@ def test_hosts_of_slices_find_each_other_without_flags(over_hosts, tmp_path):
     slices = [common | {"MEGASCALE_SLICE_ID": str(i)} for i in range(2)]
     different = ["--config.training.seed=1"]  # ends before any device is needed
     refused = runs.train_on_hosts(
-        over_hosts, tmp_path / "run", [], different, hosts=2, devices=4, command=["env"], env=slices
+        over_hosts, tmp_path / "run", [], different, hosts=2, devices=2, command=["env"], env=slices
     )
     for process in refused:
         assert process.returncode == 2, process.stderr
@@ -261,6 +273,17 @@ def test_pod_is_told_from_a_single_tpu_vm(metadata):
     assert hosts._cluster() == {"cluster_detection_method": "gcetpu"}
 
 
+def test_a_host_whose_chips_are_a_slice_of_their_own_is_alone(metadata, monkeypatch):
+    """As scripts/launch_tpu.sh exec makes one of a pod's hosts."""
+    metadata |= {"agent-worker-number": "1", "worker-network-endpoints": "a:b:c,d:e:f"}
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(ValueError, match=r"start it by scripts/launch_tpu\.sh exec"):
+        hosts.refuse_several()
+    monkeypatch.setenv("TPU_PROCESS_BOUNDS", "1,1,1")
+    hosts.refuse_several()
+    assert hosts._cluster() is None
+
+
 def test_tpu_without_metadata_is_taken_as_alone(metadata, monkeypatch, caplog):
     monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{runs.free_port()}")
     assert hosts._cluster() is None
@@ -296,10 +319,10 @@ def test_wait_says_for_what_and_for_whom(monkeypatch, caplog):
 def test_the_end_is_announced_once(monkeypatch):
     monkeypatch.setattr(hosts, "BEAT_SECONDS", 0.01)
     here = object.__new__(hosts._Connection)
-    here.index, here._failed, here._store, here._left = 0, False, Store(), threading.Event()
-    here.announce("it was stopped by Ctrl-C")
-    here.announce("it was stopped by Ctrl-C again")  # which jax's store refuses
-    assert here._store.pairs == {"laser/ended/0": "it was stopped by Ctrl-C"}
+    here.index, here._code, here._store, here._left = 0, None, Store(), threading.Event()
+    here.announce("it was stopped by Ctrl-C", 1)
+    here.announce("it was stopped by Ctrl-C again", 1)  # which jax's store refuses
+    assert here._store.pairs == {"laser/ended/0": "1 it was stopped by Ctrl-C"}
 
 
 def test_machine_without_tpu_is_alone():

@@ -2,7 +2,10 @@
 
 import io
 import json
+import logging
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -11,6 +14,7 @@ from laser.training import folders
 from laser.training.metrics import (
     JsonlWriter,
     TerminalLine,
+    format_count,
     format_duration,
     make_writer,
     mark_of,
@@ -150,30 +154,95 @@ METRICS = {
 }
 
 
-def test_a_terminal_has_one_line_written_over():
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("laser.training.metrics.time.monotonic", lambda: clock.now)
+    return clock
+
+
+def _seen(stream):
+    """The lines of a terminal, where each is what was written over it last."""
+    return [re.split("\r\x1b\\[K", line)[-1] for line in stream.getvalue().split("\n")]
+
+
+def _steps_seen(stream):
+    return [int(line.split()[1].partition("/")[0]) for line in _seen(stream) if "step" in line]
+
+
+def test_a_terminal_has_one_line_written_over_and_keeps_the_first_and_one_a_minute(clock):
     stream = _Terminal()
     writer = TerminalLine(1000, stream)
-    writer.write(10, METRICS)
-    writer.write(20, METRICS)
-    assert stream.getvalue().count("\r") == 2
-    assert "\n" not in stream.getvalue()
-    writer.write(20, {"eval/loss": 3.0})
-    assert stream.getvalue().endswith("eval loss 3.0000\n")
-    writer.write(30, METRICS)
+    for step in range(1, 14):
+        writer.write(step, METRICS)
+        clock.now += 10
+    assert _steps_seen(stream) == [1, 7, 13]
+    writer.write(14, METRICS)
+    writer.write(15, METRICS)
+    writer.write(15, {"eval/loss": 3.0})
+    assert _seen(stream)[-2:] == ["step 15/1,000  eval loss 3.0000", ""]
+    writer.write(16, METRICS)
     writer.close()
+    assert _steps_seen(stream) == [1, 7, 13, 15, 15, 16]
     assert stream.getvalue().endswith("\n")
 
 
-def test_a_log_file_has_a_line_now_and_then_and_the_last_step_always():
-    stream = io.StringIO()
-    writer = TerminalLine(30, stream, seconds_between=3600)
-    for step in (10, 20, 30):
+def test_what_is_logged_begins_a_line_of_its_own(clock, monkeypatch):
+    stream = _Terminal()
+    handler = logging.StreamHandler(stream)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    writer = TerminalLine(1000, stream)
+    for step in (1, 2):
         writer.write(step, METRICS)
-    first, last = stream.getvalue().splitlines()
+    logging.warning("saved")
+    logging.warning("and on")
+    writer.write(3, METRICS)
+    writer.close()
+    assert [line[:10] for line in _seen(stream)] == [
+        "step 1/1,0", "step 2/1,0", "saved", "and on", "step 3/1,0", "",
+    ]  # fmt: skip
+    assert not handler.filters
+
+
+def test_of_a_narrow_terminal_the_last_numbers_are_left_out(monkeypatch):
+    """And of none a part: 3,547 of 3,547,142 tokens/s would be a number, too."""
+    metrics = METRICS | {"tokens_per_second": 3547142.0, "seconds_per_step": 1.25}
+    for columns, last in ((80, "3,547,142 tokens/s"), (60, "loss 3.2146"), (12, "step 123,45")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        stream = _Terminal()
+        writer = TerminalLine(160000, stream)
+        writer.write(123456, metrics)
+        (line,) = filter(None, _seen(stream))
+        assert line.endswith(last)
+        if columns > 12:
+            assert line.startswith("step 123,456/160,000  left 12 h 41 min  loss 3.2146")
+        writer.write(123456, {"eval/a": 1.0, "eval/b": 2.0, "eval/c": 3.0})
+        assert _seen(stream)[-2].endswith("a 1.0000  b 2.0000  c 3.0000")
+
+
+def test_a_log_file_has_a_line_now_and_then_and_the_last_step_always(clock):
+    stream = io.StringIO()
+    writer = TerminalLine(40, stream)
+    for step in (10, 20, 30, 40):
+        writer.write(step, METRICS)
+        clock.now += 5
+    first, second, last = stream.getvalue().splitlines()
     assert first == (
-        "step 10/30  loss 3.2146  grad norm 0.5  12,346 tokens/s  MFU 41.2 %  left 40 s"
+        "step 10/40  left 1 min 0 s  loss 3.2146  12,346 tokens/s  MFU 41.2%  grad norm 0.5"
     )
-    assert last.startswith("step 30/30")
+    assert second.startswith("step 30/40")
+    assert last.startswith("step 40/40")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (1.0882, "1.09"), (134.1, "134"), (999.7, "1 k"), (301203456, "301 M"),
+        (1048576, "1.05 M"), (167.77e9, "168 B"), (15.3e12, "15.3 T"), (0.00123, "0.00123"),
+    ],
+)  # fmt: skip
+def test_counts(number, text):
+    assert format_count(number) == text
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from laser.training import roofline, sharding
 from laser.training.config import MeshConfig, load_config
 from laser.training.optimizer import learning_rate, make_optimizer
 from models.config import ModelConfig
-from models.decoder import init_parameters
+from models.families import init_parameters
 
 MODEL = ModelConfig(
     vocab_size=24, num_layers=4, model_dim=16, mlp_dim=24, num_heads=4, head_dim=4, num_kv_heads=2,

@@ -35,9 +35,10 @@ def clock(monkeypatch):
     return clock
 
 
-def make_report(recorder, skipped, log_every=1, peak_flops=1e6, bound_seconds=0.0):
+def make_report(recorder, skipped, log_every=1, peak_flops=1e6, bound_seconds=0.0, steps=1000):
     return Report(
         recorder,
+        steps=steps,
         log_every=log_every,
         tokens_per_step=1000,
         flops_per_token=50,
@@ -49,6 +50,14 @@ def make_report(recorder, skipped, log_every=1, peak_flops=1e6, bound_seconds=0.
 
 def metrics(loss=1.0, skipped_in_a_row=0.0):
     return {"loss": loss, "gradient_norm": 1.0, "skipped_in_a_row": skipped_in_a_row}
+
+
+def two_steps(report, clock, seconds, waited=0.0):
+    """The second of them has a speed."""
+    for step in (1, 2):
+        clock.now += seconds
+        report.push(step, metrics(), waited * (step - 1))
+        report.flush()
 
 
 def test_reads_a_step_when_the_next_one_is_on_its_way(clock):
@@ -86,22 +95,41 @@ def test_speed_counts_neither_evaluation_nor_saving(clock):
     assert steps[4]["memory_gib"] > 0
 
 
+@pytest.mark.parametrize("before", [0, 20])
+def test_the_first_step_of_a_process_which_compiles_has_no_speed(clock, before):
+    recorder = Recorder()
+    report = make_report(recorder, [], bound_seconds=0.5, log_every=4, steps=before + 6)
+    clock.now += 600.0  # to compile
+    for step in range(1, 7):
+        clock.now += 2.0
+        report.push(before + step, metrics(), 30.0 + 0.25 * step)
+        report.flush()
+        with report.off_the_clock():
+            clock.now += 100.0
+    steps = dict(recorder.records)
+    assert [step - before for step in steps] == ([4, 6] if before else [1, 4, 6])
+    if not before:
+        speeds = {"seconds_per_step", "tokens_per_second", "mfu", "of_bound", "data_wait_seconds"}
+        assert not speeds & steps[1].keys()
+        assert {"loss", "perplexity", "memory_gib"} < steps[1].keys()
+    for step in (4, 6):
+        assert steps[before + step]["seconds_per_step"] == pytest.approx(2.0)
+        assert steps[before + step]["data_wait_seconds"] == pytest.approx(0.25)
+
+
 def test_no_mfu_where_the_peak_is_unknown(clock):
     recorder = Recorder()
     report = make_report(recorder, [], peak_flops=0.0)
-    clock.now += 1
-    report.push(1, metrics(), 0.0)
-    report.flush()
-    assert "mfu" not in recorder.records[0][1]
+    two_steps(report, clock, 1.0)
+    assert "tokens_per_second" in recorder.records[1][1]
+    assert "mfu" not in recorder.records[1][1]
 
 
 def test_how_near_a_step_comes_to_its_bound(clock):
     recorder = Recorder()
     report = make_report(recorder, [], bound_seconds=0.5)
-    clock.now += 2
-    report.push(1, metrics(), 0.0)
-    report.flush()
-    assert recorder.records[0][1]["of_bound"] == pytest.approx(0.25)
+    two_steps(report, clock, 2.0)
+    assert recorder.records[1][1]["of_bound"] == pytest.approx(0.25)
 
 
 def test_skipped_steps_are_told_whether_or_not_they_are_logged(clock):
@@ -121,17 +149,15 @@ def test_the_host_that_waits_longest_for_data_is_told_and_named(clock, monkeypat
     monkeypatch.setattr(hosts, "told", lambda: others)
     recorder = Recorder()
     report = make_report(recorder, [])
-    clock.now += 1
-    report.push(1, metrics(), 0.05)
-    report.flush()
+    two_steps(report, clock, 1.0, waited=0.05)
     assert json.loads(said[0])["data_wait_seconds"] == pytest.approx(0.05)
-    _, record = recorder.records[0]
+    _, record = recorder.records[1]
     assert record["data_wait_seconds"] == 0.3
     assert record["memory_gib"] == 7.5
     assert "host 0 waits 0.3 s a step for data, of 1 s" in caplog.text.replace("host 1", "host 0")
     others[1] = '{"data_wait_seconds": 0.08, "memory_gib": 7.5}'
     caplog.clear()
     clock.now += 1
-    report.push(2, metrics(), 0.05)
+    report.push(3, metrics(), 0.05)
     report.flush()
     assert "waits" not in caplog.text

@@ -12,9 +12,10 @@ import pytest
 from configs import base
 from data.sealed import SEAL, seal
 from laser.training import run_folder
-from laser.training.checkpoint import Checkpoints, tensor_types
+from laser.training.checkpoint import Checkpoints
 from laser.training.config import load_config
 from laser.training.run_folder import load_record, open_run_folder
+from laser.training.tensors import tensor_types
 from scripts import verify_run
 
 CONFIG = load_config(base.get_config())
@@ -103,6 +104,14 @@ def test_a_damaged_config_goes_on_with_the_runs_own_command_alone(run, rows, con
     start(run, rows)
     assert path.read_bytes() == before
     load_record(str(run))
+
+
+def test_other_data_are_named_whatever_they_are(run, rows, monkeypatch):
+    """Text, images or speech."""
+    monkeypatch.setattr(rows, "fingerprint", "f2")
+    words = r"data: the fingerprint f1 -> f2 \(other data or tokenizer\)"
+    with pytest.raises(ValueError, match=words):
+        start(run, rows)
 
 
 def test_a_config_that_is_no_run_of_ours_is_left_alone(tmp_path, rows):
@@ -211,7 +220,7 @@ def damage_tensors(step_folder):
 
 
 def test_verify_takes_back_what_is_intact(run, capsys):
-    main = ["verify_run.py", str(run)]
+    main = [str(run)]
     assert verify_run.main(main) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "all is intact"
 
@@ -249,7 +258,7 @@ def test_verify_names_what_is_damaged(run, capsys, what):
         path.write_bytes(path.read_bytes()[:-9])
         expected = f"{path.name} is "
     before = content_of(run)
-    assert verify_run.main(["verify_run.py", str(run)]) == 1
+    assert verify_run.main([str(run)]) == 1
     assert expected in capsys.readouterr().out
     assert content_of(run) == before
 
@@ -257,7 +266,7 @@ def test_verify_names_what_is_damaged(run, capsys, what):
 def test_verify_refuses_what_is_no_folder(capsys):
     for arguments in ([], ["/nowhere"], ["a", "b"]):
         with pytest.raises(SystemExit) as ended:
-            verify_run.main(["verify_run.py", *arguments])
+            verify_run.main(arguments)
         assert ended.value.code == 2
 
 

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh
 from configs import c4
 from laser.training import sharding
 from laser.training.config import load_config
+from models.families import abstract_parameters
 
 TORUS = {64: ((8, 8), (4, 4, 4)), 128: ((8, 16), (4, 4, 8)), 256: ((16, 16), (4, 8, 8))}
 
@@ -30,7 +31,7 @@ def local_bytes(mesh, params):
 @pytest.mark.parametrize("size", c4.SIZES)
 def test_every_size_divides_on_the_paper_s_chips(size, chips):
     config = load_config(c4.get_config(f"size={size},attention=laser+diff+per_dim_temp"))
-    params = sharding.abstract_parameters(config.model)
+    params = abstract_parameters(config.model)
     total = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
     for torus in TORUS[chips]:
         mesh = mesh_of(config, chips, torus)
@@ -43,7 +44,7 @@ def test_every_size_divides_on_the_paper_s_chips(size, chips):
 
 def test_norms_are_all_that_stays_whole():
     config = load_config(c4.get_config("size=7p7b"))
-    params = sharding.abstract_parameters(config.model)
+    params = abstract_parameters(config.model)
     found = sharding.unsharded(mesh_of(config, 256, (16, 16)), params)
     assert found
     assert all("norm" in name for name in found)

@@ -25,7 +25,6 @@ from laser.training.step import make_gradient
 from models import conformer
 from models.conformer import BLANK
 
-MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
 STEPS = 3
 
 
@@ -83,12 +82,11 @@ def on_one_device(store):
     return config, *train(config)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.slow
-def test_devices_equal_one(store, on_one_device, mesh):
+def test_devices_equal_one(store, on_one_device):
     """Batch norm's moments are those of all rows, and the gradient knows it."""
     _, expected_losses, expected, _ = on_one_device
-    losses, state, _ = train(make_config(store, mesh))
+    losses, state, _ = train(make_config(store, (2, 2, 2)))
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-4)
     # Adam divides by the root of the second moment: a parameter moves by up to a learning rate.
     jax.tree.map(
@@ -98,10 +96,15 @@ def test_devices_equal_one(store, on_one_device, mesh):
     )
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.fixture(scope="module")
+def gradient_of_one_device(store):
+    return first_gradient(make_config(store))
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
 @pytest.mark.slow
-def test_gradients_of_devices_equal_those_of_one(store, mesh):
-    expected, sums = first_gradient(make_config(store))
+def test_gradients_of_devices_equal_those_of_one(store, gradient_of_one_device, mesh):
+    expected, sums = gradient_of_one_device
     actual, same = first_gradient(make_config(store, mesh))
     np.testing.assert_allclose(same.loss, sums.loss, rtol=1e-5)
 
@@ -267,16 +270,24 @@ def test_a_test_split_is_scored_apart(store, on_one_device, monkeypatch, tmp_pat
     prepare(made, tmp_path / "tones")
     rows = SpeechRows(make_config(tmp_path / "tones"))
     parts = rows.validation_parts(config, None)
-    assert [(part.name, part.share) for part in parts] == [("", 1.0), ("test", 0.0)]
-    assert [sum((b["frames"] > 0).sum() for b in part.batches) for part in parts] == [6, 5]
+    assert [(part.name, part.share, part.at_end) for part in parts] == [
+        ("", 1.0, False), ("test", 0.0, False), ("train", 0.0, True),
+    ]  # fmt: skip
+    size = config.training.batch_size
+    sampled = min(14, -(-6 // size) * size)
+    assert [sum((b["frames"] > 0).sum() for b in part.batches) for part in parts] == [
+        6, 5, sampled,
+    ]  # fmt: skip
 
     def silence(config, params, batch, share):
         return jnp.zeros_like(batch["targets"])
 
     monkeypatch.setattr(eval_speech, "greedy_paths", silence)
-    splits = (rows.store.validation, rows.store.test)
-    scores = make_evaluation(config, program.mesh, *splits)(state.params)
+    splits = (rows.store.validation, rows.store.test, rows.store.train)
+    evaluate = make_evaluation(config, program.mesh, *splits)
+    scores = evaluate(state.params)
     assert scores == {"eval/wer": 1.0, "eval/wer/test": 1.0}
+    assert evaluate(state.params, at_end=True) == scores | {"eval/wer/train": 1.0}
 
 
 @pytest.mark.slow

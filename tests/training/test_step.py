@@ -14,7 +14,7 @@ from laser.training import sharding
 from laser.training.config import load_config
 from laser.training.program import Program
 from laser.training.step import init_state, make_eval_step, make_train_step
-from models.decoder import structure
+from models.families import structure
 
 BATCH, LENGTH, VOCAB = 16, 24, 64
 

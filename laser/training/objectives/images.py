@@ -10,7 +10,7 @@ from flax import nnx
 
 from laser.training.config import RunConfig
 from laser.training.objectives.base import Batch, Loss, Objective, Rows, Sums
-from models.vit import structure
+from models.families import structure
 
 Array = jax.Array
 ERROR = "error"  # share of images whose likeliest class is another one

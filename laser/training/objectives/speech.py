@@ -19,14 +19,14 @@ from laser.training.objectives.base import Batch, Loss, Objective, Rows, Sums
 from laser.training.share import Share
 from models import conformer
 from models.conformer import BLANK, Moments, Outputs
-from models.families import Parameters
+from models.families import Parameters, structure
 from models.stack import product_precision
 
 Array = jax.Array
 
 
 def _outputs(config: RunConfig, params: Parameters, batch: Batch, share: Share) -> Outputs:
-    model = nnx.merge(conformer.structure(config.model), params)
+    model = nnx.merge(structure(config.model), params)
     return model(
         batch["inputs"],
         batch["frames"],

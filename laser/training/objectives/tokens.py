@@ -9,7 +9,7 @@ from flax import nnx
 from laser.training.config import RunConfig
 from laser.training.loss import chunk_length, cross_entropy
 from laser.training.objectives.base import Loss, Objective, Rows, Sums
-from models.decoder import structure
+from models.families import structure
 
 Array = jax.Array
 ERROR = "error"  # share of targets that are not the likeliest token
