@@ -1,15 +1,17 @@
 # Everything starts here: `make quickstart` trains a small model, `make test` runs every check.
-# Needs Python 3.11 or newer, git and make; all that is installed goes into .venv.
+# Needs Python 3.11 to 3.13, git and make, on Linux, a Mac with Apple silicon, or WSL; all that is
+# installed goes into .venv.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# The first of these that is at least 3.11. Choose another with `make PYTHON=/path/to/python ...`.
-AT_LEAST_311 := import sys; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for p in python3.11 python3 python; do \
-	"$$p" -c '$(AT_LEAST_311)' >/dev/null 2>&1 && echo "$$p" && break; done)
+# The first of these that can be taken: for 3.14 there is no tensorflow-text, which seqio needs.
+# Choose another with `make PYTHON=/path/to/python ...`.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3 python python3.12 python3.13; do \
+	"$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 # pip says nothing of what is there already, and one line for each package that it fetches.
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off
@@ -80,8 +82,9 @@ clean:  ## remove .venv, site/ and caches; runs/ and stores/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
-	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(AT_LEAST_311)'; then \
-		echo "Python 3.11 or newer is needed. Install it, or: make PYTHON=/path/to/python3.11" >&2; \
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(SUPPORTED)'; then \
+		echo "Python 3.11, 3.12 or 3.13 is needed, on Linux, a Mac with Apple silicon, or WSL." \
+			"Install one, or: make PYTHON=/path/to/python3.11" >&2; \
 		exit 1; fi
 	@echo "Making .venv with $$("$(PYTHON)" --version) ($(PYTHON))"
 	@"$(PYTHON)" -m venv .venv || { rm -rf .venv; \
