@@ -73,6 +73,17 @@ def pytest_collection_finish():
     collect_seldom()
 
 
+@pytest.fixture(autouse=True)
+def _flags_of_xla():
+    """As they were, after programs that a test calls by their main: `tune_cpu` adds one for good.
+
+    It comes too late to matter here, but the flags are a part of the name of what is compiled.
+    """
+    flags = os.environ["XLA_FLAGS"]
+    yield
+    os.environ["XLA_FLAGS"] = flags
+
+
 _modules = itertools.count(1)
 
 

@@ -27,9 +27,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "laser.training": ("models", "laser.attention", "data"),
     "laser.planning": ("models", "laser.attention", "laser.training"),
     "data": (),
-    "data.sources": ("data.errors", "data.tokenizer"),
-    "data.reading": ("data.errors", "data.sealed", "data.tokenizer"),
-    "data.images": ("data.errors", "data.reading"),
+    "data.sources": ("data.addresses", "data.errors", "data.tfds_sets", "data.tokenizer"),
+    "data.reading": ("data.addresses", "data.errors", "data.sealed", "data.tokenizer"),
+    "data.images": ("data.errors", "data.reading", "data.tfds_sets"),
     "eval": (
         "models",
         "laser.attention",
@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "eval.tasks": ("data.sources.corpus", "laser.training.fields"),
     "export": (
         "models",
+        "data.addresses",
         "data.reading.mixture",
         "data.sealed",
         "data.tokenizer",
@@ -67,9 +68,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "models",
         "laser.attention",
         "laser.training",
+        "data.addresses",
         "data.reading",
         "data.sealed",
+        "eval.likelihood",
         "eval.run",
+        "eval.tasks",
     ),
     "configs": (),
 }

@@ -165,15 +165,18 @@ def _chunked(name):
 def _pallas(name, sizes):
     segments = np.stack([np.repeat([0, 1, 2], [20, 33, 37]), np.repeat([5, 3, 4], [50, 7, 33])])
     packed = {"segment_ids": segments}
+    # The padding is told from keys by segments, so without ids it is the same kernel.
+    full = {"packed-full": packed | {"causal": False, "logits_scale": 0.7}}
+    if sizes is ONE_BLOCK:
+        full = {"full": {"causal": False}}
     return Implementation(
         name, functools.partial(_kernels, sizes), length=90, value_size=16,  # no block divides it
         early=12, middle=25, late=70, last=88, block=sizes.tile,
         tolerance=2e-6, outlier_tolerances={jnp.float32: 1e-5}, segments=segments,
         options={
             "causal": {},
-            "full": {"causal": False},
             "packed-soft-cap": packed | {"logits_soft_cap": 2.0},
-            "packed-full": packed | {"causal": False, "logits_scale": 0.7},
+            **full,
         },
         lengths=(1, 33) if sizes is BLOCKS else (),
     )  # fmt: skip

@@ -6,18 +6,11 @@ the time of a small one is the start.
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from configs import c4
-from laser.planning.topologies import NO_DEVICE
-from tests.quick import QUICK_FOR_TPU
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import forked
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,14 +31,7 @@ for program in json.loads(sys.argv[1]):
 
 def kernels_of(programs):
     """Names of the kernels of each of these programs, which a child compiles one by one."""
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(programs)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env={
-            **os.environ, **NO_DEVICE, **QUICK_FOR_TPU, "XLA_FLAGS": "",
-            "JAX_ENABLE_COMPILATION_CACHE": "0",
-        },
-    )  # fmt: skip
+    result = forked.run_for_tpu(COMPILE, [json.dumps(programs)])
     found = list(map(json.loads, result.stdout.splitlines()))
     assert result.returncode == 0, (programs[len(found)], result.stderr[-3000:])
     return found
@@ -82,10 +68,8 @@ with tempfile.TemporaryDirectory() as dump:
 
 
 def test_grouped_heads_take_no_more_bundles_than_repeated_ones():
-    result = subprocess.run(
-        [sys.executable, "-c", BUNDLES], cwd=ROOT, capture_output=True, text=True, check=True,
-        env={**os.environ, **NO_DEVICE, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"},
-    )  # fmt: skip  # with all optimizations: the number depends on them
+    result = forked.run_for_tpu(BUNDLES, optimized=True)  # the number depends on it
+    assert result.returncode == 0, result.stderr[-3000:]
     of_128, of_256 = (tuple(map(int, line.split())) for line in result.stdout.splitlines())
     for repeated, grouped in (of_128, of_256):
         assert 0 < grouped <= repeated
@@ -113,13 +97,7 @@ print(*sorted(set(re.findall("laser_(?:forward|backward)(?![_a-z])", text))))
 
 
 def test_compiles_for_a_chip_of_little_memory():
-    result = subprocess.run(
-        [sys.executable, "-c", OLDER_CHIP], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={
-            **os.environ, **NO_DEVICE, **QUICK_FOR_TPU, "XLA_FLAGS": "",
-            "JAX_ENABLE_COMPILATION_CACHE": "0",
-        },
-    )  # fmt: skip
+    result = forked.run_for_tpu(OLDER_CHIP)
     assert result.stdout.split() == ["laser_backward", "laser_forward"], result.stderr[-3000:]
 
 

@@ -75,6 +75,27 @@ def test_times_are_ratios_of_one_run(capsys):
     assert f"{medians['ours, LASER'] / medians['ours, standard']:6.3f}" in printed
 
 
+def test_xla_s_path_stands_beside_the_kernel_in_bfloat16(monkeypatch, capsys):
+    """As on a TPU: whether the kernel is faster is one command."""
+    asked = []
+
+    def noted(query, key, value, **options):
+        asked.append((options["kind"], options["implementation"], query.dtype.name))
+        return attention(query, key, value, **{**options, "implementation": "chunked"})
+
+    monkeypatch.setattr("laser.attention.attention", noted)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    medians = benchmark_attention.times(length=16, heads=1, size=8, rounds=1)
+    assert {"ours, LASER", "chunked, standard", "chunked, LASER", "jax.nn, XLA"} <= set(medians)
+    assert "PyTorch SDPA" not in medians
+    assert {*asked} == {
+        (kind, implementation, "bfloat16")
+        for kind in ("standard", "laser")
+        for implementation in ("auto", "chunked")
+    }
+    assert "chunked, LASER" in capsys.readouterr().out
+
+
 def test_every_kind_is_the_attention_that_it_is_called():
     heads = jax.ShapeDtypeStruct((1, 2, 512, 128), jnp.bfloat16)
     texts = {}
