@@ -13,7 +13,9 @@ from data.errors import first_line
 os.environ["EPATH_USE_TF"] = "false"
 
 # The libraries behind addresses, whose errors are of as many types as there are libraries.
-LIBRARIES = frozenset({"aiohttp", "fsspec", "gcsfs", "google", "requests"})
+LIBRARIES = (
+    "aiohttp", "fsspec", "gcsfs", "google.api_core", "google.auth", "google.cloud", "requests",
+)  # fmt: skip
 
 
 def is_address(text: str | Path) -> bool:
@@ -33,7 +35,7 @@ def told_as_os_errors(where: str | Path) -> Iterator[None]:
         need = "pip install -r requirements-bucket.txt"
         raise ValueError(f"{where}: {error}; `{need}` has what it needs") from error
     except Exception as error:
-        theirs = type(error).__module__.partition(".")[0] in LIBRARIES
+        theirs = type(error).__module__.startswith(LIBRARIES)
         if not theirs and not (isinstance(error, OSError) and "\n" in str(error)):
             raise
         words = f"{type(error).__name__}: {first_line(error)}"

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their place, forced to the disk, then renamed."""
 
 import contextlib
+import errno
 import os
 import platform
 from pathlib import Path
@@ -33,7 +34,11 @@ def publish(temporary: Path, path: Path) -> None:
     """Renames a finished file, so that a crash leaves all of it under that name or nothing."""
     sync(temporary)
     temporary.replace(path)
-    sync(path.parent)
+    try:
+        sync(path.parent)
+    except OSError as error:  # some file systems know no such thing of folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def sync(path: Path) -> None:

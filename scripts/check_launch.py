@@ -129,7 +129,7 @@ def plan_of(
     """What a plan says of the recipe among the arguments; fields set besides are not in it. Plans
     are of one slice each. Raises ValueError if the recipe cannot be read."""
     pairs = zip(arguments, [*arguments[1:], ""])
-    recipe = next(x.partition("=")[2] or y for x, y in pairs if re.match("--?config(=|$)", x))
+    recipe = [x.partition("=")[2] or y for x, y in pairs if re.match("--?config(=|$)", x)][-1]
     chosen = read_config_file(recipe).to_dict()
     rented = type_name.replace("litepod", "e")
     planned = re.search(r"[:,](slice=v\d[^,]*)", recipe)

@@ -4,6 +4,7 @@ They are counted without jax: a process that asked it would hold them all itself
 """
 
 import glob
+import itertools
 import os
 
 from laser.training.hardware import has_accelerator
@@ -38,7 +39,8 @@ def divided(at_once: int) -> list[dict[str, str]]:
 
 
 def _gpus() -> list[str]:
-    """As CUDA names them: those that this process may use."""
+    """As CUDA names them: those that this process may use, up to the first that is none."""
     if GPUS in os.environ:
-        return [name for name in os.environ[GPUS].split(",") if name]
+        names = map(str.strip, os.environ[GPUS].split(","))
+        return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
     return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]

@@ -21,6 +21,7 @@ from typing import Any
 
 from data.addresses import told_as_os_errors
 from eval.tasks.catalogue import choose_tasks
+from laser.training import exits
 from laser.training.folders import folder_of, write_atomically
 from laser.training.hardware import tune_cpu
 from laser.training.lease import claim
@@ -43,10 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "oneshot" in arguments.measures:
             tasks = load_tasks(arguments.tasks.split(","), arguments.data_dir)
         claim(arguments.run)
-        return _measure(arguments, texts, tasks)
     except ValueError as error:
         print(f"measure.py: error: {error}", file=sys.stderr)
-        return 2
+        return exits.MISTAKE
+    except OSError as error:
+        print(f"measure.py: {error}", file=sys.stderr)
+        return exits.FAILED
+    return _measure(arguments, texts, tasks)
 
 
 def _measure(arguments: argparse.Namespace, texts: Sequence[Path], tasks: Sequence[Any]) -> int:

@@ -216,8 +216,10 @@ def _origin(files: Sequence[Path]) -> str:
 
 
 def _load_tfds(source: Source, split: str, prompt: Prompt, folder: Path) -> Loaded:
-    import tensorflow_datasets as tfds  # TensorFlow with it: 4 seconds and a gigabyte
+    import tensorflow as tf  # 4 seconds and a gigabyte
+    import tensorflow_datasets as tfds
 
+    tf.config.set_visible_devices([], "GPU")  # or it takes all memory of those that jax computes on
     name = source.tfds_splits.get(split, split)
     builder = tfds.builder(source.tfds, data_dir=folder)
     if name not in builder.info.splits:

@@ -4,5 +4,5 @@ DONE = 0
 FAILED = 1  # also: hangs, or another process has taken the folder over
 MISTAKE = 2  # of the command line, the config or the data, told in one line
 DIVERGED = 3
-TOO_LARGE = 4  # no memory for the first step of a process: started again it fails again
+TOO_LARGE = 4  # chips have no memory for a run's first step: started again it fails again
 PREEMPTED = 75  # saved; the same command goes on

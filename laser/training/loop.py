@@ -57,6 +57,7 @@ from laser.training.rows import Rows, progress, resolved
 from laser.training.run_folder import (
     check_hosts_agree,
     open_run_folder,
+    saved_step_folders,
 )
 from laser.training.spikes import Spikes
 from laser.training.step import TrainState
@@ -140,8 +141,9 @@ def train(run: "Run", evaluations: Sequence[Evaluation] = (), began: float | Non
         problem = f"out of memory: {first_line(error, 300)}"
         if not isinstance(error, MemoryError):  # which is of the host
             problem += f"; {_saves_memory(run.config)}"
-        # What does not suffice for the first step never will.
-        code = exits.FAILED if run.has_trained else exits.TOO_LARGE
+        begun = run.has_trained or saved_step_folders(run.workdir)
+        # What does not suffice for the first step of a run never will.
+        code = exits.FAILED if begun or isinstance(error, MemoryError) else exits.TOO_LARGE
     log.error("%s", problem)
     hosts.end_the_others(problem, code)
     return code

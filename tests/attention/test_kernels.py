@@ -329,7 +329,8 @@ def test_arrays_of_any_sharding_under_an_explicit_mesh(specs, types):
 
 
 @pytest.mark.slow
-def test_values_and_gradients_under_an_explicit_mesh():
+@pytest.mark.parametrize("sharding", ["heads", "mixed"])
+def test_values_and_gradients_under_an_explicit_mesh(sharding):
     inputs = [np.concatenate([x, x]) for x in PALLAS_ONE_TILE.inputs(length=40)]
     arrays = [jnp.float32(x) for x in inputs[:3]]
 
@@ -343,7 +344,7 @@ def test_values_and_gradients_under_an_explicit_mesh():
     with jax.set_mesh(mesh):
         placed = [
             jax.device_put(x, jax.NamedSharding(mesh, spec))
-            for x, spec in zip(arrays, SHARDINGS["mixed"], strict=True)
+            for x, spec in zip(arrays, SHARDINGS[sharding], strict=True)
         ]
         spread = jax.jit(found)(*placed)
     for a, b in zip(alone, spread, strict=True):

@@ -36,7 +36,10 @@ def trained(words: list[str]) -> dict[str, list[str]]:
         return {k: v for t in words[1:] for w in made_by_make(t) for k, v in trained(w).items()}
     if "scripts/quickstart.py" in words:
         kind = next((w.partition("=")[2] for w in words if w.startswith("--attention=")), "laser")
-        return {f"runs/quickstart-{kind}": [f"--config=configs/quickstart.py:attention={kind}"]}
+        folder = next((w.partition("=")[2] for w in words if w.startswith("--workdir=")), None)
+        fields = [word for word in words if word.startswith("--config.")]
+        recipe = f"--config=configs/quickstart.py:attention={kind}"
+        return {folder or f"runs/quickstart-{kind}": [recipe, *fields]}
     if "--from_export" in " ".join(words):
         return {w.partition("=")[2]: words for w in words if w.startswith("--workdir=")}
     if "--" in words:  # the launcher's
@@ -103,6 +106,7 @@ def test_a_run_that_is_read_was_trained_on_that_page_or_in_the_readme():
          {"gs://b/runs/b"}),
         ("make bert", {"runs/bert"}),
         ("make quickstart", {"runs/quickstart-laser"}),
+        ("python scripts/quickstart.py --workdir=runs/e -- --config.model.remat=full", {"runs/e"}),
         ("python scripts/export.py --from_export=exported --workdir=runs/c", {"runs/c"}),
         ("python scripts/generate.py --workdir=runs/d", set()),
     ],

@@ -8,7 +8,7 @@ from laser.training import exits
 from tests.docs.pages import ROOT
 
 PAGE = (ROOT / "docs/troubleshooting.md").read_text()
-FOLDERS = ("laser", "configs", "scripts", "data", "Makefile")
+FOLDERS = ("laser", "configs", "scripts", "data")
 
 
 def sources() -> str:
@@ -29,12 +29,10 @@ SOURCES = sources()
 
 @pytest.mark.parametrize("message", quoted())
 def test_a_quoted_message_is_in_the_code(message):
-    if message.startswith("laser attention on"):  # %s attention on %s: %s
-        assert "%s attention on %s: %s%s" in SOURCES
-        return
-    for piece in message.split("..."):
-        words = piece.strip(" .`")
-        assert words in SOURCES, words
+    if message == "laser attention on tpu: chunked":
+        message = "%s attention on %s: %s"
+    pieces = [re.escape(piece.strip()) for piece in message.split("...")]
+    assert re.search(".*".join(pieces), SOURCES), message
 
 
 def test_the_exit_codes_are_those_of_the_pages():

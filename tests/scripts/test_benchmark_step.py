@@ -61,7 +61,8 @@ def test_it_times_real_steps_of_a_new_model(small, tmp_path, capsys):
     median, of, fastest, slowest = re.search(
         r"ms a step +([\d.,]+), median of (\d+); ([\d.,]+) to ([\d.,]+)", said
     ).groups()
-    assert 0 < float(fastest) <= float(median) <= float(slowest)
+    fastest, median, slowest = (float(x.replace(",", "")) for x in (fastest, median, slowest))
+    assert 0 < fastest <= median <= slowest
     assert of == "4"
     assert re.search(
         r"tokens/s +[\d,]+\nMFU +[\d.]+%\npeak memory +[\d.]+ GiB of the process", said
@@ -155,7 +156,7 @@ def on_two_hosts(*commands):
                 "JAX_PROCESS_ID": str(index),
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK_TO_COMPILE}",
             },
-            cwd=runs.ROOT, capture_output=True, text=True, timeout=300, check=False,
+            cwd=runs.ROOT, capture_output=True, text=True, timeout=800, check=False,
         )  # fmt: skip
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -103,6 +103,19 @@ def test_a_plan_is_of_what_a_recipe_means(recipe, known):
         assert said.startswith("by docs/plans.md the recipe fits" if known else "no plan of it")
 
 
+def test_a_file_of_ones_own_has_the_plan_of_what_it_means(tmp_path):
+    plans = json.loads((ROOT / "docs/plans.json").read_text())
+    mine = tmp_path / "mine.py"
+    same = 'from configs import c4\nget_config = lambda: c4.get_config("size=2p2b,slice=v5e-256")\n'
+    for content, found in (
+        (same, True),
+        (same.replace("2p2b", "2p2b,attention=laser+qk_norm"), False),
+    ):
+        mine.write_text(content)
+        said = plan_of(plans, [f"--config={mine}"], "v5e-256")
+        assert said.startswith("by docs/plans.md the recipe fits" if found else "no plan of it")
+
+
 def test_a_plan_is_of_one_kind_and_number_of_chips():
     """Recipes without an argument for the slice have a plan for each of several."""
     plans = json.loads((ROOT / "docs/plans.json").read_text())

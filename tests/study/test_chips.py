@@ -43,6 +43,8 @@ def test_gpus_are_divided(machine):
     assert visible(divided(8)) == list("01234567")
     machine(*GPUS, CUDA_VISIBLE_DEVICES="2,GPU-8932")
     assert visible(divided(2)) == ["2", "GPU-8932"]
+    machine(*GPUS, CUDA_VISIBLE_DEVICES="0, 1,-1,2")
+    assert visible(divided(2)) == ["0", "1"]
 
 
 def test_one_process_and_a_cpu_need_no_division(machine):

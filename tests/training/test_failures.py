@@ -161,6 +161,14 @@ def test_memory_that_does_not_suffice_for_a_step(arguments, tmp_path, step, code
     )
 
 
+def test_memory_that_sufficed_before_may_suffice_again(arguments, tmp_path):
+    """Of a process that goes on with a run, the launcher tries it once more."""
+    assert runs.train(arguments, tmp_path, event=runs.SIGTERM_AFTER_7).returncode == 75
+    stopped = runs.train(arguments, tmp_path, event=NO_MEMORY_AT.format(step=1))
+    assert stopped.returncode == 1, stopped.stderr
+    assert "out of memory: RESOURCE_EXHAUSTED" in stopped.stdout
+
+
 SKIPPED_AT_8 = """
 push_whatever_came = Report.push
 def push_as_skipped(self, done, metrics, waited):

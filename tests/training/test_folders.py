@@ -1,5 +1,7 @@
 """Folders on disks and behind addresses have one form; what nothing reads is one line."""
 
+import contextlib
+import errno
 import os
 import platform
 import sys
@@ -61,3 +63,15 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     host = f"{platform.node()}-{os.getpid()}"  # hosts that share a folder may have equal numbers
     assert synced == 2 * [f"file.{host}.tmp", tmp_path.name]  # the name, too, outlives a power cut
+
+
+@pytest.mark.parametrize(("number", "matters"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path, monkeypatch, number, matters):
+    def sync(path):
+        if path.is_dir():
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(atomic, "sync", sync)
+    with pytest.raises(OSError) if matters else contextlib.nullcontext():
+        write_atomically(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content"

@@ -44,6 +44,8 @@ def whole(arguments, tmp_path_factory):
 def test_interrupted_run_is_bit_equal(arguments, whole, tmp_path):
     terminated = runs.train(arguments, tmp_path, event=runs.SIGTERM_AFTER_7)
     assert terminated.returncode == 75, terminated.stderr
+    killed = runs.train(arguments, tmp_path, event=runs.KILL_IN_SAVE)  # steps are done twice
+    assert killed.returncode == -9, killed.stderr
     resumed = runs.train(arguments, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "after step 7" in resumed.stdout
