@@ -299,6 +299,7 @@ class Runner:
         if code == exits.DONE and (measures := self._measures(cell)) and not progress.measuring:
             if not self._stop:
                 self._begin(cell, [*measures, f"--run={folder}"], measuring=True)
+                self._running[cell.key].started = progress.started
         elif code == exits.DONE:
             measure = self._folder.plan.study.measure
             result = results.write_done(cell, folder, measure)
