@@ -72,6 +72,10 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._best = config.best
+        if config.best != "none":
+            with hosts.together("look at the scores of checkpoints"):
+                for step in self._steps() if hosts.is_first() else ():
+                    retention.drop_unreadable_score(self._folder / str(step))
         self._manager = _Manager(self._folder, options=self._options)
 
     def __enter__(self) -> "Checkpoints":

@@ -1,6 +1,8 @@
 """Which checkpoints of a run are kept, and by which scores."""
 
 import functools
+import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,8 @@ from orbax.checkpoint import checkpoint_managers
 from data.addresses import is_address
 from laser.training.config import CheckpointConfig
 from laser.training.run_folder import COMMITTED
+
+log = logging.getLogger(__name__)
 
 LOWEST_WINS = ("loss", "error", "wer")
 
@@ -61,3 +65,21 @@ def write_score(folder: Path, text: str) -> None:
     temporary.mkdir(exist_ok=True)
     (temporary / "metrics").write_text(text)
     temporary.rename(folder)
+
+
+def drop_unreadable_score(checkpoint: Path) -> None:
+    """Takes a score away that Orbax could not read, and would end with: the checkpoint itself is
+    whole, and counts as one that was not evaluated."""
+    file = checkpoint / "metrics" / "metrics"
+    if not file.exists():
+        return
+    try:
+        found = json.loads(file.read_text())
+        readable = isinstance(found, dict) and all(type(x) in (int, float) for x in found.values())
+    except ValueError:  # no JSON, or no text
+        readable = False
+    if not readable:
+        log.warning("%s is damaged: this checkpoint counts as not evaluated", file)
+        for path in (file, *file.parent.iterdir()):
+            path.unlink(missing_ok=True)
+        file.parent.rmdir()

@@ -24,6 +24,7 @@ from laser.training.checkpoint import (
 )
 from laser.training.config import load_config
 from laser.training.step import TrainState
+from tests.training import runs
 
 REPLICATED = PartitionSpec()
 CONFIG = load_config(base.get_config()).checkpoint
@@ -362,3 +363,20 @@ def test_a_save_asks_nothing_of_the_preemption_service(tmp_path, monkeypatch):
     monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", asked)
     save(tmp_path, 3)
     assert saved_steps(tmp_path) == [3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "content", [b'{"eval/loss": 5.2\0\0\0\0}', b"", b"[]", b'{"eval/loss": "a"}']
+)
+def test_a_damaged_score_does_not_end_a_run(arguments, tmp_path, content):
+    arguments = [
+        *arguments, "--config.checkpoint.every=4", "--config.training.eval_every=4",
+        "--config.checkpoint.best=loss",
+    ]  # fmt: skip
+    assert runs.train(arguments, tmp_path, event=runs.SIGTERM_AFTER_7).returncode == 75
+    (tmp_path / "checkpoints/4/metrics/metrics").write_bytes(content)
+    done = runs.train(arguments, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoints/4/metrics/metrics is damaged" in done.stdout
+    assert sorted(runs.losses(tmp_path)) == list(range(1, 21))
