@@ -63,6 +63,11 @@ def open_builder(dataset: str, splits: Sequence[str], key: str, ways: str = "") 
     return builder
 
 
+def record_size(file: str, head: bytes) -> int:
+    """Bytes of the content behind a record's first HEAD_BYTES. Raises ValueError as `verified`."""
+    return int.from_bytes(verified(file, head, LENGTH_BYTES), "little")
+
+
 def verified(file: str, content: bytes, size: int) -> bytes:
     """The first `size` bytes, if the rest is their checksum: a CRC-32C, rotated and shifted.
 

@@ -104,7 +104,7 @@ def make_evaluation(
         if test is not None:
             rates["eval/wer/test"] = rate(params, test, limit)
         if at_end and train is not None:
-            rates["eval/wer/train"] = rate(params, train, train_sample(config, validation))
+            rates["eval/wer/train"] = rate(params, train, train_sample(config, len(validation)))
         return rates
 
     return evaluate

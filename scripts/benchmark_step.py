@@ -133,18 +133,13 @@ def benchmark(
 def made_up(program: "Program") -> "dict[str, jax.Array]":
     """A batch of noise where the program wants it; all hosts make the same one. Where rows are
     packed, each is one document."""
-    import jax
+    from laser.training import sharding
 
     rows = check_gradients.batch(program.config)
     wanted = program.abstract_batch()
     if "segment_ids" in wanted:
         rows.setdefault("segment_ids", np.ones_like(rows["inputs"]))
-
-    def put(name: str) -> jax.Array:
-        shape, sharding = rows[name].shape, wanted[name].sharding
-        return jax.make_array_from_callback(shape, sharding, lambda index: rows[name][index])
-
-    return {name: put(name) for name in wanted}
+    return {name: sharding.placed(rows[name], wanted[name].sharding) for name in wanted}
 
 
 def run(step: Step, state: Any, batch: Any, count: int) -> tuple[Any, list[float], list[float]]:

@@ -30,10 +30,10 @@ from data.images.draws import mixed
 from data.tfds_sets import (
     CHECKSUM_BYTES,
     HEAD_BYTES,
-    LENGTH_BYTES,
     REBUILD,
     TFDS,
     open_builder,
+    record_size,
     verified,
 )
 
@@ -324,7 +324,7 @@ def _records(file: int, name: str) -> np.ndarray:
     end, place, found = os.fstat(file).st_size, 0, []
     while place < end:
         head = os.pread(file, HEAD_BYTES, place)
-        size = int.from_bytes(verified(name, head, LENGTH_BYTES), "little")
+        size = record_size(name, head)
         found.append((place + HEAD_BYTES, size))
         place += HEAD_BYTES + size + CHECKSUM_BYTES
     if place != end:

@@ -44,10 +44,8 @@ def hash_part(source: Source, part: Part, path: Path, progress: Progress) -> Non
             text_bytes, read = 0, record.read
     progress(text_bytes, part.size - read)
     hashes = np.frombuffer(rows, HASH)
-    temporary = atomic.temporary_path(path)
     ordered = np.sort(hashes, order=("high", "low", "rank")).tobytes()
-    temporary.write_bytes(ordered + _digest(path, ordered))
-    atomic.publish(temporary, path)
+    atomic.write(path, ordered + _digest(path, ordered))
 
 
 def document_hash(content: bytes) -> bytes:

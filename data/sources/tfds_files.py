@@ -31,10 +31,10 @@ from data.sources.parts import (
 from data.tfds_sets import (
     CHECKSUM_BYTES,
     HEAD_BYTES,
-    LENGTH_BYTES,
     REBUILD,
     TFDS,
     open_builder,
+    record_size,
     verified,
     ways_to,
 )
@@ -140,7 +140,7 @@ def _text(record: bytes) -> str:
 def _tfrecords(file: str) -> Iterator[bytes]:
     with told_as_os_errors(file), tfds.core.Path(file).open("rb") as stream:
         while head := stream.read(HEAD_BYTES):
-            size = int.from_bytes(verified(file, head, LENGTH_BYTES), "little")
+            size = record_size(file, head)
             yield verified(file, stream.read(size + CHECKSUM_BYTES), size)
 
 

@@ -9,11 +9,10 @@ from jax.sharding import Sharding
 from data.images import loader, sources
 from data.images.loader import Augmentation
 from data.preparation.workers import cores
-from data.reading.examples import steps_per_epoch
 from data.reading.loader import Prefetcher
 from data.reading.order import step_places
 from laser.training.config import RunConfig
-from laser.training.rows import Validation
+from laser.training.rows import Validation, train_sample
 
 log = logging.getLogger(__name__)
 
@@ -105,5 +104,5 @@ class ImageRows:
         parts = [Validation("", 1.0, batches(self._validation, limit))]
         if self._test is not None:
             parts.append(Validation("test", 0.0, batches(self._test, limit)))
-        sample = limit or steps_per_epoch(len(self._validation), config.training.batch_size)
+        sample = train_sample(config, len(self._validation))
         return [*parts, Validation("train", 0.0, batches(self._train, sample), at_end=True)]

@@ -80,6 +80,6 @@ def drop_unreadable_score(checkpoint: Path) -> None:
         readable = False
     if not readable:
         log.warning("%s is damaged: this checkpoint counts as not evaluated", file)
-        for path in (file, *file.parent.iterdir()):
-            path.unlink(missing_ok=True)
+        for path in file.parent.iterdir():
+            path.unlink()
         file.parent.rmdir()

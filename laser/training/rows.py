@@ -307,6 +307,13 @@ class ExampleRows:
         return [Validation("", 1.0, batches)]  # targets are parts of texts
 
 
+def train_sample(config: RunConfig, validation: int) -> int:
+    """Of the training set so many batches are evaluated at the end, always of the same rows and
+    about as many as the `validation` rows: AlgoPerf's eval_train."""
+    size = config.training.batch_size
+    return config.training.eval_batches or examples.steps_per_epoch(validation, size)
+
+
 def progress(config: RunConfig, rows: Rows, steps: int) -> dict[str, float]:
     """What is logged of the data of the first `steps` steps of a resolved config."""
     found = rows.metrics(config, steps)

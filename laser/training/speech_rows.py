@@ -11,7 +11,7 @@ from data.speech.batches import Shape
 from data.speech.features import MEL_BINS, num_frames
 from data.speech.store import SpeechStore, Split
 from laser.training.config import RunConfig
-from laser.training.rows import Validation, check_vocabulary
+from laser.training.rows import Validation, check_vocabulary, train_sample
 from models.config import ConformerConfig
 from models.conformer import num_positions
 
@@ -92,16 +92,9 @@ class SpeechRows:
         parts = [part("", 1.0, self.store.validation, limit)]
         if self.store.test is not None:
             parts.append(part("test", 0.0, self.store.test, limit))
-        sample = part("train", 0.0, self.store.train, train_sample(config, self.store.validation))
+        size = train_sample(config, len(self.store.validation))
+        sample = part("train", 0.0, self.store.train, size)
         return [*parts, sample._replace(at_end=True)]
-
-
-def train_sample(config: RunConfig, validation: Split) -> int:
-    """Of the training split so many batches are evaluated, always the same recordings and about as
-    many as of the validation split: AlgoPerf's eval_train."""
-    return config.training.eval_batches or steps_per_epoch(
-        len(validation), config.training.batch_size
-    )
 
 
 def shape(config: RunConfig) -> Shape:
